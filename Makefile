@@ -1,0 +1,35 @@
+# Every target sets itself up in .venv; PYTHON chooses the interpreter that .venv is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install test lint quickstart clean
+
+help:
+	@echo "make quickstart   train, evaluate and look at a small FastVim on handwritten digits"
+	@echo "make test         install what the tests need and run them all"
+	@echo "make lint         formatting, lint, types and the import contract"
+	@echo "make install      the environment alone: everything, editable, in .venv"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest -n auto
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy fastvim
+	$(BIN)/lint-imports --no-cache
+
+quickstart: install
+	$(BIN)/fastvim fit --config recipes/quickstart.yaml
+	$(BIN)/fastvim test --config recipes/quickstart.yaml --ckpt_path last
+
+clean:
+	rm -rf .venv runs build *.egg-info
