@@ -1,0 +1,83 @@
+"""Patches of an image, and position embeddings on a grid of another size.
+
+B  batch, H W  image or token grid, d  model width
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from timm.layers import lecun_normal_
+from torch import Tensor, nn
+
+from fastvim.errors import UserError
+
+
+class PatchEmbed(nn.Module):
+    """One convolution over patches of an image of any size.
+
+    Args:
+        in_chans: channels of the image.
+        embed_dim: model width d.
+        patch_size: side of a patch, in pixels.
+        stride: pixels between patches; None for `patch_size`. Vim's fine-tuned models overlap.
+    """
+
+    def __init__(
+        self, in_chans: int, embed_dim: int, patch_size: int, stride: int | None = None
+    ) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.patch_size = patch_size
+        self.stride = patch_size if stride is None else stride
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=self.stride)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        lecun_normal_(self.proj.weight)
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Patches down and across an image of `height` by `width` pixels, after padding.
+
+        Raises:
+            UserError: the image is smaller than a patch.
+        """
+        if height < self.patch_size or width < self.patch_size:
+            raise UserError(
+                f"image of {height} x {width} pixels: smaller than a patch, "
+                f"{self.patch_size} x {self.patch_size}"
+            )
+        down, across = (-(-(side - self.patch_size) // self.stride) for side in (height, width))
+        return down + 1, across + 1
+
+    def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, C, H, W) image to (B, L, d) row-major tokens and their grid.
+
+        Zeros are added at the bottom and right until the sides are patch + k · stride.
+
+        Raises:
+            UserError: another number of channels, or an image smaller than a patch.
+        """
+        if image.ndim != 4 or image.shape[1] != self.in_chans:
+            raise UserError(
+                f"image {tuple(image.shape)}: expected (batch, {self.in_chans}, height, width)"
+            )
+        height, width = image.shape[-2:]
+        grid = self.grid_size(height, width)
+        bottom, right = (
+            self.patch_size + (count - 1) * self.stride - side
+            for count, side in zip(grid, (height, width), strict=True)
+        )
+        if bottom or right:
+            image = F.pad(image, (0, right, 0, bottom))
+        return self.proj(image).flatten(2).mT, grid
+
+
+def resize_grid(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize a position embedding (1, H·W, d) bicubically from one grid to another."""
+    if old == new:
+        return embedding
+    grid = embedding.mT.unflatten(2, old)
+    resized = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)
+    return resized.flatten(2).mT.to(embedding.dtype)

@@ -1,0 +1,125 @@
+"""The state-space mixer of every model in this library.
+
+B  batch, L  tokens, d  model width, E  inner width, K  taps of the convolution, N  state size,
+R  rank of the step-size projection, S  segments. Leading 2: forward and backward direction.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastvim.ops import Segments, conv_pool, expand_gate, selective_scan
+from fastvim.ops.traversal import Pooling
+
+
+class Mixer(nn.Module):
+    """Bidirectional selective scan over the pooled segments of a path (FastVim, section 3.2).
+
+    `in_proj` → `conv_pool` → `x_proj` → `selective_scan` → `expand_gate` → `out_proj`. How the
+    tokens are walked and pooled comes with each call, so one mixer serves every traversal.
+
+    Args:
+        dim: model width d.
+        depth: blocks of the whole model; the initial `out_proj` is divided by its root.
+        d_state: state size N.
+        d_conv: taps K of the convolution.
+        expand: E / d.
+        dt_rank: R; None for ceil(d / 16).
+        pooling: how a segment's tokens become one value, "mean" or "max".
+        pool_scale: factor on the pooled value.
+        norm_after_ssm: LayerNorm over E before the gate.
+        init_layer_scale: initial value of a learned factor per output channel; None for no factor.
+    """
+
+    # Stored per direction, (2, E), but one-dimensional in meaning: never decayed.
+    vectors = ("conv_bias", "dt_bias", "D")
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        depth: int = 1,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        pooling: Pooling = "mean",
+        pool_scale: float = 1.0,
+        norm_after_ssm: bool = True,
+        init_layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        inner = expand * dim
+        self.depth = depth
+        self.d_state = d_state
+        self.dt_rank = dt_rank if dt_rank is not None else math.ceil(dim / 16)
+        self.pooling = pooling
+        self.pool_scale = pool_scale
+        self.init_layer_scale = init_layer_scale
+
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(2, inner, d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(2, inner))
+        self.x_proj = nn.Parameter(torch.empty(2, self.dt_rank + 2 * d_state, inner))
+        self.dt_proj = nn.Parameter(torch.empty(2, inner, self.dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(2, inner))
+        self.A_log = nn.Parameter(torch.empty(2, inner, d_state))
+        self.D = nn.Parameter(torch.empty(2, inner))
+        self.norm = nn.LayerNorm(inner, eps=1e-5) if norm_after_ssm else None
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.gamma = nn.Parameter(torch.empty(dim)) if init_layer_scale is not None else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values of section 7 of the model's description (those of Mamba, and of Vim)."""
+        taps, rank = self.conv_weight.shape[-1], self.dt_rank
+        self.in_proj.reset_parameters()
+        nn.init.uniform_(self.conv_weight, -(taps**-0.5), taps**-0.5)
+        nn.init.uniform_(self.conv_bias, -(taps**-0.5), taps**-0.5)
+        for projection in self.x_proj:
+            nn.init.kaiming_uniform_(projection, a=math.sqrt(5))
+        nn.init.uniform_(self.dt_proj, -(rank**-0.5), rank**-0.5)
+        log_step = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1))
+        step = log_step.exp().clamp(min=1e-4)
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32).log())
+        nn.init.ones_(self.D)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        self.out_proj.weight.div_(math.sqrt(self.depth))
+        if self.gamma is not None:
+            nn.init.constant_(self.gamma, self.init_layer_scale)
+
+    def forward(self, u: Tensor, segments: Segments) -> Tensor:
+        """(B, L, d) tokens in memory order to (B, L, d), walked as `segments` says."""
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        pooled = conv_pool(
+            x,
+            self.conv_weight,
+            self.conv_bias,
+            segments,
+            pooling=self.pooling,
+            pool_scale=self.pool_scale,
+        )
+        projected = torch.matmul(pooled, self.x_proj.mT.unsqueeze(1))
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_scan(pooled, dt, B, C, self.dt_proj, self.dt_bias, self.A_log)
+        norm_weight, norm_bias = (None, None) if self.norm is None else self.norm.parameters()
+        gated = expand_gate(
+            x,
+            z,
+            y,
+            self.conv_weight,
+            self.conv_bias,
+            self.D,
+            segments,
+            norm_weight,
+            norm_bias,
+        )
+        out = self.out_proj(gated)
+        return out if self.gamma is None else out * self.gamma

@@ -1,0 +1,270 @@
+"""selective_scan on the CPU: one pass over the steps, vectorised over channels.
+
+G  2 x batch sequences (directions outer), S  steps, E  inner width, N  state size, W  channels of
+a task. A task is one sequence and one block of channels; its state stays in the first cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import float32, int32
+from numba.core import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from fastvim.ops.dispatch import definition
+from fastvim.ops.selective_scan import step_size
+
+BLOCK = 64  # channels of a task: its (N, W) state and rates fill 8 KiB at N = 16
+CHUNK = 16  # steps whose states the backward pass holds; between chunks it restarts from saved ones
+LOG2_E = 1.4426950408889634
+LN_2 = np.float32(0.6931471805599453)
+
+# Chebyshev fit of 2**f on [-1/2, 1/2], relative error 3e-9.
+C0, C1, C2, C3, C4, C5, C6 = (
+    np.float32(c)
+    for c in np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5])
+    .convert(kind=np.polynomial.Polynomial)
+    .coef
+)
+
+# Sums may be reordered into vector lanes; nothing may assume that values are finite.
+_jit: Callable[..., Any] = functools.partial(
+    numba.njit, nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy"
+)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_float(typing_context: Any, bits: Any) -> Any:
+    """Reinterpret the bits of an int32 as a float32."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), build
+
+
+@_jit(inline="always")  # type: ignore[untyped-decorator]
+def _exp2(x: Any) -> Any:
+    """2**x for x <= 0, floored at 2**-126. numba's own exp would be a call per element."""
+    x = float32(-126.0) if x < float32(-126.0) else x
+    whole = np.floor(x + float32(0.5))
+    f = x - whole
+    p = C0 + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
+    return p * _as_float((int32(whole) + int32(127)) << int32(23))
+
+
+@_jit  # type: ignore[untyped-decorator]
+def _forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[no-untyped-def]
+    """Tasks first..last-1. Fills y (G, S, E) and starts (G, S // CHUNK, N, E), if it has room."""
+    G, S, E = u.shape
+    N = rate.shape[1]
+    blocks = (E + BLOCK - 1) // BLOCK
+    h = np.zeros((N, BLOCK), np.float32)
+    rates = np.zeros((N, BLOCK), np.float32)
+    step = np.zeros(BLOCK, np.float32)
+    inflow = np.zeros(BLOCK, np.float32)
+    out = np.zeros(BLOCK, np.float32)
+    for task in range(first, last):
+        g, e0 = task // blocks, task % blocks * BLOCK
+        width = min(BLOCK, E - e0)
+        backward = g >= G // 2
+        h[:], step[:], inflow[:] = float32(0.0), float32(0.0), float32(0.0)
+        rates[:, :width] = rate[int32(backward), :, e0 : e0 + width]
+        for i in range(S):
+            s = S - 1 - i if backward else i
+            for e in range(width):
+                step[e] = delta[g, s, e0 + e]
+                inflow[e] = step[e] * u[g, s, e0 + e]
+            out[:] = float32(0.0)
+            for n in range(N):
+                b, c = B[g, s, n], C[g, s, n]
+                for e in range(BLOCK):
+                    h[n, e] = _exp2(step[e] * rates[n, e]) * h[n, e] + inflow[e] * b
+                    out[e] += c * h[n, e]
+            for e in range(width):
+                y[g, s, e0 + e] = out[e]
+            if (i + 1) % CHUNK == 0 and starts.shape[1] > 0:
+                starts[g, i // CHUNK, :, e0 : e0 + width] = h[:, :width]
+
+
+@_jit  # type: ignore[untyped-decorator]
+def _backward(first, last, u, delta, rate, B, C, starts, dy, du, ddelta, drate, dB, dC):  # type: ignore[no-untyped-def]
+    """Tasks first..last-1. drate (G, N, E), dB and dC (blocks, G, S, N) are partial sums."""
+    G, S, E = u.shape
+    N = rate.shape[1]
+    blocks = (E + BLOCK - 1) // BLOCK
+    h = np.zeros((CHUNK + 1, N, BLOCK), np.float32)  # the state before and after each step
+    decay = np.zeros((CHUNK, N, BLOCK), np.float32)
+    dh = np.zeros((N, BLOCK), np.float32)
+    rates = np.zeros((N, BLOCK), np.float32)
+    drates = np.zeros((N, BLOCK), np.float32)
+    step, inflow, grad = np.zeros((3, BLOCK), np.float32)
+    dstep, dinflow = np.zeros((2, BLOCK), np.float32)
+    for task in range(first, last):
+        g, block = task // blocks, task % blocks
+        e0 = block * BLOCK
+        width = min(BLOCK, E - e0)
+        backward = g >= G // 2
+        # Lanes past `width` stay 0, so that they add nothing to the sums over channels.
+        dh[:], drates[:] = float32(0.0), float32(0.0)
+        step[:], inflow[:], grad[:] = float32(0.0), float32(0.0), float32(0.0)
+        rates[:, :width] = rate[int32(backward), :, e0 : e0 + width]
+        for chunk in range((S - 1) // CHUNK, -1, -1):
+            begin, end = chunk * CHUNK, min(S, (chunk + 1) * CHUNK)
+            if chunk == 0:
+                h[0] = float32(0.0)
+            else:
+                h[0, :, :width] = starts[g, chunk - 1, :, e0 : e0 + width]
+            for i in range(begin, end):
+                s = S - 1 - i if backward else i
+                k = i - begin
+                for e in range(width):
+                    step[e] = delta[g, s, e0 + e]
+                    inflow[e] = step[e] * u[g, s, e0 + e]
+                for n in range(N):
+                    b = B[g, s, n]
+                    for e in range(BLOCK):
+                        decay[k, n, e] = _exp2(step[e] * rates[n, e])
+                        h[k + 1, n, e] = decay[k, n, e] * h[k, n, e] + inflow[e] * b
+            for i in range(end - 1, begin - 1, -1):
+                s = S - 1 - i if backward else i
+                k = i - begin
+                for e in range(width):
+                    step[e] = delta[g, s, e0 + e]
+                    inflow[e] = step[e] * u[g, s, e0 + e]
+                    grad[e] = dy[g, s, e0 + e]
+                dstep[:] = float32(0.0)
+                dinflow[:] = float32(0.0)
+                for n in range(N):
+                    b, c = B[g, s, n], C[g, s, n]
+                    sum_b, sum_c = float32(0.0), float32(0.0)
+                    for e in range(BLOCK):
+                        flow = dh[n, e] + c * grad[e]
+                        sum_c += grad[e] * h[k + 1, n, e]
+                        sum_b += flow * inflow[e]
+                        dinflow[e] += flow * b
+                        dh[n, e] = flow * decay[k, n, e]
+                        dexponent = dh[n, e] * h[k, n, e] * LN_2
+                        dstep[e] += dexponent * rates[n, e]
+                        drates[n, e] += dexponent * step[e]
+                    dB[block, g, s, n] = sum_b
+                    dC[block, g, s, n] = sum_c
+                for e in range(width):
+                    du[g, s, e0 + e] = dinflow[e] * step[e]
+                    ddelta[g, s, e0 + e] = dstep[e] + dinflow[e] * u[g, s, e0 + e]
+        drate[g, :, e0 : e0 + width] = drates[:, :width]
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="fastvim")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def _parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
+    """Run kernel(first, last, *arrays) over slices of the tasks, on as many threads as torch.
+
+    The kernels release the GIL, so plain threads serve: no numba threading layer to conflict with
+    torch's, and a forked data worker starts with none.
+    """
+    arrays = [tensor.detach().numpy() for tensor in tensors]
+    threads = max(1, min(torch.get_num_threads(), tasks))
+    if threads == 1:
+        kernel(0, tasks, *arrays)
+        return
+    bounds = [tasks * k // threads for k in range(threads + 1)]
+    slices = zip(bounds[:-1], bounds[1:], strict=True)
+    futures = [_pool(threads).submit(kernel, a, b, *arrays) for a, b in slices]
+    for future in futures:
+        future.result()
+
+
+def _tasks(u: Tensor) -> tuple[int, int]:
+    """How many tasks, and how many blocks of channels."""
+    blocks = -(-u.shape[2] // BLOCK)
+    return u.shape[0] * blocks, blocks
+
+
+@torch.library.custom_op("fastvim::scan_cpu", mutates_args=())
+def _scan(
+    u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, save: bool
+) -> tuple[Tensor, Tensor]:
+    """u, delta (G, S, E), rate (2, N, E), B, C (G, S, N): y, and the states where chunks end."""
+    G, S, E = u.shape
+    y = torch.empty_like(u)
+    starts = u.new_empty(G, S // CHUNK if save else 0, rate.shape[1], E)
+    _parallel(_forward, _tasks(u)[0], u, delta, rate, B, C, y, starts)
+    return y, starts
+
+
+@_scan.register_fake
+def _(
+    u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, save: bool
+) -> tuple[Tensor, Tensor]:
+    chunks = u.shape[1] // CHUNK if save else 0
+    return torch.empty_like(u), u.new_empty(u.shape[0], chunks, rate.shape[1], u.shape[2])
+
+
+@torch.library.custom_op("fastvim::scan_cpu_backward", mutates_args=())
+def _scan_backward(
+    u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, starts: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tasks, blocks = _tasks(u)
+    G, S, E = u.shape
+    N = rate.shape[1]
+    du, ddelta = torch.empty_like(u), torch.empty_like(u)
+    drate, dB, dC = (u.new_empty(G, N, E), *u.new_empty(2, blocks, G, S, N))
+    _parallel(
+        _backward, tasks, u, delta, rate, B, C, starts, dy.contiguous(), du, ddelta, drate, dB, dC
+    )
+    return du, ddelta, drate.unflatten(0, (2, -1)).sum(1), dB.sum(0), dC.sum(0)
+
+
+@_scan_backward.register_fake
+def _(
+    u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, starts: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(u),
+        torch.empty_like(u),
+        torch.empty_like(rate),
+        torch.empty_like(B),
+        torch.empty_like(C),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[1])
+
+
+def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_scan_backward(*ctx.saved_tensors, dy), None)
+
+
+_scan.register_autograd(_gradients, setup_context=_keep)
+
+
+@definition
+def selective_scan_numba(
+    u: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
+) -> Tensor:
+    """`fastvim.ops.selective_scan` for CPU tensors of at most 32 bits."""
+    dtype = torch.float32
+    # Rates to base 2, channels last: the kernel's inner loop is 2**(Δ · rate) over channels.
+    rate = (-LOG2_E * A_log.to(dtype).exp()).mT.contiguous()
+    delta = step_size(dt, dt_proj, dt_bias, dtype)
+    sequences = [t.to(dtype).flatten(0, 1).contiguous() for t in (u, delta, B, C)]
+    save = torch.is_grad_enabled()
+    y, _ = _scan(sequences[0], sequences[1], rate, *sequences[2:], save)
+    return y.unflatten(0, u.shape[:2]).to(u.dtype)

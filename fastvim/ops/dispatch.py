@@ -1,0 +1,159 @@
+"""Which engine serves an op: the plain PyTorch definition, or a kernel for the tensor's device.
+
+Every op has its definition in its own file. An engine here is a function of the same signature
+for some device and dtypes, imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+REFERENCE = "reference"
+OPS = ("add_norm", "conv_pool", "selective_scan", "expand_gate")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A kernel implementation of one op.
+
+    Attributes:
+        name: what `use_engine` calls it.
+        package: the Python package it needs.
+        device: the type of device whose tensors it serves.
+        dtypes: the dtypes it serves; others fall to the definition.
+        load: imports and returns the implementation.
+    """
+
+    name: str
+    package: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    load: Callable[[], Callable[..., Tensor]]
+
+    def serves(self, x: Tensor) -> bool:
+        return x.device.type == self.device and x.dtype in self.dtypes
+
+
+def _numba_selective_scan() -> Callable[..., Tensor]:
+    from fastvim.ops.cpu.selective_scan import selective_scan_numba
+
+    return selective_scan_numba
+
+
+ENGINES: dict[str, tuple[Engine, ...]] = {
+    "selective_scan": (
+        Engine(
+            name="numba",
+            package="numba",
+            device="cpu",
+            dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            load=_numba_selective_scan,
+        ),
+    ),
+}
+
+_chosen: str | None = None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def available(package: str) -> bool:
+    """Whether an engine's package is installed; logs once when it is not."""
+    return _installed(package)
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    if find_spec(package) is not None:
+        return True
+    _logger.warning("%s is not installed: its ops run as plain PyTorch (slower)", package)
+    return False
+
+
+def implementation(op: str, x: Tensor, reference: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """The function that serves `op` for a tensor like `x`: an engine's, or the definition."""
+    if _chosen != REFERENCE:
+        for engine in ENGINES.get(op, ()):
+            if _chosen in (None, engine.name) and engine.serves(x) and available(engine.package):
+                return engine.load()
+    return reference
+
+
+def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the engine that serves `op` on a device type, as `fastvim models --engines` prints.
+
+    Raises:
+        ValueError: unknown op.
+    """
+    if op not in OPS:
+        raise ValueError(f"op={op!r}: expected one of {OPS}")
+    if _chosen != REFERENCE:
+        for engine in ENGINES.get(op, ()):
+            matches = engine.device == device and dtype in engine.dtypes
+            if _chosen in (None, engine.name) and matches and _installed(engine.package):
+                return engine.name
+    return REFERENCE
+
+
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Serve every op by one engine within the block; ops without it keep their definition.
+
+    The choice holds for the whole process, not for one thread.
+
+    Args:
+        name: "reference" for the definitions, or the name of an engine, such as "numba".
+
+    Raises:
+        ValueError: unknown engine, or one whose package is not installed.
+    """
+    global _chosen
+    packages = {engine.name: engine.package for served in ENGINES.values() for engine in served}
+    if name != REFERENCE and name not in packages:
+        raise ValueError(f"engine {name!r}: expected one of {[REFERENCE, *packages]}")
+    if name != REFERENCE and not _installed(packages[name]):
+        raise ValueError(f"engine {name!r} needs the package {packages[name]!r}: not installed")
+    previous, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def definition(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Mark an op's plain PyTorch definition: it computes in the precision it says.
+
+    Autocast would run its products and convolutions in half precision, so it is off inside.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype an op computes in: float64 for float64, float32 for everything else.
+
+    Raises:
+        ValueError: `x` is not a floating tensor.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"expected a floating dtype, got {x.dtype}")
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,73 @@
+"""add_norm: the residual sum and the norm that precedes a mixer.
+
+B  batch, L  tokens, d  model width
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvim.ops.dispatch import compute_dtype, definition, implementation
+
+NormKind = Literal["rms", "layer"]
+
+
+def add_norm(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kind: NormKind = "rms",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`residual + hidden`, and its norm over the last axis (spec of the backbone, steps 3 and 4).
+
+    Args:
+        hidden: (B, L, d), what the previous mixer gave.
+        residual: (B, L, d), the stream so far, or None in the first block.
+        weight: (d,).
+        bias: (d,) or None.
+        kind: RMSNorm ("rms") or LayerNorm ("layer").
+        eps: added to the mean square or variance.
+
+    Returns:
+        The norm, in `hidden`'s dtype, and the new residual stream, in float32 (float64 for float64
+        input).
+
+    Raises:
+        ValueError: shapes that do not agree, or an unknown kind.
+    """
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"kind={kind!r}: expected 'rms' or 'layer'")
+    if weight.shape != hidden.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)}: expected ({hidden.shape[-1]},)")
+    if residual is not None and residual.shape != hidden.shape:
+        raise ValueError(f"residual {tuple(residual.shape)}: expected {tuple(hidden.shape)}")
+    run = implementation("add_norm", hidden, add_norm_reference)
+    return run(hidden, residual, weight, bias, kind=kind, eps=eps)
+
+
+@definition
+def add_norm_reference(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kind: NormKind = "rms",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(hidden)
+    total = hidden.to(dtype) if residual is None else residual.to(dtype) + hidden.to(dtype)
+    shape = hidden.shape[-1:]
+    weight = weight.to(dtype)
+    if kind == "rms":
+        normed = F.rms_norm(total, shape, weight, eps)
+        normed = normed if bias is None else normed + bias.to(dtype)
+    else:
+        normed = F.layer_norm(total, shape, weight, None if bias is None else bias.to(dtype), eps)
+    return normed.to(hidden.dtype), total

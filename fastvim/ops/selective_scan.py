@@ -1,0 +1,100 @@
+"""selective_scan: the state-space recurrence over the segments, both directions.
+
+B  batch, S  segments, E  inner width, N  state size, R  rank of the step-size projection
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvim.ops.dispatch import compute_dtype, definition, implementation
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+) -> Tensor:
+    """`h_s = exp(Δ_s A) h_prev + Δ_s B_s u_s`, `y_s = C_s · h_s` (mixer, steps 3-4; Mamba, eq. 2).
+
+    `Δ = softplus(dt @ dt_proj.T + dt_bias)` and `A = -exp(A_log)`. Direction 0 scans s ascending,
+    direction 1 descending. There is no skip term: FastVim's skip uses each token's own value.
+
+    Args:
+        u: (2, B, S, E) pooled input; any strides, like the rest.
+        dt: (2, B, S, R) step size before its projection.
+        B: (2, B, S, N) input matrix.
+        C: (2, B, S, N) output matrix.
+        dt_proj: (2, E, R).
+        dt_bias: (2, E).
+        A_log: (2, E, N).
+
+    Returns:
+        (2, B, S, E), in `u`'s dtype; the state and all sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes that do not agree.
+    """
+    if u.ndim != 4 or u.shape[0] != 2:
+        raise ValueError(f"u {tuple(u.shape)}: expected (2, B, S, E)")
+    E, N, R = A_log.shape[1], A_log.shape[2], dt_proj.shape[2]
+    for name, tensor, shape in (
+        ("u", u, (*u.shape[:3], E)),
+        ("dt", dt, (*u.shape[:3], R)),
+        ("B", B, (*u.shape[:3], N)),
+        ("C", C, (*u.shape[:3], N)),
+        ("dt_proj", dt_proj, (2, E, R)),
+        ("dt_bias", dt_bias, (2, E)),
+        ("A_log", A_log, (2, E, N)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)}: expected {tuple(shape)}")
+    run = implementation("selective_scan", u, selective_scan_reference)
+    return run(u, dt, B, C, dt_proj, dt_bias, A_log)
+
+
+@definition
+def selective_scan_reference(
+    u: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+) -> Tensor:
+    dtype = compute_dtype(u)
+    input_dtype = u.dtype
+    u, B, C = u.to(dtype), B.to(dtype), C.to(dtype)
+    delta = step_size(dt, dt_proj, dt_bias, dtype)
+    A = -A_log.to(dtype).exp()
+    directions = [
+        _scan(u[d], delta[d], A[d], B[d], C[d], reverse=d == 1) for d in range(u.shape[0])
+    ]
+    return torch.stack(directions).to(input_dtype)
+
+
+def step_size(dt: Tensor, dt_proj: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Δ = softplus(dt · dt_projᵀ + dt_bias), (2, B, S, E)."""
+    projected = torch.einsum("dbsr,der->dbse", dt.to(dtype), dt_proj.to(dtype))
+    return F.softplus(projected + dt_bias.to(dtype)[:, None, None])
+
+
+def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool) -> Tensor:
+    """One direction: u, delta (B, S, E), A (E, N), B, C (B, S, N) to (B, S, E)."""
+    steps = u.shape[1]
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    y: list[Tensor] = []
+    for s in reversed(range(steps)) if reverse else range(steps):
+        decay = torch.exp(delta[:, s, :, None] * A)
+        h = decay * h + (delta[:, s] * u[:, s])[:, :, None] * B[:, s, None, :]
+        y.append((h * C[:, s, None, :]).sum(-1))
+    if not y:
+        return torch.zeros_like(u)
+    return torch.stack(y[::-1] if reverse else y, dim=1)

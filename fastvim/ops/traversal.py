@@ -1,0 +1,214 @@
+"""Paths and segments of a token grid: one notation for every variant of the model.
+
+Tokens always lie in memory in one order, the row-major order of the grid's axes. A layer never
+moves them: it says how it walks them (`path`) and which axes it pools (`pool`).
+
+    B  batch       n  tokens present (L, or the kept ones under a mask)
+    L  grid cells  S  segments: the cells that share every axis that is not pooled
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Pooling = Literal["mean", "max"]
+Mirror = Literal["published", "exact"]
+
+
+@dataclass(frozen=True)
+class Traversal:
+    """The walk of one layer over named axes (FastVim paper, section 3.2).
+
+    Args:
+        path: axis names, slowest first. `"h w"` walks row by row, `"w h"` column by column.
+        pool: axes whose cells are pooled into one segment. Empty pools nothing (Vim).
+
+    Raises:
+        ValueError: an axis repeated, or pooled but not on the path.
+    """
+
+    path: str
+    pool: str = ""
+
+    def __post_init__(self) -> None:
+        axes = self.path.split()
+        if not axes or len(set(axes)) != len(axes):
+            raise ValueError(f"path={self.path!r}: expected distinct axis names, such as 'h w'")
+        if unknown := set(self.pool.split()) - set(axes):
+            raise ValueError(f"pool={self.pool!r}: {sorted(unknown)} not on the path {self.path!r}")
+
+    def over(
+        self, grid: Mapping[str, int], kept: Tensor | None = None, mirror: Mirror = "published"
+    ) -> Segments:
+        """Lay the walk over a grid.
+
+        Args:
+            grid: size of each axis, in memory order (slowest first).
+            kept: (B, n) int64, the cells present under a mask, as row-major indices of `grid` in
+                ascending order. None: every cell is present.
+            mirror: how the backward direction of a masked layer finds its segments
+                (`Segments.index`); without `kept` both readings are the same.
+
+        Raises:
+            ValueError: the grid's axes are not the path's.
+        """
+        axes = self.path.split()
+        if set(axes) != set(grid):
+            raise ValueError(f"grid axes {list(grid)} do not match the path {self.path!r}")
+        names = list(grid)
+        memory_strides = {a: prod(grid[b] for b in names[i + 1 :]) for i, a in enumerate(names)}
+        pooled = self.pool.split()
+        walk = Segments(
+            sizes=tuple(grid[a] for a in axes),
+            strides=tuple(memory_strides[a] for a in axes),
+            pooled=tuple(a in pooled for a in axes),
+        )
+        return walk if kept is None else walk.keep(kept, mirror)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A traversal laid over a grid: what the ops need to know of the token order.
+
+    Attributes:
+        sizes: size of each axis, in path order (slowest first).
+        strides: tokens between neighbours along each axis in memory, in path order.
+        pooled: whether each axis is pooled, in path order.
+        order: (B, n) memory index of the token at each path position; None: given by `strides`.
+        index: (2, B, n) segment of each path position, one row per direction; None: given by
+            `sizes` and `pooled`.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    pooled: tuple[bool, ...]
+    order: Tensor | None = None
+    index: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens present in each sequence."""
+        return prod(self.sizes) if self.order is None else self.order.shape[1]
+
+    @property
+    def pools(self) -> bool:
+        """Whether any axis is pooled."""
+        return any(self.pooled)
+
+    @property
+    def num_segments(self) -> int:
+        """Steps of the scan. With nothing pooled every token that is present is one."""
+        if not self.pools:
+            return self.num_tokens
+        return prod(size for size, pooled in zip(self.sizes, self.pooled, strict=True) if not pooled)
+
+    @property
+    def segment_size(self) -> int:
+        """Cells of a full segment: what a mean divides by, masked or not."""
+        return prod(size for size, pooled in zip(self.sizes, self.pooled, strict=True) if pooled)
+
+    @property
+    def segment_strides(self) -> tuple[int, ...]:
+        """Segments between neighbours along each axis, in path order; 0 along pooled axes.
+
+        Segments are numbered in the order in which the path first meets them.
+        """
+        strides, step = [], 1
+        for size, pooled in zip(reversed(self.sizes), reversed(self.pooled), strict=True):
+            strides.append(0 if pooled else step)
+            step *= 1 if pooled else size
+        return tuple(reversed(strides))
+
+    @property
+    def _by_memory(self) -> list[int]:
+        """Path axes sorted from the slowest in memory to the fastest."""
+        # Axes of size 1 share a stride with a neighbour: their order does not matter.
+        return sorted(range(len(self.sizes)), key=lambda axis: -self.strides[axis])
+
+    @property
+    def in_memory_order(self) -> bool:
+        """Whether the path walks the tokens as they lie."""
+        return self.order is None and self._by_memory == list(range(len(self.sizes)))
+
+    def keep(self, kept: Tensor, mirror: Mirror = "published") -> Segments:
+        """The same walk over the kept cells only (see `Traversal.over`)."""
+        if mirror not in ("published", "exact"):
+            raise ValueError(f"mirror={mirror!r}: expected 'published' or 'exact'")
+        if kept.ndim != 2 or kept.is_floating_point():
+            raise ValueError(f"kept: expected integer indices (B, n), got {tuple(kept.shape)}")
+        position = torch.zeros_like(kept)
+        segment = torch.zeros_like(kept)
+        path_step = prod(self.sizes)
+        for size, stride, segment_stride in zip(
+            self.sizes, self.strides, self.segment_strides, strict=True
+        ):
+            path_step //= size
+            digit = kept // stride % size
+            position = position + digit * path_step
+            segment = segment + digit * segment_stride
+        order = position.argsort(dim=1)
+        if not self.pools:
+            forward = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+            index = torch.stack([forward, forward])
+        else:
+            forward = segment.gather(1, order)
+            # Published: position j of the reversed sequence holds token n-1-j but uses the segment
+            # of token j, over segments in ascending order. Renumbered s -> S-1-s, so that the
+            # backward scan of every layer runs in descending order.
+            flipped = self.num_segments - 1 - forward.flip(1)
+            index = torch.stack([forward, flipped if mirror == "published" else forward])
+        return Segments(self.sizes, self.strides, self.pooled, order, index)
+
+    def to_path(self, x: Tensor) -> Tensor:
+        """(B, n, E) from memory order to path order."""
+        if self.order is not None:
+            return x.gather(1, self.order[:, :, None].expand_as(x))
+        if self.in_memory_order:
+            return x
+        by_memory = self._by_memory
+        grid = x.unflatten(1, [self.sizes[axis] for axis in by_memory])
+        axes = [1 + by_memory.index(axis) for axis in range(len(self.sizes))]
+        return grid.permute(0, *axes, -1).flatten(1, -2)
+
+    def from_path(self, x: Tensor) -> Tensor:
+        """(B, n, E) from path order back to memory order."""
+        if self.order is not None:
+            return x.gather(1, self.order.argsort(dim=1)[:, :, None].expand_as(x))
+        if self.in_memory_order:
+            return x
+        axes = [1 + axis for axis in self._by_memory]
+        return x.unflatten(1, self.sizes).permute(0, *axes, -1).flatten(1, -2)
+
+    def reduce(self, x: Tensor, pooling: Pooling) -> Tensor:
+        """(2, B, n, E) in path order to one value per segment, (2, B, S, E).
+
+        A mean divides by the full `segment_size`; a segment without a token is 0.
+        """
+        if not self.pools:
+            return x
+        if self.index is not None:
+            shape = (*x.shape[:2], self.num_segments, x.shape[-1])
+            index = self.index[..., None].expand_as(x)
+            if pooling == "mean":
+                return x.new_zeros(shape).scatter_add(2, index, x) / self.segment_size
+            return x.new_zeros(shape).scatter_reduce(2, index, x, "amax", include_self=False)
+        axes = [2 + axis for axis, pooled in enumerate(self.pooled) if pooled]
+        grid = x.unflatten(2, self.sizes)
+        values = grid.mean(axes) if pooling == "mean" else grid.amax(axes)
+        return values.flatten(2, -2)
+
+    def broadcast(self, y: Tensor) -> Tensor:
+        """(2, B, S, E), one value per segment, to each token in path order, (2, B, n, E)."""
+        if not self.pools:
+            return y
+        if self.index is not None:
+            return y.gather(2, self.index[..., None].expand(*self.index.shape, y.shape[-1]))
+        sizes = [1 if pooled else size for size, pooled in zip(self.sizes, self.pooled, strict=True)]
+        grid = y.unflatten(2, sizes).expand(*y.shape[:2], *self.sizes, y.shape[-1])
+        return grid.flatten(2, -2)
