@@ -109,7 +109,6 @@ class Mixer(nn.Module):
         projected = torch.matmul(pooled, self.x_proj.mT.unsqueeze(1))
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_scan(pooled, dt, B, C, self.dt_proj, self.dt_bias, self.A_log)
-        norm_weight, norm_bias = (None, None) if self.norm is None else self.norm.parameters()
         gated = expand_gate(
             x,
             z,
@@ -118,8 +117,8 @@ class Mixer(nn.Module):
             self.conv_bias,
             self.D,
             segments,
-            norm_weight,
-            norm_bias,
+            None if self.norm is None else self.norm.weight,
+            None if self.norm is None else self.norm.bias,
         )
         out = self.out_proj(gated)
         return out if self.gamma is None else out * self.gamma

@@ -1,0 +1,14 @@
+"""FastVim: state-space vision backbones whose scan runs over pooled rows and columns.
+
+>>> import timm, fastvim
+>>> model = timm.create_model("fastvim_tiny_patch16_224")
+"""
+
+from fastvim import models
+from fastvim.errors import UserError
+from fastvim.models import FastVim, FeatureMaps
+from fastvim.ops import use_engine
+
+__version__ = "0.1.0"
+
+__all__ = ["FastVim", "FeatureMaps", "UserError", "__version__", "models", "use_engine"]

@@ -1,0 +1,12 @@
+"""The models; importing this registers them with timm.
+
+>>> import timm, fastvim
+>>> model = timm.create_model("fastvim_tiny_patch16_224")
+"""
+
+from fastvim.models.dense import FeatureMaps
+from fastvim.models.published import from_published, to_published
+from fastvim.models.registry import checkpoint_filter_fn
+from fastvim.models.vision import FastVim
+
+__all__ = ["FastVim", "FeatureMaps", "checkpoint_filter_fn", "from_published", "to_published"]

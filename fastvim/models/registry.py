@@ -1,0 +1,157 @@
+"""The image models that timm can create: sizes, configurations, constructors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor
+
+from fastvim.errors import UserError
+from fastvim.layers import resize_grid
+from fastvim.models.published import from_published, is_published
+from fastvim.models.vision import FastVim
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: FastVim) -> dict[str, Tensor]:
+    """Fit a state dict to `model`: published names to ours, position embedding to its grid."""
+    if is_published(state_dict):
+        state_dict = from_published(state_dict)
+    position = state_dict.get("pos_embed")
+    if position is not None and position.shape != model.pos_embed.shape:
+        resized = _resize_position(position, "cls_token" in state_dict, model)
+        state_dict = {**state_dict, "pos_embed": resized}
+    return state_dict
+
+
+def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tensor:
+    """A square grid's embedding, with or without a class token, on the model's grid."""
+    cells = position.shape[1] - int(with_class)
+    side = round(cells**0.5)
+    if side**2 != cells:
+        raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid, cannot resize")
+    if with_class != (model.cls_token is not None):
+        raise UserError(
+            f"the weights {'have' if with_class else 'lack'} a class token, unlike the model"
+        )
+    if not with_class:
+        return resize_grid(position, (side, side), model.grid_size)
+    middle = cells // 2
+    before, token, after = position.split([middle, 1, cells - middle], dim=1)
+    resized = resize_grid(torch.cat([before, after], dim=1), (side, side), model.grid_size)
+    middle = resized.shape[1] // 2
+    return torch.cat([resized[:, :middle], token, resized[:, middle:]], dim=1)
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2502.00594",
+        **kwargs,
+    }
+
+
+# No weights are hosted: the published ones are CC-BY-NC-SA, and `fastvim convert` reads them.
+default_cfgs = generate_default_cfgs(
+    {
+        "fastvim_tiny_patch16_224": _cfg(),
+        "fastvim_small_patch16_224": _cfg(),
+        "fastvim_base_patch16_224": _cfg(),
+        "fastvim_large_patch16_224": _cfg(),
+        "fastvim_huge_patch14_224": _cfg(),
+        "fastvim_huge_patch14_448": _cfg(input_size=(3, 448, 448)),
+        "vim_tiny_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
+        "vim_small_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
+        "vim_base_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
+        "vim_large_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
+    }
+)
+
+_TINY = {"embed_dim": 192, "depth": 24}
+_SMALL = {"embed_dim": 384, "depth": 24}
+_BASE = {"embed_dim": 768, "depth": 24}
+_LARGE = {"embed_dim": 1024, "depth": 48}
+_HUGE = {"embed_dim": 1280, "depth": 64, "patch_size": 14}
+_VIM = {"pooling": "none", "class_token": True, "global_pool": "token"}
+
+
+def _create(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> FastVim:
+    return build_model_with_cfg(
+        FastVim,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{**defaults, **kwargs},
+    )
+
+
+@register_model
+def fastvim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """FastVim-T: width 192, 24 blocks."""
+    return _create("fastvim_tiny_patch16_224", pretrained, _TINY, **kwargs)
+
+
+@register_model
+def fastvim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """FastVim-S: width 384, 24 blocks."""
+    return _create("fastvim_small_patch16_224", pretrained, _SMALL, **kwargs)
+
+
+@register_model
+def fastvim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """FastVim-B: width 768, 24 blocks."""
+    return _create("fastvim_base_patch16_224", pretrained, _BASE, **kwargs)
+
+
+@register_model
+def fastvim_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """FastVim-L: width 1024, 48 blocks."""
+    return _create("fastvim_large_patch16_224", pretrained, _LARGE, **kwargs)
+
+
+@register_model
+def fastvim_huge_patch14_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """FastVim-H: width 1280, 64 blocks, patches of 14."""
+    return _create("fastvim_huge_patch14_224", pretrained, _HUGE, **kwargs)
+
+
+@register_model
+def fastvim_huge_patch14_448(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """FastVim-H with its position embedding stored for 448 pixels."""
+    return _create("fastvim_huge_patch14_448", pretrained, {**_HUGE, "img_size": 448}, **kwargs)
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """Vim-T with the norm after the scan: width 192, 24 blocks, class token in the middle."""
+    return _create("vim_tiny_patch16_224", pretrained, {**_TINY, **_VIM}, **kwargs)
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """Vim-S with the norm after the scan: width 384, 24 blocks, class token in the middle."""
+    return _create("vim_small_patch16_224", pretrained, {**_SMALL, **_VIM}, **kwargs)
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """Vim-B with the norm after the scan: width 768, 24 blocks, class token in the middle."""
+    return _create("vim_base_patch16_224", pretrained, {**_BASE, **_VIM}, **kwargs)
+
+
+@register_model
+def vim_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """Vim-L with the norm after the scan: width 1024, 48 blocks, class token in the middle."""
+    return _create("vim_large_patch16_224", pretrained, {**_LARGE, **_VIM}, **kwargs)

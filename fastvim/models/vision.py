@@ -1,0 +1,344 @@
+"""FastVim and Vim: the image backbones (sizes and registration: `fastvim.models.registry`).
+
+B  batch, L  tokens (with the class token, where there is one), d  model width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from timm.layers import to_2tuple, trunc_normal_
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from fastvim.errors import UserError
+from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid
+from fastvim.ops import Segments, Traversal
+from fastvim.ops.norm import NormKind
+
+Source = Literal["residual", "mixer"]
+
+_CHOICES = {
+    "pooling": ("mean", "max", "none"),
+    "scan_path": ("row", "column"),
+    "norm": ("rms", "layer"),
+    "global_pool": ("avg", "token", "last", "max_logit", ""),
+}
+
+
+def traversals(pooling: str, scan_path: str, alternate: bool) -> tuple[Traversal, ...]:
+    """The walks that the layers take in turn (the first two of them: FastVim, section 3.2)."""
+    walks = [("h w", "w"), ("w h", "h")]
+    if scan_path == "column":
+        walks.reverse()
+    if pooling == "none":
+        return (Traversal(walks[0][0]),)
+    return tuple(Traversal(path, pool) for path, pool in (walks if alternate else walks[:1]))
+
+
+class FastVim(nn.Module):
+    """Fast Vision Mamba (arXiv 2502.00594), and Vision Mamba as the case that pools nothing.
+
+    Takes images (B, in_chans, H, W) of any height and width from one patch up: they are padded to
+    whole patches and the position embedding is resized to their grid.
+
+    Args:
+        img_size: side, or (height, width), that the position embedding is stored for.
+        patch_size: side of a patch, in pixels.
+        patch_stride: pixels between patches; None for `patch_size`.
+        in_chans: channels of the image.
+        num_classes: outputs of the head; 0 for pooled features.
+        global_pool: read-out. "avg" over tokens, the class "token", the "last" token, the maximum
+            over tokens of per-token logits ("max_logit"), or "" for all tokens.
+        embed_dim: model width d.
+        depth: number of blocks.
+        pooling: how the tokens of a row or column become one scan step, "mean" or "max"; "none"
+            is Vim, whose scan takes a step per token.
+        scan_path: what the first layer pools, each "row" or each "column".
+        alternate: rows and columns in turn; False keeps to the first.
+        class_token: a learned token in the middle of the sequence (Vim only).
+        norm: "rms", or "layer" as in the dense backbones.
+        norm_after_ssm: the mixer's LayerNorm before its gate; the first Vim release has none.
+        init_layer_scale: initial layer scale, None for none.
+        pool_scale: factor on pooled values; 0.25 when fine-tuning from 75 % masked weights.
+        d_state, d_conv, expand, dt_rank: sizes of the mixer (`fastvim.layers.Mixer`).
+        drop_rate: dropout before the head.
+        pos_drop_rate: dropout after the position embedding.
+        drop_path_rate: stochastic depth of the last block, linear from 0 at the first.
+
+    Raises:
+        UserError: an option outside its choices, or two that contradict each other.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        patch_stride: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 192,
+        depth: int = 24,
+        pooling: str = "mean",
+        scan_path: str = "row",
+        alternate: bool = True,
+        class_token: bool = False,
+        norm: NormKind = "rms",
+        norm_after_ssm: bool = True,
+        init_layer_scale: float | None = None,
+        pool_scale: float = 1.0,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check("pooling", pooling)
+        _check("scan_path", scan_path)
+        _check("norm", norm)
+        if class_token and pooling != "none":
+            raise UserError("class_token=True needs pooling='none': it has no row and no column")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.grad_checkpointing = False
+        self.traversals = (
+            (Traversal("l"),) if class_token else traversals(pooling, scan_path, alternate)
+        )
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_stride)
+        self.grid_size = self.patch_embed.grid_size(*to_2tuple(img_size))
+        cells = self.grid_size[0] * self.grid_size[1]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, cells + int(class_token), embed_dim))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
+        self.blocks = nn.ModuleList(
+            Block(
+                AddNorm(embed_dim, norm, rates[i]),
+                Mixer(
+                    embed_dim,
+                    depth=depth,
+                    d_state=d_state,
+                    d_conv=d_conv,
+                    expand=expand,
+                    dt_rank=dt_rank,
+                    pooling="max" if pooling == "max" else "mean",
+                    pool_scale=pool_scale,
+                    norm_after_ssm=norm_after_ssm,
+                    init_layer_scale=init_layer_scale,
+                ),
+            )
+            for i in range(depth)
+        )
+        self.norm: AddNorm | None = AddNorm(embed_dim, norm, drop_path_rate)
+        reduction = self.patch_embed.stride
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction}
+            for i in range(depth)
+        ]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
+
+    # Training and transfer, as timm asks for them.
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Vectors that are stored stacked in two dimensions; the rest follows from its shape."""
+        return {
+            f"blocks.{i}.mixer.{name}" for i in range(len(self.blocks)) for name in Mixer.vectors
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise decay: the embeddings, each block, the rest."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for `num_classes` outputs (0: none), and another read-out if one is given."""
+        if global_pool is not None:
+            _check("global_pool", global_pool)
+            if global_pool == "token" and self.cls_token is None:
+                raise UserError("global_pool='token' needs class_token=True")
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head = (
+            nn.Linear(self.embed_dim, num_classes, **_like(self.pos_embed))
+            if num_classes > 0
+            else nn.Identity()
+        )
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    # Forward.
+
+    def _embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        tokens, grid = self.patch_embed(image)
+        position = self.pos_embed
+        if self.cls_token is None:
+            tokens = tokens + resize_grid(position, self.grid_size, grid)
+        else:
+            # The class token stands in the middle, and so does its position.
+            before = (position.shape[1] - 1) // 2
+            cells = torch.cat([position[:, :before], position[:, before + 1 :]], dim=1)
+            cells = tokens + resize_grid(cells, self.grid_size, grid)
+            token = (self.cls_token + position[:, before : before + 1]).expand(len(image), -1, -1)
+            middle = tokens.shape[1] // 2
+            tokens = torch.cat([cells[:, :middle], token, cells[:, middle:]], dim=1)
+        return self.pos_drop(tokens), grid
+
+    def _walks(self, num_tokens: int, grid: tuple[int, int]) -> list[Segments]:
+        """The segments of each layer in turn."""
+        sizes = {"l": num_tokens} if self.cls_token is not None else {"h": grid[0], "w": grid[1]}
+        return [traversal.over(sizes) for traversal in self.traversals]
+
+    def _run_blocks(
+        self, tokens: Tensor, grid: tuple[int, int], count: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What each of the first `count` blocks leaves: its mixer's output, the stream before."""
+        walks = self._walks(tokens.shape[1], grid)
+        hidden, residual = tokens, None
+        for i, block in enumerate(self.blocks[:count]):
+            walk = walks[i % len(walks)]
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                hidden, residual = checkpoint(block, hidden, residual, walk)
+            else:
+                hidden, residual = block(hidden, residual, walk)
+            yield hidden, residual
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) images to (B, L, d) tokens after the last norm."""
+        tokens, grid = self._embed(x)
+        hidden, residual = tokens, None
+        for hidden, residual in self._run_blocks(tokens, grid, len(self.blocks)):  # noqa: B007
+            pass
+        return self._finish(hidden, residual)
+
+    def _finish(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        if self.norm is None:
+            return hidden if residual is None else residual + hidden
+        return self.norm(hidden, residual)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, L, d) tokens to logits (B, num_classes), or to the features before the head."""
+        if self.global_pool == "avg":
+            x = x.mean(dim=1)
+        elif self.global_pool == "token":
+            x = x[:, (x.shape[1] - 1) // 2]
+        elif self.global_pool == "last":
+            x = x[:, -1]
+        x = self.head_drop(x)
+        if pre_logits or self.num_classes == 0:
+            return x
+        x = self.head(x)
+        return x.amax(dim=1) if self.global_pool == "max_logit" else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) images to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        source: Source = "residual",
+    ) -> Any:
+        """Features of several blocks.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: blocks to take; the last n for an int, all for None.
+            return_prefix_tokens: pair each feature with its class token, (B, 1, d).
+            norm: apply the last norm to each feature.
+            stop_early: leave out the blocks after the last index.
+            output_fmt: "NCHW" maps or "NLC" tokens, without the class token.
+            intermediates_only: leave out the first return value.
+            source: the "residual" stream after the block, or its "mixer"'s output alone.
+
+        Returns:
+            The tokens after the last norm, and the list of features.
+
+        Raises:
+            UserError: an unknown format or source.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise UserError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
+        if source not in ("residual", "mixer"):
+            raise UserError(f"source={source!r}: expected 'residual' or 'mixer'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        tokens, grid = self._embed(x)
+        hidden, residual = tokens, None
+        count = last + 1 if stop_early else len(self.blocks)
+        features = []
+        for i, (hidden, residual) in enumerate(self._run_blocks(tokens, grid, count)):
+            if i in take:
+                feature = hidden if source == "mixer" else residual + hidden
+                if norm:
+                    feature = self._finish(feature, None)
+                features.append(self._format(feature, grid, output_fmt, return_prefix_tokens))
+        if intermediates_only:
+            return features
+        return self._finish(hidden, residual), features
+
+    def _format(
+        self, x: Tensor, grid: tuple[int, int], output_fmt: str, with_prefix: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        prefix = x[:, :0]
+        if self.cls_token is not None:
+            middle = (x.shape[1] - 1) // 2
+            prefix = x[:, middle : middle + 1]
+            x = torch.cat([x[:, :middle], x[:, middle + 1 :]], dim=1)
+        if output_fmt == "NCHW":
+            x = x.mT.unflatten(2, grid).contiguous()
+        return (x, prefix) if with_prefix else x
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the features of `indices` do not need; returns the blocks they name."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = None
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+
+def _check(option: str, value: str) -> None:
+    if value not in _CHOICES[option]:
+        raise UserError(f"{option}={value!r}: expected one of {', '.join(map(repr, _CHOICES[option]))}")
+
+
+def _like(parameter: Tensor) -> dict[str, Any]:
+    return {"device": parameter.device, "dtype": parameter.dtype}

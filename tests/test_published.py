@@ -1,0 +1,100 @@
+"""The published models' own inputs, weights, outputs and gradients, reproduced.
+
+`--golden DIR` takes any folder of such files; `tests/golden` holds a few.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastvim.models import FastVim, FeatureMaps, from_published, to_published
+
+# Models of the published system that this library does not build yet.
+LATER = {"channel", "channel_vim", "mae"}
+
+
+def build(cfg: dict) -> torch.nn.Module:
+    """The model that a golden configuration describes."""
+    vim = cfg["model"] == "vim"
+    with_class = cfg.get("cls_token") is not None
+    backbone = FastVim(
+        img_size=tuple(cfg["img_size"]),
+        patch_size=cfg["patch_size"],
+        patch_stride=cfg.get("patch_stride"),
+        num_classes=cfg["num_classes"],
+        embed_dim=cfg["embed_dim"],
+        depth=cfg["depth"],
+        pooling="none" if vim else cfg.get("pooling", "mean"),
+        scan_path=cfg.get("scan_path", "row"),
+        alternate=cfg.get("alternate", True),
+        class_token=with_class,
+        global_pool="token" if with_class else cfg.get("global_pool", "avg"),
+        norm=cfg["norm"],
+        norm_after_ssm=cfg.get("norm_after_ssm", True),
+        init_layer_scale=cfg.get("init_layer_scale"),
+        pool_scale=cfg.get("pool_scale", 1.0),
+    )
+    return FeatureMaps(backbone, cfg["out_indices"]) if "out_indices" in cfg else backbone
+
+
+@pytest.fixture
+def case(golden_file: Path):
+    """Configuration, arrays, and the model with the published weights in it."""
+    arrays = dict(np.load(golden_file))
+    cfg = json.loads(str(arrays["cfg"]))
+    if cfg["model"] in LATER:
+        pytest.skip(f"{golden_file.stem}: the {cfg['model']} model does not exist yet")
+    model = build(cfg)
+    backbone = getattr(model, "backbone", model)
+    published = tensors(arrays, "state/")
+    column = backbone.grid_size if cfg.get("scan_path") == "column" else None
+    state = from_published(published, column)
+    for name, tensor in to_published(state, column).items():
+        assert torch.equal(tensor, published[name]), f"{name} does not survive the round trip"
+    if backbone is not model:
+        state = {n if n.startswith("norms.") else f"backbone.{n}": t for n, t in state.items()}
+    model.load_state_dict(state, strict=True)
+    return cfg, arrays, model.eval(), column
+
+
+def tensors(arrays: dict, prefix: str) -> dict[str, torch.Tensor]:
+    return {k[len(prefix) :]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def test_outputs(case):
+    cfg, arrays, model, _ = case
+    image = torch.from_numpy(arrays["in/image"])
+    expected = tensors(arrays, "out/")
+    with torch.no_grad():
+        if "out_indices" in cfg:
+            actual = {f"map{i}": x for i, x in enumerate(model(image))}
+        else:
+            tokens = model.forward_features(image)
+            actual = {
+                "features": model.forward_head(tokens, pre_logits=True),
+                "logits": model.forward_head(tokens),
+            }
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=0)
+
+
+def test_gradients(case):
+    _, arrays, model, column = case
+    expected = tensors(arrays, "grad/")
+    if not expected:
+        pytest.skip("the case holds no gradients")
+    model(torch.from_numpy(arrays["in/image"])).square().mean().backward()
+    actual = to_published({n: p.grad for n, p in model.named_parameters()}, column)
+    assert actual.keys() == expected.keys()
+    errors = {name: relative(actual[name], expected[name]) for name in expected}
+    assert max(errors.values()) < 1e-3, errors
