@@ -92,7 +92,7 @@ class Mixer(nn.Module):
             self.norm.reset_parameters()
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
         self.out_proj.weight.div_(math.sqrt(self.depth))
-        if self.gamma is not None:
+        if self.gamma is not None and self.init_layer_scale is not None:
             nn.init.constant_(self.gamma, self.init_layer_scale)
 
     def forward(self, u: Tensor, segments: Segments) -> Tensor:

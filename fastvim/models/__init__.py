@@ -6,7 +6,14 @@
 
 from fastvim.models.dense import FeatureMaps
 from fastvim.models.published import from_published, to_published
-from fastvim.models.registry import checkpoint_filter_fn
+from fastvim.models.registry import checkpoint_filter_fn, create_model
 from fastvim.models.vision import FastVim
 
-__all__ = ["FastVim", "FeatureMaps", "checkpoint_filter_fn", "from_published", "to_published"]
+__all__ = [
+    "FastVim",
+    "FeatureMaps",
+    "checkpoint_filter_fn",
+    "create_model",
+    "from_published",
+    "to_published",
+]

@@ -40,15 +40,13 @@ def is_published(state: Mapping[str, Tensor]) -> bool:
     return any(name.startswith("layers.") and ".mixer." in name for name in state)
 
 
-def from_published(
-    state: Mapping[str, Tensor], column_grid: tuple[int, int] | None = None
-) -> dict[str, Tensor]:
+def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published names to ours; `to_published` undoes it exactly.
+
+    The position embedding of a model with `scan_path="column"` also needs `transpose_position`.
 
     Args:
         state: tensors under published names, without prefixes such as `backbone.`.
-        column_grid: (height, width) of the token grid of a model with `scan_path="column"`, whose
-            published position embedding lies column by column.
 
     Raises:
         UserError: one direction of a parameter without the other.
@@ -67,15 +65,10 @@ def from_published(
         if target not in ours:
             pair = torch.stack([state[forward], state[backward]])
             ours[target] = pair.squeeze(2) if _PARTS[part] == "conv_weight" else pair
-    if column_grid is not None:
-        height, width = column_grid
-        ours["pos_embed"] = _transpose(ours["pos_embed"], (width, height))
     return ours
 
 
-def to_published(
-    state: Mapping[str, Tensor], column_grid: tuple[int, int] | None = None
-) -> dict[str, Tensor]:
+def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names to published ones; see `from_published`."""
     published: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -86,8 +79,6 @@ def to_published(
         for twin, direction in zip(_STACKED[part], tensor, strict=True):
             value = direction.unsqueeze(1) if part == "conv_weight" else direction
             published[_rename(block, published=False) + dot + twin] = value.clone()
-    if column_grid is not None:
-        published["pos_embed"] = _transpose(published["pos_embed"], column_grid)
     return published
 
 
@@ -97,6 +88,10 @@ def _rename(name: str, *, published: bool) -> str:
     return name
 
 
-def _transpose(position: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1, H·W, d) laid out over `grid` to the layout of its transpose."""
+def transpose_position(position: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A position embedding (1, H·W, d) laid out over `grid`, to the layout of its transpose.
+
+    The published column variant transposes its tokens after the patch embedding, so its embedding
+    lies column by column; ours lies row by row like every other.
+    """
     return position.unflatten(1, grid).transpose(1, 2).flatten(1, 2).contiguous()

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastvim.errors import UserError
+from fastvim.errors import UserError, nearest
 from fastvim.layers import resize_grid
 from fastvim.models.published import from_published, is_published
 from fastvim.models.vision import FastVim
+
+
+def create_model(name: str, **model_args: Any) -> nn.Module:
+    """`timm.create_model`, with one clear line for a mistyped name or option.
+
+    Raises:
+        UserError: no such model, or an option that it does not take; with the nearest valid names.
+    """
+    if not timm.is_model(name):
+        raise UserError(f"no model {name!r}{nearest(name, timm.list_models())}")
+    try:
+        return timm.create_model(name, **model_args)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        valid = inspect.signature(FastVim).parameters if _is_ours(name) else ()
+        hint = nearest(unknown[1], valid)
+        raise UserError(f"the model {name} has no option {unknown[1]!r}{hint}") from error
+
+
+def _is_ours(name: str) -> bool:
+    return timm.model_entrypoint(name).__module__ == __name__
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: FastVim) -> dict[str, Tensor]:

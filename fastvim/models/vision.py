@@ -108,6 +108,7 @@ class FastVim(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.scan_path = scan_path
         self.grad_checkpointing = False
         self.traversals = (
             (Traversal("l"),) if class_token else traversals(pooling, scan_path, alternate)
@@ -153,14 +154,12 @@ class FastVim(nn.Module):
 
     # Training and transfer, as timm asks for them.
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Vectors that are stored stacked in two dimensions; the rest follows from its shape."""
         return {
             f"blocks.{i}.mixer.{name}" for i in range(len(self.blocks)) for name in Mixer.vectors
         }
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise decay: the embeddings, each block, the rest."""
         return {
@@ -168,12 +167,10 @@ class FastVim(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
@@ -225,7 +222,7 @@ class FastVim(nn.Module):
         hidden, residual = tokens, None
         for i, block in enumerate(self.blocks[:count]):
             walk = walks[i % len(walks)]
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 hidden, residual = checkpoint(block, hidden, residual, walk)
             else:
                 hidden, residual = block(hidden, residual, walk)
@@ -337,7 +334,9 @@ class FastVim(nn.Module):
 
 def _check(option: str, value: str) -> None:
     if value not in _CHOICES[option]:
-        raise UserError(f"{option}={value!r}: expected one of {', '.join(map(repr, _CHOICES[option]))}")
+        raise UserError(
+            f"{option}={value!r}: expected one of {', '.join(map(repr, _CHOICES[option]))}"
+        )
 
 
 def _like(parameter: Tensor) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,13 +41,13 @@ class Engine:
     package: str
     device: str
     dtypes: tuple[torch.dtype, ...]
-    load: Callable[[], Callable[..., Tensor]]
+    load: Callable[[], Callable[..., Any]]
 
     def serves(self, x: Tensor) -> bool:
         return x.device.type == self.device and x.dtype in self.dtypes
 
 
-def _numba_selective_scan() -> Callable[..., Tensor]:
+def _numba_selective_scan() -> Callable[..., Any]:
     from fastvim.ops.cpu.selective_scan import selective_scan_numba
 
     return selective_scan_numba
@@ -82,7 +82,7 @@ def _installed(package: str) -> bool:
     return False
 
 
-def implementation(op: str, x: Tensor, reference: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+def implementation(op: str, x: Tensor, reference: Callable[_P, _T]) -> Callable[_P, _T]:
     """The function that serves `op` for a tensor like `x`: an engine's, or the definition."""
     if _chosen != REFERENCE:
         for engine in ENGINES.get(op, ()):

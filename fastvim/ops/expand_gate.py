@@ -26,7 +26,7 @@ def expand_gate(
     *,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`LayerNorm(mean over directions of (y_segment + D · x')) · silu(z)` (mixer, step 5 and after).
+    """`LayerNorm(mean over directions of (y_segment + D · x')) · silu(z)` (mixer, from step 5 on).
 
     The convolution `x'` is computed again from `x`: cheaper than storing it from `conv_pool`.
 

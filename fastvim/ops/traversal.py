@@ -106,7 +106,9 @@ class Segments:
         """Steps of the scan. With nothing pooled every token that is present is one."""
         if not self.pools:
             return self.num_tokens
-        return prod(size for size, pooled in zip(self.sizes, self.pooled, strict=True) if not pooled)
+        return prod(
+            size for size, pooled in zip(self.sizes, self.pooled, strict=True) if not pooled
+        )
 
     @property
     def segment_size(self) -> int:
@@ -172,7 +174,7 @@ class Segments:
         if self.in_memory_order:
             return x
         by_memory = self._by_memory
-        grid = x.unflatten(1, [self.sizes[axis] for axis in by_memory])
+        grid: Tensor = x.unflatten(1, [self.sizes[axis] for axis in by_memory])
         axes = [1 + by_memory.index(axis) for axis in range(len(self.sizes))]
         return grid.permute(0, *axes, -1).flatten(1, -2)
 
@@ -183,7 +185,8 @@ class Segments:
         if self.in_memory_order:
             return x
         axes = [1 + axis for axis in self._by_memory]
-        return x.unflatten(1, self.sizes).permute(0, *axes, -1).flatten(1, -2)
+        grid: Tensor = x.unflatten(1, self.sizes)
+        return grid.permute(0, *axes, -1).flatten(1, -2)
 
     def reduce(self, x: Tensor, pooling: Pooling) -> Tensor:
         """(2, B, n, E) in path order to one value per segment, (2, B, S, E).
@@ -199,7 +202,7 @@ class Segments:
                 return x.new_zeros(shape).scatter_add(2, index, x) / self.segment_size
             return x.new_zeros(shape).scatter_reduce(2, index, x, "amax", include_self=False)
         axes = [2 + axis for axis, pooled in enumerate(self.pooled) if pooled]
-        grid = x.unflatten(2, self.sizes)
+        grid: Tensor = x.unflatten(2, self.sizes)
         values = grid.mean(axes) if pooling == "mean" else grid.amax(axes)
         return values.flatten(2, -2)
 
@@ -209,6 +212,8 @@ class Segments:
             return y
         if self.index is not None:
             return y.gather(2, self.index[..., None].expand(*self.index.shape, y.shape[-1]))
-        sizes = [1 if pooled else size for size, pooled in zip(self.sizes, self.pooled, strict=True)]
-        grid = y.unflatten(2, sizes).expand(*y.shape[:2], *self.sizes, y.shape[-1])
-        return grid.flatten(2, -2)
+        sizes = [
+            1 if pooled else size for size, pooled in zip(self.sizes, self.pooled, strict=True)
+        ]
+        grid: Tensor = y.unflatten(2, sizes)
+        return grid.expand(*y.shape[:2], *self.sizes, y.shape[-1]).flatten(2, -2)

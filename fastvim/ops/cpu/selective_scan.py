@@ -7,6 +7,7 @@ a task. A task is one sequence and one block of channels; its state stays in the
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,17 +53,18 @@ def _as_float(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), build
 
 
-@_jit(inline="always")  # type: ignore[untyped-decorator]
+@_jit(inline="always")
 def _exp2(x: Any) -> Any:
     """2**x for x <= 0, floored at 2**-126. numba's own exp would be a call per element."""
     x = float32(-126.0) if x < float32(-126.0) else x
     whole = np.floor(x + float32(0.5))
     f = x - whole
     p = C0 + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
-    return p * _as_float((int32(whole) + int32(127)) << int32(23))
+    bits = (int32(whole) + int32(127)) << int32(23)
+    return p * _as_float(bits)  # type: ignore[call-arg]
 
 
-@_jit  # type: ignore[untyped-decorator]
+@_jit
 def _forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[no-untyped-def]
     """Tasks first..last-1. Fills y (G, S, E) and starts (G, S // CHUNK, N, E), if it has room."""
     G, S, E = u.shape
@@ -96,7 +98,7 @@ def _forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[no-u
                 starts[g, i // CHUNK, :, e0 : e0 + width] = h[:, :width]
 
 
-@_jit  # type: ignore[untyped-decorator]
+@_jit
 def _backward(first, last, u, delta, rate, B, C, starts, dy, du, ddelta, drate, dB, dC):  # type: ignore[no-untyped-def]
     """Tasks first..last-1. drate (G, N, E), dB and dC (blocks, G, S, N) are partial sums."""
     G, S, E = u.shape
@@ -184,7 +186,7 @@ def _parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
         kernel(0, tasks, *arrays)
         return
     bounds = [tasks * k // threads for k in range(threads + 1)]
-    slices = zip(bounds[:-1], bounds[1:], strict=True)
+    slices = itertools.pairwise(bounds)
     futures = [_pool(threads).submit(kernel, a, b, *arrays) for a, b in slices]
     for future in futures:
         future.result()
@@ -266,5 +268,5 @@ def selective_scan_numba(
     delta = step_size(dt, dt_proj, dt_bias, dtype)
     sequences = [t.to(dtype).flatten(0, 1).contiguous() for t in (u, delta, B, C)]
     save = torch.is_grad_enabled()
-    y, _ = _scan(sequences[0], sequences[1], rate, *sequences[2:], save)
-    return y.unflatten(0, u.shape[:2]).to(u.dtype)
+    y: Tensor = _scan(sequences[0], sequences[1], rate, *sequences[2:], save)[0]
+    return y.view(u.shape).to(u.dtype)
