@@ -43,7 +43,7 @@ _jit: Callable[..., Any] = functools.partial(
 )
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_float(typing_context: Any, bits: Any) -> Any:
     """Reinterpret the bits of an int32 as a float32."""
 
@@ -54,7 +54,7 @@ def _as_float(typing_context: Any, bits: Any) -> Any:
 
 
 @_jit(inline="always")
-def _exp2(x: Any) -> Any:
+def _exp2(x):  # type: ignore[no-untyped-def]
     """2**x for x <= 0, floored at 2**-126. numba's own exp would be a call per element."""
     x = float32(-126.0) if x < float32(-126.0) else x
     whole = np.floor(x + float32(0.5))
