@@ -6,6 +6,8 @@ Direction 0 walks the path, direction 1 walks it backwards: its window looks ahe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,20 +48,6 @@ def conv_pool(
     return run(x, weight, bias, segments, pooling=pooling, pool_scale=pool_scale)
 
 
-@definition
-def conv_pool_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    segments: Segments,
-    *,
-    pooling: Pooling = "mean",
-    pool_scale: float = 1.0,
-) -> Tensor:
-    convolved = conv_silu(segments.to_path(x.to(compute_dtype(x))), weight, bias)
-    return (segments.reduce(convolved, pooling) * pool_scale).to(x.dtype)
-
-
 def conv_silu(x_path: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, L, E) in path order to SiLU of the convolution in each direction, (2, B, L, E)."""
     taps, channels = weight.shape[-1], x_path.shape[-1]
@@ -69,6 +57,21 @@ def conv_silu(x_path: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     forward = F.conv1d(F.pad(x, (taps - 1, 0)), causal, bias[0], groups=channels)
     backward = F.conv1d(F.pad(x, (0, taps - 1)), anticausal, bias[1], groups=channels)
     return F.silu(torch.stack([forward, backward]).mT)
+
+
+@definition
+def conv_pool_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    segments: Segments,
+    *,
+    pooling: Pooling = "mean",
+    pool_scale: float = 1.0,
+    convolve: Callable[[Tensor, Tensor, Tensor], Tensor] = conv_silu,
+) -> Tensor:
+    convolved = convolve(segments.to_path(x.to(compute_dtype(x))), weight, bias)
+    return (segments.reduce(convolved, pooling) * pool_scale).to(x.dtype)
 
 
 def check_tokens(x: Tensor, weight: Tensor, segments: Segments) -> None:

@@ -47,22 +47,34 @@ class Engine:
         return x.device.type == self.device and x.dtype in self.dtypes
 
 
+def _numba_conv_pool() -> Callable[..., Any]:
+    from fastvim.ops.cpu.conv import conv_pool_numba
+
+    return conv_pool_numba
+
+
 def _numba_selective_scan() -> Callable[..., Any]:
     from fastvim.ops.cpu.selective_scan import selective_scan_numba
 
     return selective_scan_numba
 
 
+def _numba_expand_gate() -> Callable[..., Any]:
+    from fastvim.ops.cpu.conv import expand_gate_numba
+
+    return expand_gate_numba
+
+
+def _numba(load: Callable[[], Callable[..., Any]]) -> Engine:
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    return Engine("numba", package="numba", device="cpu", dtypes=dtypes, load=load)
+
+
+# By op, in order of preference; `add_norm` on a CPU is as good as its definition.
 ENGINES: dict[str, tuple[Engine, ...]] = {
-    "selective_scan": (
-        Engine(
-            name="numba",
-            package="numba",
-            device="cpu",
-            dtypes=(torch.float32, torch.float16, torch.bfloat16),
-            load=_numba_selective_scan,
-        ),
-    ),
+    "conv_pool": (_numba(_numba_conv_pool),),
+    "selective_scan": (_numba(_numba_selective_scan),),
+    "expand_gate": (_numba(_numba_expand_gate),),
 }
 
 _chosen: str | None = None

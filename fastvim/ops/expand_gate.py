@@ -5,6 +5,8 @@ B  batch, L  tokens, E  inner width, K  taps of the convolution, S  segments
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -71,9 +73,10 @@ def expand_gate_reference(
     norm_bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    convolve: Callable[[Tensor, Tensor, Tensor], Tensor] = conv_silu,
 ) -> Tensor:
     dtype = compute_dtype(x)
-    convolved = conv_silu(segments.to_path(x.to(dtype)), conv_weight, conv_bias)
+    convolved = convolve(segments.to_path(x.to(dtype)), conv_weight, conv_bias)
     scanned = segments.broadcast(y.to(dtype)) + D.to(dtype)[:, None, None] * convolved
     mixed = segments.from_path(scanned.mean(0))
     if norm_weight is not None:

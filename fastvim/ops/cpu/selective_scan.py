@@ -6,65 +6,21 @@ a task. A task is one sequence and one block of channels; its state stays in the
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba import float32, int32
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 
+from fastvim.ops.cpu.kernels import BLOCK, LN_2, LOG2_E, blocks_of, exp2, jit, parallel
 from fastvim.ops.dispatch import definition
 from fastvim.ops.selective_scan import step_size
 
-BLOCK = 64  # channels of a task: its (N, W) state and rates fill 8 KiB at N = 16
 CHUNK = 16  # steps whose states the backward pass holds; between chunks it restarts from saved ones
-LOG2_E = 1.4426950408889634
-LN_2 = np.float32(0.6931471805599453)
-
-# Chebyshev fit of 2**f on [-1/2, 1/2], relative error 3e-9.
-C0, C1, C2, C3, C4, C5, C6 = (
-    np.float32(c)
-    for c in np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5])
-    .convert(kind=np.polynomial.Polynomial)
-    .coef
-)
-
-# Sums may be reordered into vector lanes; nothing may assume that values are finite.
-_jit: Callable[..., Any] = functools.partial(
-    numba.njit, nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy"
-)
 
 
-@intrinsic
-def _as_float(typing_context: Any, bits: Any) -> Any:
-    """Reinterpret the bits of an int32 as a float32."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
-
-    return types.float32(types.int32), build
-
-
-@_jit(inline="always")
-def _exp2(x):  # type: ignore[no-untyped-def]
-    """2**x for x <= 0, floored at 2**-126. numba's own exp would be a call per element."""
-    x = float32(-126.0) if x < float32(-126.0) else x
-    whole = np.floor(x + float32(0.5))
-    f = x - whole
-    p = C0 + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
-    bits = (int32(whole) + int32(127)) << int32(23)
-    return p * _as_float(bits)  # type: ignore[call-arg]
-
-
-@_jit
+@jit
 def _forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[no-untyped-def]
     """Tasks first..last-1. Fills y (G, S, E) and starts (G, S // CHUNK, N, E), if it has room."""
     G, S, E = u.shape
@@ -90,7 +46,7 @@ def _forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[no-u
             for n in range(N):
                 b, c = B[g, s, n], C[g, s, n]
                 for e in range(BLOCK):
-                    h[n, e] = _exp2(step[e] * rates[n, e]) * h[n, e] + inflow[e] * b
+                    h[n, e] = exp2(step[e] * rates[n, e]) * h[n, e] + inflow[e] * b
                     out[e] += c * h[n, e]
             for e in range(width):
                 y[g, s, e0 + e] = out[e]
@@ -98,7 +54,7 @@ def _forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[no-u
                 starts[g, i // CHUNK, :, e0 : e0 + width] = h[:, :width]
 
 
-@_jit
+@jit
 def _backward(first, last, u, delta, rate, B, C, starts, dy, du, ddelta, drate, dB, dC):  # type: ignore[no-untyped-def]
     """Tasks first..last-1. drate (G, N, E), dB and dC (blocks, G, S, N) are partial sums."""
     G, S, E = u.shape
@@ -135,7 +91,7 @@ def _backward(first, last, u, delta, rate, B, C, starts, dy, du, ddelta, drate, 
                 for n in range(N):
                     b = B[g, s, n]
                     for e in range(BLOCK):
-                        decay[k, n, e] = _exp2(step[e] * rates[n, e])
+                        decay[k, n, e] = exp2(step[e] * rates[n, e])
                         h[k + 1, n, e] = decay[k, n, e] * h[k, n, e] + inflow[e] * b
             for i in range(end - 1, begin - 1, -1):
                 s = S - 1 - i if backward else i
@@ -166,38 +122,6 @@ def _backward(first, last, u, delta, rate, B, C, starts, dy, du, ddelta, drate, 
         drate[g, :, e0 : e0 + width] = drates[:, :width]
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="fastvim")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
-def _parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
-    """Run kernel(first, last, *arrays) over slices of the tasks, on as many threads as torch.
-
-    The kernels release the GIL, so plain threads serve: no numba threading layer to conflict with
-    torch's, and a forked data worker starts with none.
-    """
-    arrays = [tensor.detach().numpy() for tensor in tensors]
-    threads = max(1, min(torch.get_num_threads(), tasks))
-    if threads == 1:
-        kernel(0, tasks, *arrays)
-        return
-    bounds = [tasks * k // threads for k in range(threads + 1)]
-    slices = itertools.pairwise(bounds)
-    futures = [_pool(threads).submit(kernel, a, b, *arrays) for a, b in slices]
-    for future in futures:
-        future.result()
-
-
-def _tasks(u: Tensor) -> tuple[int, int]:
-    """How many tasks, and how many blocks of channels."""
-    blocks = -(-u.shape[2] // BLOCK)
-    return u.shape[0] * blocks, blocks
-
-
 @torch.library.custom_op("fastvim::scan_cpu", mutates_args=())
 def _scan(
     u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, save: bool
@@ -206,7 +130,7 @@ def _scan(
     G, S, E = u.shape
     y = torch.empty_like(u)
     starts = u.new_empty(G, S // CHUNK if save else 0, rate.shape[1], E)
-    _parallel(_forward, _tasks(u)[0], u, delta, rate, B, C, y, starts)
+    parallel(_forward, G * blocks_of(E), u, delta, rate, B, C, y, starts)
     return y, starts
 
 
@@ -222,14 +146,12 @@ def _(
 def _scan_backward(
     u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, starts: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tasks, blocks = _tasks(u)
     G, S, E = u.shape
-    N = rate.shape[1]
+    N, blocks = rate.shape[1], blocks_of(u.shape[2])
     du, ddelta = torch.empty_like(u), torch.empty_like(u)
     drate, dB, dC = (u.new_empty(G, N, E), *u.new_empty(2, blocks, G, S, N))
-    _parallel(
-        _backward, tasks, u, delta, rate, B, C, starts, dy.contiguous(), du, ddelta, drate, dB, dC
-    )
+    sums = (du, ddelta, drate, dB, dC)
+    parallel(_backward, G * blocks, u, delta, rate, B, C, starts, dy.contiguous(), *sums)
     return du, ddelta, drate.unflatten(0, (2, -1)).sum(1), dB.sum(0), dC.sum(0)
 
 
@@ -264,7 +186,7 @@ def selective_scan_numba(
     """`fastvim.ops.selective_scan` for CPU tensors of at most 32 bits."""
     dtype = torch.float32
     # Rates to base 2, channels last: the kernel's inner loop is 2**(Δ · rate) over channels.
-    rate = (-LOG2_E * A_log.to(dtype).exp()).mT.contiguous()
+    rate = (-float(LOG2_E) * A_log.to(dtype).exp()).mT.contiguous()
     delta = step_size(dt, dt_proj, dt_bias, dtype)
     sequences = [t.to(dtype).flatten(0, 1).contiguous() for t in (u, delta, B, C)]
     save = torch.is_grad_enabled()
