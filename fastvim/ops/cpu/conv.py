@@ -26,8 +26,8 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
     return (float32(1.0) if x >= float32(0.0) else decay) / (float32(1.0) + decay)
 
 
-# Blocks are copied to scratch first: its rows are contiguous and padded with K-1 zero tokens at both
-# ends, and an index that starts at 0 is one that the compiler knows not to be negative.
+# Blocks are copied to scratch first: its rows are padded with K-1 zero tokens at both ends, and an
+# index that starts at 0 is one that the compiler knows not to be negative, so that it vectorises.
 
 
 @jit

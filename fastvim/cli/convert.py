@@ -1,0 +1,46 @@
+"""`fastvim convert IN OUT`: published weights to a safetensors file, and back."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from fastvim.checkpoint import convert
+from fastvim.cli.arguments import Parser
+
+LICENCE = "The published FastVim weights are CC-BY-NC-SA: not for commercial use, converted or not."
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="fastvim convert",
+        description="Translate published FastVim or Vim weights to one safetensors file of this "
+        "library, or such a file back to published names. " + LICENCE,
+    )
+    parser.add_argument("source", metavar="IN", help="published .ckpt or .pth, or .safetensors")
+    parser.add_argument("target", metavar="OUT", help=".safetensors (ours) or .ckpt (published)")
+    parser.add_argument("--model", metavar="NAME", help="name of the model (default: by its sizes)")
+    parser.add_argument(
+        "--raw", action="store_true", help="the weights without averaging (default: EMA if present)"
+    )
+    parser.add_argument("--img-size", type=int, metavar="PIXELS", help="side it was trained at")
+    untold = parser.add_argument_group("what the weights cannot tell")
+    untold.add_argument("--scan-path", choices=("row", "column"))
+    untold.add_argument("--pooling", choices=("mean", "max", "none"))
+    untold.add_argument("--pool-scale", type=float, metavar="FACTOR")
+    untold.add_argument("--no-alternate", dest="alternate", action="store_false", default=None)
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Run the command; see `fastvim convert --help`."""
+    arguments = vars(_parser().parse_args(argv))
+    source, target, model = (arguments.pop(key) for key in ("source", "target", "model"))
+    raw = arguments.pop("raw")
+    given = {option: value for option, value in arguments.items() if value is not None}
+    found = convert(source, target, ema=not raw, model=model, model_args=given)
+    console = Console(highlight=False, soft_wrap=True)
+    kind = {"EMA": "EMA weights", "raw": "weights without averaging"}
+    console.print(f"{source}: {kind.get(found['weights'], 'weights')} of [bold]{found['model']}[/]")
+    for option, value in found["model_args"].items():
+        console.print(f"  {option:<17} {value}")
+    console.print(f"written to {target}")

@@ -1,0 +1,60 @@
+"""`fastvim models`: what can be built, and what computes it on this machine."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastvim.cli.arguments import Parser
+from fastvim.models import FastVim, create_model
+from fastvim.ops import engine_name
+from fastvim.ops.dispatch import OPS
+
+FAMILIES = ("fastvim_*", "vim_*")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="fastvim models", description="List the models of this library.")
+    parser.add_argument(
+        "--engines", action="store_true", help="list instead which engine serves each operation"
+    )
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Run the command; see `fastvim models --help`."""
+    console = Console(highlight=False)
+    console.print(_engines() if _parser().parse_args(argv).engines else _models())
+
+
+def _models() -> Table:
+    table = Table("model", "image", "patch", "width", "blocks", "parameters", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in timm.list_models(list(FAMILIES)):
+        with torch.device("meta"):
+            model = create_model(name)
+        assert isinstance(model, FastVim)
+        size = timm.get_pretrained_cfg_value(name, "input_size")[-1]
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        table.add_row(
+            name,
+            str(size),
+            str(model.patch_embed.patch_size),
+            str(model.embed_dim),
+            str(len(model.blocks)),
+            f"{parameters:,}",
+        )
+    return table
+
+
+def _engines() -> Table:
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    table = Table("operation", *devices, box=None)
+    for op in OPS:
+        table.add_row(op, *(engine_name(op, device) for device in devices))
+    return table
