@@ -1,0 +1,241 @@
+"""Image folders and timm's datasets for training and evaluating a classifier."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import lightning as L
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import DataLoader, Dataset
+
+from fastvim.data import samples
+from fastvim.data.files import ImageFiles, find_split, open_folder, reader_classes
+from fastvim.data.sampler import evaluation_loader, training_loader
+from fastvim.data.transforms import (
+    IMAGE_MODES,
+    Transform,
+    evaluation_transform,
+    training_transform,
+)
+from fastvim.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+SAMPLE_PREFIX = "sample:"
+ROLES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # by Lightning's stage
+LEAST = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
+READERS = ("hfds", "hfids", "tfds", "wds")  # timm's, besides folders and tar files
+
+
+class ImageData(L.LightningDataModule):
+    """Images in class folders, or what timm's dataset readers open.
+
+    The folder layout is `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` (.jpg, .jpeg, .png;
+    `validation` serves for `val`; `train.tar` for `train/`). The class of an image is the name of
+    the folder that holds it; the training split's names, in natural order, number the classes, and
+    the other splits are mapped by name. When validating or testing without a training split, that
+    split's own names do.
+
+    A batch is (images, targets): float32 (B, C, H, W), normalised, and int64 (B,). The defaults
+    are the published ImageNet recipe; Mixup is the task's. Training resumes with the batches that
+    it would have seen, and the number of workers changes none of them (`fastvim.data.sampler`);
+    with iterable datasets (`wds/`, `hfids/`, `tfds/`) it does. An unreadable image is replaced,
+    with a warning, in training, and is an error in evaluation (`fastvim.data.files`); timm's
+    reader of `wds/` leaves it out with a warning in both.
+
+    Args:
+        root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
+        dataset: "" for folders; otherwise timm's name of a dataset, as `hfds/NAME` or `wds/NAME`,
+            whose files are at `root`.
+        train_split: name of the training split.
+        val_split: name of the validation split.
+        test_split: name of the test split; None for `test` if the folder has one, else `val_split`.
+        num_classes: for datasets that do not name their classes (`wds/`); None to read them.
+        batch_size: training images per process.
+        eval_batch_size: images per process in evaluation; None for `batch_size`.
+        num_workers: loading processes per process.
+        seed: of order and augmentation, at least 0.
+        img_size: height and width in pixels, or one number for both.
+        in_chans: 3 (RGB) or 1 (grey).
+        mean: per channel, for values in 0..1; a single value serves every channel.
+        std: as `mean`.
+        interpolation: of every resizing.
+        crop_pct: evaluation resizes to `img_size / crop_pct` and crops the centre.
+        scale: range of a training crop's share of the area.
+        ratio: range of a training crop's width / height.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        color_jitter: strength of brightness, contrast, saturation; used without `auto_augment`.
+        auto_augment: timm's description of an augmentation policy; None or "" for none.
+        re_prob: probability of random erasing.
+        re_mode: what fills an erased rectangle: "const", "rand" or "pixel".
+
+    Raises:
+        UserError: for an argument out of range, and in `setup` for missing or odd files.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        dataset: str = "",
+        train_split: str = "train",
+        val_split: str = "val",
+        test_split: str | None = None,
+        num_classes: int | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int = 4,
+        seed: int = 0,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+        interpolation: str = "bicubic",
+        crop_pct: float = 0.875,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        color_jitter: float = 0.0,
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        re_prob: float = 0.25,
+        re_mode: str = "pixel",
+    ) -> None:
+        super().__init__()
+        self.root = str(root)
+        self.dataset = dataset
+        self.train_split = train_split
+        self.val_split = val_split
+        self.test_split = test_split
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._check_arguments()
+        common: dict[str, Any] = {"img_size": img_size, "mean": mean, "std": std}
+        common |= {"interpolation": interpolation, "in_chans": in_chans}
+        crop: dict[str, Any] = {"scale": scale, "ratio": ratio, "hflip": hflip, "vflip": vflip}
+        erasing: dict[str, Any] = {"re_prob": re_prob, "re_mode": re_mode}
+        colour: dict[str, Any] = {"color_jitter": color_jitter, "auto_augment": auto_augment}
+        self._train_transform = training_transform(**common, **crop, **colour, **erasing)
+        self._eval_transform = evaluation_transform(**common, crop_pct=crop_pct)
+        self._image_mode = IMAGE_MODES[in_chans]
+        self._num_classes = num_classes
+        self._class_names: list[str] = []
+        self._datasets: dict[str, Dataset[Any]] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes in index order; known after `setup`."""
+        if not self._class_names:
+            raise RuntimeError("ImageData.class_names: call setup() first")
+        return self._class_names
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; known after `setup`."""
+        return len(self.class_names)
+
+    def eval_transform(self) -> Transform:
+        """What evaluation does to a PIL image: a function to a float32 tensor (C, H, W)."""
+        return self._eval_transform
+
+    def prepare_data(self) -> None:
+        """Fetch a sample set, once for all processes of a machine."""
+        self._directory()
+
+    def setup(self, stage: str) -> None:
+        """Open the splits of a stage: "fit", "validate" or "test"; those already open stay so."""
+        for role in ROLES.get(stage, ()):
+            if role not in self._datasets:
+                self._datasets[role] = self._open(role)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return training_loader(self._datasets["train"], **self._loading(self.batch_size))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return evaluation_loader(self._datasets["val"], **self._loading(self.eval_batch_size))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return evaluation_loader(self._datasets["test"], **self._loading(self.eval_batch_size))
+
+    def _loading(self, batch_size: int) -> dict[str, Any]:
+        return {
+            "batch_size": batch_size,
+            "num_workers": self.num_workers,
+            "seed": self.seed,
+            "trainer": self.trainer,
+        }
+
+    def _open(self, role: str) -> Dataset[Any]:
+        """The dataset of a role, "train", "val" or "test"; the first one settles the classes."""
+        split = self._split(role)
+        training = role == "train"
+        transform = self._train_transform if training else self._eval_transform
+        source = self._source(split, training)
+        if not self._class_names:
+            self._class_names = self._find_class_names(source.reader, training)
+        if isinstance(source, IterableImageDataset):
+            source.transform = transform
+            return source
+        location = f"{self.dataset}/{split}" if self.dataset else str(source.reader.root)
+        return ImageFiles(source.reader, location, transform, self._class_names, training)
+
+    def _source(self, split: str, training: bool) -> ImageDataset | IterableImageDataset:
+        """timm's dataset of a split, without a transform."""
+        if not self.dataset:
+            return open_folder(self._directory(), split)
+        try:
+            return create_dataset(
+                self.dataset,
+                root=self._directory(),
+                split=split,
+                is_training=training,
+                batch_size=self.batch_size if training else self.eval_batch_size,
+                seed=self.seed,
+                input_img_mode=self._image_mode,
+            )
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{self.dataset}: cannot open split {split!r}: {reason}") from error
+
+    def _find_class_names(self, reader: Any, training: bool) -> list[str]:
+        """The training split's class names, or without one those of `reader`'s own split."""
+        if not training and not self.dataset:
+            if find_split(self._directory(), self.train_split):
+                reader = open_folder(self._directory(), self.train_split).reader
+            else:
+                _logger.warning("%s: no training split; its own folders give classes", reader.root)
+        names = reader_classes(reader)
+        if not names and self._num_classes is None:
+            raise UserError(f"{self.dataset}: the dataset names no classes; give num_classes")
+        if names and self._num_classes not in (None, len(names)):
+            raise UserError(f"num_classes {self._num_classes}: the data have {len(names)} classes")
+        return names or [str(index) for index in range(self._num_classes or 0)]
+
+    def _split(self, role: str) -> str:
+        if role == "train":
+            return self.train_split
+        if role == "test" and self.test_split:
+            return self.test_split
+        if role == "test" and not self.dataset and find_split(self._directory(), "test"):
+            return "test"
+        return self.val_split
+
+    def _directory(self) -> str:
+        if self.root.startswith(SAMPLE_PREFIX):
+            return str(samples.fetch(self.root.removeprefix(SAMPLE_PREFIX)))
+        return os.path.expanduser(self.root)
+
+    def _check_arguments(self) -> None:
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)}: expected {least} or more")
+        if self.dataset and self.dataset.partition("/")[0].lower() not in READERS:
+            raise UserError(
+                f'dataset {self.dataset!r}: expected "" for folders or a name that begins with '
+                + ", ".join(f"{reader}/" for reader in READERS)
+            )

@@ -1,0 +1,291 @@
+"""Which sample comes when, and with which random numbers: exact resumption.
+
+The order of the training samples and the augmentation of each are functions of (seed, epoch,
+sample) alone. Neither the number of workers nor an interruption changes them: a run resumed from
+any checkpoint of Lightning goes on with the very batches that it would have seen. The loaders here
+also leave the global random generators alone, which belong to the model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from fastvim.errors import UserError
+
+if TYPE_CHECKING:
+    import lightning as L
+
+
+class TrainingSampler(DistributedSampler[Any]):
+    """Yields (epoch, index) pairs in an order drawn from (seed, epoch).
+
+    The pair tells a persistent worker the epoch, which it could not learn otherwise. Ranks take
+    turns, so the global batches do not depend on how many processes share one; the remainder that
+    does not divide among them is dropped. It is a `DistributedSampler` so that Lightning does not
+    wrap it in one.
+
+    Args:
+        dataset: a dataset with a length.
+        seed: at least 0.
+        epoch: the epoch to begin with.
+        skip: samples of this rank to leave out at the start of that epoch only; the length
+            stays that of a whole epoch, since Lightning counts the skipped batches too.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        seed: int,
+        *,
+        epoch: int = 0,
+        skip: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(dataset, world_size, rank, seed=seed, drop_last=True)
+        self.epoch = epoch
+        self.skip = skip
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin `epoch`, whole unless it is the one that the sampler was built to resume."""
+        if epoch != self.epoch:
+            self.epoch, self.skip = epoch, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        # Not a generator: the epoch is read now, however late the first sample is drawn.
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(self._dataset_size, generator=generator)
+        mine = order[self.rank : self.total_size : self.num_replicas]
+        return ((epoch, index) for index in mine[self.skip :].tolist())
+
+    @property
+    def _dataset_size(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+
+class EvaluationSampler(DistributedSampler[Any]):
+    """Yields every index once, in order; ranks take turns and none repeats a sample."""
+
+    def __init__(self, dataset: Dataset[Any], *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(dataset, world_size, rank, shuffle=False)
+        self._indices = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+class Seeded(Dataset[Any]):
+    """A dataset whose samples draw their random numbers from (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: tuple[int, int] | int) -> Any:
+        # Lightning's overfit_batches replaces our sampler by one of plain indices.
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        with seeded(self.seed, epoch, index):
+            return self.dataset[index]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader that Lightning may resume in the middle of an epoch without a warning.
+
+    It has no state of its own: the position is in the trainer's progress (`resume_point`), which
+    is also there when Lightning does not restore loaders, after a checkpoint at an epoch's end.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class StreamLoader(ResumableLoader):
+    """A loader of an iterable dataset of timm.
+
+    Lightning tells an epoch to samplers only, and a stream has none: this loader tells it, and
+    seeds the workers from (seed, epoch). The order and augmentation then depend on the number of
+    workers, and resuming reads and drops the batches already seen.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset[Any],
+        *,
+        seed: int,
+        trainer: L.Trainer | None,
+        **settings: Any,
+    ) -> None:
+        self.seed = seed
+        self.trainer = trainer
+        super().__init__(dataset, **settings)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        epoch, batches_done = resume_point(self.trainer)
+        assert self.generator is not None
+        self.generator.manual_seed(mix(self.seed, epoch))
+        self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        return islice(super().__iter__(), batches_done, None)
+
+
+def training_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    trainer: L.Trainer | None = None,
+) -> DataLoader[Any]:
+    """Shuffled, exactly resumable batches; an incomplete last batch is dropped.
+
+    Args:
+        dataset: map-style, or an iterable dataset of timm.
+        batch_size: per process.
+        num_workers: per process; a stream uses at least one, so as not to draw from the
+            generators of the model.
+        seed: at least 0.
+        trainer: gives rank, number of processes and the point to resume from.
+
+    Raises:
+        UserError: when the dataset is smaller than one batch of every process.
+    """
+    settings = _settings(batch_size, num_workers, seed)
+    if isinstance(dataset, IterableDataset):
+        workers = max(1, num_workers)
+        dataset.set_loader_cfg(num_workers=workers)  # type: ignore[attr-defined]
+        # Workers of a stream are seeded as they start: they must start anew every epoch.
+        settings |= {"num_workers": workers, "persistent_workers": False}
+        return StreamLoader(dataset, seed=seed, trainer=trainer, drop_last=True, **settings)
+    rank, world_size = _place(trainer)
+    size = len(dataset)  # type: ignore[arg-type]
+    if size < batch_size * world_size:
+        raise UserError(
+            f"batch_size {batch_size} on {world_size} process(es): the training split has only "
+            f"{size} images; expected at least one batch"
+        )
+    epoch, batches_done = resume_point(trainer)
+    sampler = TrainingSampler(
+        dataset,
+        seed,
+        epoch=epoch,
+        skip=batches_done * batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    return ResumableLoader(Seeded(dataset, seed), sampler=sampler, drop_last=True, **settings)
+
+
+def evaluation_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    trainer: L.Trainer | None = None,
+) -> DataLoader[Any]:
+    """Every sample once, in order, divided among the processes without repetition.
+
+    The arguments are those of `training_loader`; the batches may be a little larger than asked
+    for, so that every process has equally many.
+
+    Raises:
+        UserError: when there are fewer samples than processes.
+    """
+    settings = _settings(batch_size, num_workers, seed)
+    if isinstance(dataset, IterableDataset):
+        dataset.set_loader_cfg(num_workers=num_workers)  # type: ignore[attr-defined]
+        return DataLoader(dataset, **settings)
+    rank, world_size = _place(trainer)
+    size = len(dataset)  # type: ignore[arg-type]
+    if size < world_size:
+        raise UserError(f"{size} images for {world_size} processes: expected one each at least")
+    settings["batch_size"] = even_batch_size(size, world_size, batch_size)
+    sampler = EvaluationSampler(dataset, rank=rank, world_size=world_size)
+    return DataLoader(dataset, sampler=sampler, **settings)
+
+
+def even_batch_size(size: int, world_size: int, batch_size: int) -> int:
+    """The least batch size from `batch_size` up that gives every rank as many batches.
+
+    Ranks hold `size // world_size` samples, at least one, or one more. A rank with one batch more
+    than another would wait for it for ever in the first collective operation of that batch.
+    """
+    while size % world_size and (size // world_size) % batch_size == 0:
+        batch_size += 1
+    return batch_size
+
+
+def resume_point(trainer: L.Trainer | None) -> tuple[int, int]:
+    """The epoch to serve next and how many batches of it are done, (0, 0) in a fresh run.
+
+    Lightning asks for the training loader, and lets its workers prefetch, before it tells the
+    sampler the epoch and before it has settled its own counters after loading a checkpoint. So
+    they are read here as the checkpoint left them: an epoch that was cut off goes on after its
+    last processed batch, or is over if that was the last one.
+    """
+    if trainer is None:
+        return 0, 0
+    loop = trainer.fit_loop
+    epochs: Any = loop.epoch_progress.current
+    batches: Any = loop.epoch_loop.batch_progress
+    if not loop.restarting or epochs.started == epochs.processed:
+        return epochs.processed, 0
+    if batches.is_last_batch:
+        return epochs.processed + 1, 0
+    return epochs.processed, batches.current.processed
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed `random`, numpy and torch (CPU) from `key`; give their states back at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed is for GPUs as well
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def mix(*key: int) -> int:
+    """One seed from several numbers, none negative: no two keys share it, short of chance."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _place(trainer: L.Trainer | None) -> tuple[int, int]:
+    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+
+def _settings(batch_size: int, num_workers: int, seed: int) -> dict[str, Any]:
+    return {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        # Without its own generator a loader draws the workers' seed from the global one.
+        "generator": torch.Generator().manual_seed(seed),
+    }
