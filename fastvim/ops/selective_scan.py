@@ -82,8 +82,8 @@ def selective_scan_reference(
 
 def step_size(dt: Tensor, dt_proj: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Δ = softplus(dt · dt_projᵀ + dt_bias), (2, B, S, E)."""
-    projected = torch.einsum("dbsr,der->dbse", dt.to(dtype), dt_proj.to(dtype))
-    return F.softplus(projected + dt_bias.to(dtype)[:, None, None])
+    rows, weight, bias = dt.to(dtype).flatten(1, 2), dt_proj.to(dtype).mT, dt_bias.to(dtype)
+    return F.softplus(torch.baddbmm(bias[:, None], rows, weight)).view(*dt.shape[:3], -1)
 
 
 def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool) -> Tensor:
