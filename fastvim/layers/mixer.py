@@ -106,7 +106,8 @@ class Mixer(nn.Module):
             pooling=self.pooling,
             pool_scale=self.pool_scale,
         )
-        projected = torch.bmm(pooled.flatten(1, 2), self.x_proj.mT).view(*pooled.shape[:3], -1)
+        projected = torch.bmm(pooled.flatten(1, 2), self.x_proj.mT)
+        projected = projected.unflatten(1, pooled.shape[1:3])
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_scan(pooled, dt, B, C, self.dt_proj, self.dt_bias, self.A_log)
         gated = expand_gate(

@@ -83,7 +83,8 @@ def selective_scan_reference(
 def step_size(dt: Tensor, dt_proj: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Δ = softplus(dt · dt_projᵀ + dt_bias), (2, B, S, E)."""
     rows, weight, bias = dt.to(dtype).flatten(1, 2), dt_proj.to(dtype).mT, dt_bias.to(dtype)
-    return F.softplus(torch.baddbmm(bias[:, None], rows, weight)).view(*dt.shape[:3], -1)
+    projected: Tensor = torch.baddbmm(bias[:, None], rows, weight).unflatten(1, dt.shape[1:3])
+    return F.softplus(projected)
 
 
 def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool) -> Tensor:
