@@ -1,6 +1,8 @@
 # Every target sets itself up in .venv; PYTHON chooses the interpreter that .venv is made from.
 PYTHON ?= python3
 BIN := .venv/bin
+# Idle OpenMP threads that spin would take the cores from the workers that load images.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help install test lint quickstart clean
 

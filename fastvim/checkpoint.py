@@ -9,7 +9,8 @@ import argparse
 import json
 import os
 import pickle
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,31 @@ from fastvim.models import (
     from_published,
     to_published,
 )
-from fastvim.models.published import is_published, transpose_position
+from fastvim.models.published import is_published, square_side, transpose_position
 
 METADATA_KEY = "fastvim"
 _PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.")
+# What unpickling damaged bytes has been seen to raise.
+_DAMAGE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 _PICKLED = (".ckpt", ".pth", ".pt")
+# Names whose shapes tell the options of a model.
+_TELLING = (
+    "patch_embed.proj.weight",
+    "pos_embed",
+    "blocks.0.mixer.A_log",
+    "blocks.0.mixer.conv_weight",
+    "blocks.0.mixer.dt_proj",
+)
 _HEAD = ("head.weight", "head.bias")
 
 
@@ -90,7 +111,7 @@ def _torch_load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged, or holds more than plain values: {_first_line(error)}"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: expected a state dict")
@@ -99,18 +120,18 @@ def _torch_load(path: Path) -> dict[str, Any]:
 
 def _select(content: Mapping[str, Any], ema: bool) -> tuple[dict[str, Tensor], str]:
     """The averaged or the raw weights among all that a file may call them."""
-    averaged, raw = None, None
+    averaged, raw = None, content
     if "averaging_state" in content:  # of this library's training
         averaged, raw = content["state_dict"], content["current_model_state"]
+    elif not all(isinstance(content.get(key, {}), dict) for key in ("state_dict", "model")):
+        raw = {}
     elif "state_dict" in content:  # published by FastVim
         state = content["state_dict"]
         inside = {k.removeprefix("ema."): v for k, v in state.items() if k.startswith("ema.")}
-        averaged = content.get("state_dict_ema") or inside or None
+        averaged = content.get("state_dict_ema") or inside
         raw = {k: v for k, v in state.items() if not k.startswith("ema.")}
-    elif "model" in content and not isinstance(content["model"], Tensor):  # original Vim
+    elif "model" in content:  # original Vim
         averaged, raw = content.get("model_ema"), content["model"]
-    else:
-        raw = content
     if ema and averaged:
         return _strip(averaged), "EMA"
     return _strip(raw), "raw" if averaged else "only"
@@ -118,7 +139,11 @@ def _select(content: Mapping[str, Any], ema: bool) -> tuple[dict[str, Tensor], s
 
 def _strip(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Without prefixes that every name shares, such as `backbone.`."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     for prefix in _PREFIXES * 2:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
@@ -151,8 +176,6 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool = Fal
     """`load_weights` from a file that is already read."""
     state = checkpoint.state
     if isinstance(model, FastVim):
-        if is_published(state):
-            state = swap_columns(from_published(state), {"scan_path": model.scan_path})
         state = checkpoint_filter_fn(state, model)
     own = model.state_dict()
     if new_head:
@@ -187,7 +210,9 @@ def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def find_options(state: Mapping[str, Tensor], img_size: int | None = None) -> dict[str, Any]:
+def find_options(
+    state: Mapping[str, Tensor], img_size: int | Sequence[int] | None = None
+) -> dict[str, Any]:
     """The options of a FastVim or Vim model that its weights give away, under our names.
 
     `pooling`, `alternate`, `scan_path` and `pool_scale` leave no trace; weights with a class token
@@ -196,36 +221,24 @@ def find_options(state: Mapping[str, Tensor], img_size: int | None = None) -> di
     Args:
         state: weights under our names.
         img_size: side in pixels that the position embedding was made for. None: 224 where that
-            gives whole strides to a model with a class token (Vim's overlapping patches), else a
-            patch per cell.
+            gives overlapping patches of whole strides to a model with a class token, as Vim's
+            fine-tuned models have; else a patch per cell.
 
     Raises:
         UserError: not weights of FastVim or Vim, or a position embedding of no square grid.
     """
-    try:
-        embed_dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-        position, A_log = state["pos_embed"], state["blocks.0.mixer.A_log"]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"not weights of a FastVim or Vim image model: {error} missing") from error
+    missing = [name for name in _TELLING if name not in state]
+    if missing or state[_TELLING[0]].ndim != 4:
+        raise UserError(f"not weights of a FastVim or Vim image model: {_some(missing)} missing")
+    patches, _, A_log, conv_weight, dt_proj = (state[name] for name in _TELLING)
+    embed_dim, in_chans, patch, _ = patches.shape
     class_token = "cls_token" in state
-    cells = position.shape[1] - int(class_token)
-    side = round(cells**0.5)
-    if side**2 != cells:
-        raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid")
-    stride = patch
-    if img_size is None:
-        overlap = class_token and side > 1 and side * patch != 224
-        img_size = 224 if overlap and (224 - patch) % (side - 1) == 0 else side * patch
-    if img_size != side * patch:
-        stride, rest = divmod(img_size - patch, max(1, side - 1))
-        if rest:
-            raise UserError(f"img_size={img_size} does not give the weights' {side} x {side} grid")
-    norm_after_ssm = "blocks.0.mixer.norm.weight" in state
+    size, stride = _find_stride(state, patch, img_size)
     head = state.get("head.weight")
     return {
         "embed_dim": embed_dim,
         "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        "img_size": img_size,
+        "img_size": size,
         "patch_size": patch,
         "patch_stride": stride,
         "in_chans": in_chans,
@@ -234,13 +247,34 @@ def find_options(state: Mapping[str, Tensor], img_size: int | None = None) -> di
         "global_pool": "token" if class_token else "avg",
         "pooling": "none" if class_token else "mean",
         "norm": "layer" if "blocks.0.norm.bias" in state else "rms",
-        "norm_after_ssm": norm_after_ssm,
+        "norm_after_ssm": "blocks.0.mixer.norm.weight" in state,
         "init_layer_scale": 1.0 if "blocks.0.mixer.gamma" in state else None,
         "d_state": A_log.shape[2],
-        "d_conv": state["blocks.0.mixer.conv_weight"].shape[2],
+        "d_conv": conv_weight.shape[2],
         "expand": A_log.shape[1] // embed_dim,
-        "dt_rank": state["blocks.0.mixer.dt_proj"].shape[2],
+        "dt_rank": dt_proj.shape[2],
     }
+
+
+def _find_stride(
+    state: Mapping[str, Tensor], patch: int, img_size: int | Sequence[int] | None
+) -> tuple[int, int]:
+    """Side of the image and stride of the patches, from the position embedding's square grid."""
+    position, class_token = state["pos_embed"], "cls_token" in state
+    side = square_side(position.shape[1] - int(class_token))
+    if side is None:
+        raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid")
+    steps = max(1, side - 1)
+    if img_size is None:
+        stride, rest = divmod(224 - patch, steps)
+        overlapping = class_token and stride < patch and not rest
+        return (224, stride) if overlapping else (side * patch, patch)
+    sides = {img_size} if isinstance(img_size, int) else set(img_size)
+    size = sides.pop()
+    stride, rest = (patch, 0) if size == side * patch else divmod(size - patch, steps)
+    if sides or rest:
+        raise UserError(f"img_size={img_size} does not give the weights' {side} x {side} grid")
+    return size, stride
 
 
 def save(
@@ -291,14 +325,20 @@ def convert(
     target = Path(target)
     if target.suffix not in (".safetensors", *_PICKLED):
         raise UserError(f"{target}: expected a name in .safetensors (ours) or .ckpt (published)")
-    checkpoint = read(source, ema=ema)
-    state, metadata = understand(checkpoint, model_args)
+    state, metadata = understand(read(source, ema=ema), model_args)
     metadata["model"] = model or metadata["model"]
     if target.suffix == ".safetensors":
         save(target, state, metadata)
-    else:
-        published = to_published(swap_columns(state, metadata["model_args"]))
-        torch.save({"state_dict": {f"backbone.{k}": v for k, v in published.items()}}, target)
+        return metadata
+    if metadata["model_args"].get("scan_path") == "column":
+        with torch.device("meta"):
+            meta = create_model(metadata["model"], **metadata["model_args"])
+        assert isinstance(meta, FastVim)
+        grid = meta.grid_size
+        state = {**state, "pos_embed": transpose_position(state["pos_embed"], grid)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    published = {f"backbone.{name}": value for name, value in to_published(state).items()}
+    torch.save({"state_dict": published}, target)
     return metadata
 
 
@@ -311,23 +351,23 @@ def understand(
         checkpoint: of FastVim or Vim, in our names or published ones.
         model_args: what the weights cannot tell (see `convert`); it wins over what they tell.
     """
-    state = checkpoint.state
+    state, metadata, given = checkpoint.state, checkpoint.metadata, dict(model_args or {})
+    if "model" in metadata:
+        options = {**metadata["model_args"], **given}
+        return state, {**metadata, "weights": checkpoint.weights, "model_args": options}
     published = is_published(state)
     if published:
         state = from_published(state)
-    known = {**checkpoint.metadata.get("model_args", {}), **(model_args or {})}
-    options = {**find_options(state, known.get("img_size")), **known}
-    metadata = {**checkpoint.metadata, "weights": checkpoint.weights, "model_args": options}
-    metadata.setdefault("model", _model_of(options))
-    return swap_columns(state, options) if published else state, metadata
-
-
-def swap_columns(state: dict[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Between our position embedding and the published one, which the column variant transposes."""
-    if options.get("scan_path") != "column":
-        return state
-    side = round(state["pos_embed"].shape[1] ** 0.5)
-    return {**state, "pos_embed": transpose_position(state["pos_embed"], (side, side))}
+    options = {**find_options(state, given.get("img_size")), **given}
+    if published and options.get("scan_path") == "column":
+        side = square_side(state["pos_embed"].shape[1])
+        assert side is not None
+        state["pos_embed"] = transpose_position(state["pos_embed"], (side, side))
+    return state, {
+        "model": _model_of(options),
+        "model_args": options,
+        "weights": checkpoint.weights,
+    }
 
 
 def _model_of(options: Mapping[str, Any]) -> str:
@@ -366,12 +406,13 @@ def load_model(
             raise UserError("expected the name of a model, or a checkpoint that holds one")
         return create_model(name, **model_args), {"model": name, "model_args": model_args}
     checkpoint = read(path, ema=ema)
-    metadata = checkpoint.metadata
-    if not metadata:
-        if not is_published(checkpoint.state) and "blocks.0.mixer.A_log" not in checkpoint.state:
-            metadata = {"model": name, "model_args": model_args}
-        else:
-            _, metadata = understand(checkpoint, model_args)
+    state = checkpoint.state
+    if "model" in checkpoint.metadata or is_published(state) or _TELLING[2] in state:
+        metadata = understand(checkpoint, model_args)[1]
+    elif name is not None:
+        metadata = {"model": name, "model_args": model_args}
+    else:
+        raise UserError(f"{path} does not say which model it is of: expected its name as well")
     model = create_model(name or metadata["model"], **{**metadata["model_args"], **model_args})
     load_state(model, checkpoint)
     return model, metadata

@@ -37,11 +37,10 @@ def _models() -> Table:
         with torch.device("meta"):
             model = create_model(name)
         assert isinstance(model, FastVim)
-        size = timm.get_pretrained_cfg_value(name, "input_size")[-1]
         parameters = sum(parameter.numel() for parameter in model.parameters())
         table.add_row(
             name,
-            str(size),
+            str(model.grid_size[0] * model.patch_embed.stride),
             str(model.patch_embed.patch_size),
             str(model.embed_dim),
             str(len(model.blocks)),

@@ -6,6 +6,7 @@ beside its forward twin, with the suffix `_b`; here the two are one tensor, dire
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -95,3 +96,9 @@ def transpose_position(position: Tensor, grid: tuple[int, int]) -> Tensor:
     lies column by column; ours lies row by row like every other.
     """
     return position.unflatten(1, grid).transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def square_side(cells: int) -> int | None:
+    """Side of the square grid of so many cells; None where they make no square."""
+    side = math.isqrt(cells)
+    return side if side**2 == cells else None

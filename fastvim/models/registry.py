@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from fastvim.errors import UserError, nearest
 from fastvim.layers import resize_grid
-from fastvim.models.published import from_published, is_published
+from fastvim.models.published import (
+    from_published,
+    is_published,
+    square_side,
+    transpose_position,
+)
 from fastvim.models.vision import FastVim
 
 
@@ -28,6 +33,10 @@ def create_model(name: str, **model_args: Any) -> nn.Module:
         raise UserError(f"no model {name!r}{nearest(name, timm.list_models())}")
     try:
         return timm.create_model(name, **model_args)
+    except RuntimeError as error:
+        if "pretrained tag" not in str(error):
+            raise
+        raise UserError(f"{name}: no weights of that tag; expected the name alone") from error
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
@@ -45,6 +54,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: FastVim) -> dict[
     """Fit a state dict to `model`: published names to ours, position embedding to its grid."""
     if is_published(state_dict):
         state_dict = from_published(state_dict)
+        if model.scan_path == "column":
+            side = square_side(state_dict["pos_embed"].shape[1])
+            height, width = (side, side) if side is not None else model.grid_size
+            rows_first = transpose_position(state_dict["pos_embed"], (width, height))
+            state_dict = {**state_dict, "pos_embed": rows_first}
     position = state_dict.get("pos_embed")
     if position is not None and position.shape != model.pos_embed.shape:
         resized = _resize_position(position, "cls_token" in state_dict, model)
@@ -55,8 +69,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: FastVim) -> dict[
 def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tensor:
     """A square grid's embedding, with or without a class token, on the model's grid."""
     cells = position.shape[1] - int(with_class)
-    side = round(cells**0.5)
-    if side**2 != cells:
+    side = square_side(cells)
+    if side is None:
         raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid, cannot resize")
     if with_class != (model.cls_token is not None):
         raise UserError(

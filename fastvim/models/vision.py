@@ -105,6 +105,8 @@ class FastVim(nn.Module):
         _check("norm", norm)
         if class_token and pooling != "none":
             raise UserError("class_token=True needs pooling='none': it has no row and no column")
+        if class_token and scan_path != "row":
+            raise UserError("class_token=True needs scan_path='row': its sequence is no grid")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -164,7 +166,7 @@ class FastVim(nn.Module):
         """Layers for layer-wise decay: the embeddings, each block, the rest."""
         return {
             "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+            "blocks": [(r"^blocks\.(\d+)", None)],
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

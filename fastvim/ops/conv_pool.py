@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvim.ops.dispatch import compute_dtype, definition, implementation
+from fastvim.ops.dispatch import check_shapes, compute_dtype, definition, implementation
 from fastvim.ops.traversal import Pooling, Segments
 
 
@@ -43,7 +43,7 @@ def conv_pool(
     """
     if pooling not in ("mean", "max"):
         raise ValueError(f"pooling={pooling!r}: expected 'mean' or 'max'")
-    check_tokens(x, weight, segments)
+    check_tokens(x, weight, bias, segments)
     run = implementation("conv_pool", x, conv_pool_reference)
     return run(x, weight, bias, segments, pooling=pooling, pool_scale=pool_scale)
 
@@ -74,9 +74,10 @@ def conv_pool_reference(
     return (segments.reduce(convolved, pooling) * pool_scale).to(x.dtype)
 
 
-def check_tokens(x: Tensor, weight: Tensor, segments: Segments) -> None:
-    """Raise ValueError unless the tokens fit the traversal and the convolution's width."""
+def check_tokens(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> None:
+    """Raise ValueError unless the tokens fit the traversal and the convolution."""
     if x.ndim != 3 or x.shape[1] != segments.num_tokens:
         raise ValueError(f"x {tuple(x.shape)}: expected (B, {segments.num_tokens}, E)")
     if weight.ndim != 3 or weight.shape[:2] != (2, x.shape[2]):
         raise ValueError(f"weight {tuple(weight.shape)}: expected (2, {x.shape[2]}, K)")
+    check_shapes(("bias", bias, (2, x.shape[2])))

@@ -154,6 +154,8 @@ def definition(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         first = args[0]
         assert isinstance(first, Tensor)
+        if not torch.amp.is_autocast_available(first.device.type):
+            return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
@@ -169,3 +171,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if not x.is_floating_point():
         raise ValueError(f"expected a floating dtype, got {x.dtype}")
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Raise ValueError naming the first tensor whose shape is not the one beside it."""
+    for name, tensor, shape in expected:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)}: expected {shape}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvim.ops.conv_pool import check_tokens, conv_silu
-from fastvim.ops.dispatch import compute_dtype, definition, implementation
+from fastvim.ops.dispatch import check_shapes, compute_dtype, definition, implementation
 from fastvim.ops.traversal import Segments
 
 
@@ -50,12 +50,15 @@ def expand_gate(
     Raises:
         ValueError: shapes that do not agree.
     """
-    check_tokens(x, conv_weight, segments)
-    if z.shape != x.shape:
-        raise ValueError(f"z {tuple(z.shape)}: expected {tuple(x.shape)}")
-    shape = (2, x.shape[0], segments.num_segments, x.shape[2])
-    if y.shape != shape:
-        raise ValueError(f"y {tuple(y.shape)}: expected {shape}")
+    check_tokens(x, conv_weight, conv_bias, segments)
+    batch, tokens, width = x.shape
+    check_shapes(
+        ("z", z, (batch, tokens, width)),
+        ("y", y, (2, batch, segments.num_segments, width)),
+        ("D", D, (2, width)),
+        ("norm_weight", norm_weight, (width,)),
+        ("norm_bias", norm_bias, (width,)),
+    )
     run = implementation("expand_gate", x, expand_gate_reference)
     return run(x, z, y, conv_weight, conv_bias, D, segments, norm_weight, norm_bias, eps=eps)
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvim.ops.dispatch import compute_dtype, definition, implementation
+from fastvim.ops.dispatch import check_shapes, compute_dtype, definition, implementation
 
 NormKind = Literal["rms", "layer"]
 
@@ -43,10 +43,12 @@ def add_norm(
     """
     if kind not in ("rms", "layer"):
         raise ValueError(f"kind={kind!r}: expected 'rms' or 'layer'")
-    if weight.shape != hidden.shape[-1:]:
-        raise ValueError(f"weight {tuple(weight.shape)}: expected ({hidden.shape[-1]},)")
-    if residual is not None and residual.shape != hidden.shape:
-        raise ValueError(f"residual {tuple(residual.shape)}: expected {tuple(hidden.shape)}")
+    width = tuple(hidden.shape[-1:])
+    check_shapes(
+        ("residual", residual, tuple(hidden.shape)),
+        ("weight", weight, width),
+        ("bias", bias, width),
+    )
     run = implementation("add_norm", hidden, add_norm_reference)
     return run(hidden, residual, weight, bias, kind=kind, eps=eps)
 

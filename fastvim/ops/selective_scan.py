@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvim.ops.dispatch import compute_dtype, definition, implementation
+from fastvim.ops.dispatch import check_shapes, compute_dtype, definition, implementation
 
 
 def selective_scan(
@@ -44,17 +44,16 @@ def selective_scan(
     if u.ndim != 4 or u.shape[0] != 2:
         raise ValueError(f"u {tuple(u.shape)}: expected (2, B, S, E)")
     E, N, R = A_log.shape[1], A_log.shape[2], dt_proj.shape[2]
-    for name, tensor, shape in (
-        ("u", u, (*u.shape[:3], E)),
-        ("dt", dt, (*u.shape[:3], R)),
-        ("B", B, (*u.shape[:3], N)),
-        ("C", C, (*u.shape[:3], N)),
+    steps = tuple(u.shape[:3])
+    check_shapes(
+        ("u", u, (*steps, E)),
+        ("dt", dt, (*steps, R)),
+        ("B", B, (*steps, N)),
+        ("C", C, (*steps, N)),
         ("dt_proj", dt_proj, (2, E, R)),
         ("dt_bias", dt_bias, (2, E)),
         ("A_log", A_log, (2, E, N)),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(f"{name} {tuple(tensor.shape)}: expected {tuple(shape)}")
+    )
     run = implementation("selective_scan", u, selective_scan_reference)
     return run(u, dt, B, C, dt_proj, dt_bias, A_log)
 

@@ -62,7 +62,7 @@ class Traversal:
         if set(axes) != set(grid):
             raise ValueError(f"grid axes {list(grid)} do not match the path {self.path!r}")
         names = list(grid)
-        memory_strides = {a: prod(grid[b] for b in names[i + 1 :]) for i, a in enumerate(names)}
+        memory_strides = {a: prod([grid[b] for b in names[i + 1 :]]) for i, a in enumerate(names)}
         pooled = self.pool.split()
         walk = Segments(
             sizes=tuple(grid[a] for a in axes),
@@ -106,14 +106,12 @@ class Segments:
         """Steps of the scan. With nothing pooled every token that is present is one."""
         if not self.pools:
             return self.num_tokens
-        return prod(
-            size for size, pooled in zip(self.sizes, self.pooled, strict=True) if not pooled
-        )
+        return prod([n for n, pool in zip(self.sizes, self.pooled, strict=True) if not pool])
 
     @property
     def segment_size(self) -> int:
         """Cells of a full segment: what a mean divides by, masked or not."""
-        return prod(size for size, pooled in zip(self.sizes, self.pooled, strict=True) if pooled)
+        return prod([n for n, pool in zip(self.sizes, self.pooled, strict=True) if pool])
 
     @property
     def segment_strides(self) -> tuple[int, ...]:
@@ -204,7 +202,7 @@ class Segments:
         axes = [2 + axis for axis, pooled in enumerate(self.pooled) if pooled]
         grid: Tensor = x.unflatten(2, self.sizes)
         values = grid.mean(axes) if pooling == "mean" else grid.amax(axes)
-        return values.flatten(2, -2)
+        return values.reshape(*x.shape[:2], self.num_segments, x.shape[-1])
 
     def broadcast(self, y: Tensor) -> Tensor:
         """(2, B, S, E), one value per segment, to each token in path order, (2, B, n, E)."""

@@ -1,0 +1,161 @@
+"""What a walk and the four ops compute, as slow and obvious numpy in float64.
+
+Written from the models' description alone, for tests to compare with; nothing here is fastvim's.
+
+B  batch, L  tokens, n  tokens present, E  inner width, K  taps, S  segments, N  state size
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Walk(NamedTuple):
+    """How one sequence is walked.
+
+    Attributes:
+        order: place in memory of the token at each path position.
+        segments: segment of each path position, forward and backward. A backward scan runs from
+            the last segment to the first.
+        num_segments: steps of the scan.
+        segment_size: cells of a segment with nothing masked.
+    """
+
+    order: list[int]
+    segments: tuple[list[int], list[int]]
+    num_segments: int
+    segment_size: int
+
+
+def walk(
+    path: str, pool: str, grid: dict[str, int], kept: list[int] | None = None, mirror: str = ""
+) -> Walk:
+    """Walk the axes of `path`, slowest first, over a grid whose axes lie in the order given."""
+    axes, pooled = path.split(), pool.split()
+    met: dict[tuple[int, ...], int] = {}
+    cells = []
+    for digits in product(*(range(grid[axis]) for axis in axes)):
+        at = dict(zip(axes, digits, strict=True))
+        memory = 0
+        for axis, size in grid.items():
+            memory = memory * size + at[axis]
+        segment = met.setdefault(tuple(at[a] for a in axes if a not in pooled), len(met))
+        cells.append((memory, segment))
+    size = len(cells) // len(met)
+    if kept is None:
+        order, segments = [memory for memory, _ in cells], [segment for _, segment in cells]
+        return Walk(order, (segments, segments), len(met), size)
+    cells = [(memory, segment) for memory, segment in cells if memory in kept]
+    order = [kept.index(memory) for memory, _ in cells]
+    if not pooled:
+        steps = list(range(len(cells)))
+        return Walk(order, (steps, steps), len(cells), 1)
+    forward = [segment for _, segment in cells]
+    backward = forward
+    if mirror == "published":
+        # Position j of the reversed sequence uses the segment of kept token j, and its segments
+        # are scanned in ascending order: counted from the other end, in descending order.
+        backward = [len(met) - 1 - segment for segment in forward][::-1]
+    return Walk(order, (forward, backward), len(met), size)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softplus(x):
+    return np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0)
+
+
+def add_norm(hidden, residual, weight, bias, kind, eps=1e-5):
+    """The norm of the sum, and the sum."""
+    total = hidden if residual is None else residual + hidden
+    normed = np.zeros_like(total)
+    for place in np.ndindex(total.shape[:-1]):
+        vector = total[place]
+        if kind == "layer":
+            vector = vector - vector.mean()
+        normed[place] = vector / np.sqrt((vector**2).mean() + eps) * weight
+        if bias is not None:
+            normed[place] += bias
+    return normed, total
+
+
+def convolve(sequence, weight, bias):
+    """Causal depthwise convolution of (n, E) with (E, K), and SiLU."""
+    n, taps = len(sequence), weight.shape[1]
+    out = np.zeros_like(sequence) + bias
+    for k in range(taps):
+        ago = taps - 1 - k  # the last tap is the token itself
+        out[ago:] += weight[:, k] * sequence[: max(0, n - ago)]
+    return silu(out)
+
+
+def convolve_direction(sequence, weight, bias, direction):
+    """Backward is the same computation on the reversed sequence."""
+    if direction == 0:
+        return convolve(sequence, weight, bias)
+    return convolve(sequence[::-1], weight, bias)[::-1]
+
+
+def conv_pool(x, weight, bias, walks, pooling="mean", pool_scale=1.0):
+    """x (B, n, E), one walk per sequence, to (2, B, S, E)."""
+    out = np.zeros((2, len(x), walks[0].num_segments, x.shape[2]))
+    for direction, b in product(range(2), range(len(x))):
+        order, segments, num_segments, size = walks[b]
+        values = convolve_direction(x[b][order], weight[direction], bias[direction], direction)
+        members = [[] for _ in range(num_segments)]
+        for value, s in zip(values, segments[direction], strict=True):
+            members[s].append(value)
+        for s, own in enumerate(members):
+            if own:
+                pooled = sum(own) / size if pooling == "mean" else np.max(own, axis=0)
+                out[direction, b, s] = pooled * pool_scale
+    return out
+
+
+def scan(u, dt, B, C, dt_proj, dt_bias, A_log):
+    """One direction of one sequence, first step first: u (S, E), dt (S, R), B and C (S, N)."""
+    A = -np.exp(A_log)
+    h = np.zeros_like(A)
+    y = np.zeros_like(u)
+    for s in range(len(u)):
+        delta = softplus(dt_proj @ dt[s] + dt_bias)
+        for n in range(A.shape[1]):
+            h[:, n] = np.exp(delta * A[:, n]) * h[:, n] + delta * B[s, n] * u[s]
+            y[s] += C[s, n] * h[:, n]
+    return y
+
+
+def selective_scan(u, dt, B, C, dt_proj, dt_bias, A_log):
+    """u (2, B, S, E), dt (2, B, S, R), B and C (2, B, S, N), parameters (2, E, ...)."""
+    y = np.zeros_like(u)
+    for b in range(u.shape[1]):
+        own = [t[0] for t in (dt_proj, dt_bias, A_log)]
+        y[0, b] = scan(*(t[0, b] for t in (u, dt, B, C)), *own)
+        own = [t[1] for t in (dt_proj, dt_bias, A_log)]
+        y[1, b] = scan(*(t[1, b, ::-1] for t in (u, dt, B, C)), *own)[::-1]
+    return y
+
+
+def expand_gate(x, z, y, conv_weight, conv_bias, D, walks, norm_weight, norm_bias, eps=1e-5):
+    """x, z (B, n, E) and y (2, B, S, E) to (B, n, E) as it lies in memory."""
+    mixed = np.zeros_like(x)
+    for direction, b in product(range(2), range(len(x))):
+        order, segments, _, _ = walks[b]
+        own = convolve_direction(
+            x[b][order], conv_weight[direction], conv_bias[direction], direction
+        )
+        for position, memory in enumerate(order):
+            scanned = y[direction, b, segments[direction][position]]
+            mixed[b, memory] += (scanned + D[direction] * own[position]) / 2
+    if norm_weight is not None:
+        mixed, _ = add_norm(mixed, None, norm_weight, norm_bias, "layer", eps)
+    return mixed * silu(z)

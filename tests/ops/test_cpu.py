@@ -1,0 +1,262 @@
+"""The numba engine: its errors beside plain PyTorch's, bad numbers, threads, forks, registration.
+
+Errors are compared by ratio: a kernel may be twice as far from float64 as plain PyTorch in the same
+dtype is, and no further.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from inputs import (
+    DTYPES,
+    WALKS,
+    cases,
+    conv_inputs,
+    error,
+    gate_inputs,
+    normal,
+    run_with_gradients,
+    scan_inputs,
+    to,
+)
+from torch.library import opcheck
+from torch.utils.data import DataLoader, Dataset
+
+import fastvim.ops.cpu.conv
+import fastvim.ops.cpu.selective_scan  # noqa: F401  registers the kernels
+from fastvim.ops import Traversal, conv_pool, expand_gate, selective_scan
+
+SERVED = ["conv_pool", "selective_scan", "expand_gate"]
+# Lengths 1, 7, 63, 196 and 197, with channels that fill part of a block of 64, all of it, or run
+# into a second and a third; steps below, at and across the chunk of 16 of the scan's backward pass.
+SCANS = [(1, 72), (7, 130), (15, 64), (16, 72), (17, 130), (32, 6), (63, 72), (196, 6), (197, 72)]
+GRIDS = [((1, 1), 72), ((1, 7), 130), ((7, 1), 64), ((7, 9), 72), ((14, 14), 6), ((197, 1), 6)]
+
+
+def assert_as_exact_as_plain_pytorch(function, inputs, dtype: torch.dtype, length: int) -> None:
+    """The output and the gradient of every input."""
+    inputs = to(inputs, dtype)
+    exact = run_with_gradients(function, inputs, torch.float64)
+    plain = run_with_gradients(function, inputs, dtype, "reference")
+    kernel = run_with_gradients(function, inputs, dtype, "numba")
+    for number, (e, p, k) in enumerate(zip(exact, plain, kernel, strict=True)):
+        # The kernels add up tokens one after the other in float32, which loses about half of the
+        # root of their number in units of the last place; PyTorch adds in blocks and loses one.
+        eps = max(1.0, length**0.5 / 2) * torch.finfo(torch.float32).eps * float(e.abs().max())
+        assert error(k, e) <= 2 * error(p, e) + eps, f"output or gradient {number}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("steps", "width"), SCANS)
+def test_errors_of_the_scan(steps, width, dtype):
+    assert_as_exact_as_plain_pytorch(selective_scan, scan_inputs(3, steps, width), dtype, steps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("grid", "width"), GRIDS)
+@pytest.mark.parametrize(("path", "pool"), WALKS)
+def test_errors_of_the_convolution(path, pool, grid, width, dtype):
+    height, across = grid
+    length = height * across
+    segments = Traversal(path, pool).over({"h": height, "w": across})
+    for pooling in ("mean", "max"):
+        assert_as_exact_as_plain_pytorch(
+            lambda *a, p=pooling: conv_pool(*a, segments, pooling=p),
+            conv_inputs(3, length, width),
+            dtype,
+            length,
+        )
+    for norm in (True, False):
+        assert_as_exact_as_plain_pytorch(
+            lambda *a: expand_gate(*a[:6], segments, *a[6:]),
+            gate_inputs(3, length, segments.num_segments, width, norm),
+            dtype,
+            length,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_errors_under_a_mask(dtype):
+    kept = torch.tensor([[0, 2, 3, 5, 11], [1, 4, 5, 9, 10]])
+    segments = Traversal("w h", "h").over({"h": 3, "w": 4}, kept)
+    assert_as_exact_as_plain_pytorch(
+        lambda *a: conv_pool(*a, segments), conv_inputs(2, 5, 72), dtype, 5
+    )
+    assert_as_exact_as_plain_pytorch(
+        lambda *a: expand_gate(*a[:6], segments, *a[6:]), gate_inputs(2, 5, 4, 72), dtype, 5
+    )
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        *(("selective_scan", name) for name in ("u", "dt", "B", "C", "dt_bias", "A_log")),
+        *(("conv_pool", name) for name in ("x", "weight", "bias")),
+        *(("expand_gate", name) for name in ("x", "z", "y", "conv_weight", "D")),
+    ],
+)
+def test_nan_spreads_as_in_the_definition(op, name):
+    """To what depends on it and no further: other channels, sequences, earlier steps."""
+    function, inputs = cases()[op]
+    inputs[name].view(-1)[7] = float("nan")
+    expected = run_with_gradients(function, inputs.values(), torch.float32, "reference")
+    actual = run_with_gradients(function, inputs.values(), torch.float32, "numba")
+    assert expected[0].isnan().any()
+    for tensor, reference in zip(actual, expected, strict=True):
+        assert torch.equal(tensor.isnan(), reference.isnan())
+
+
+@pytest.mark.parametrize("bias", [-200.0, -30.0, 30.0, 1e4])
+def test_steps_that_keep_or_forget_everything(bias):
+    """Decays of 1, and decays far below the smallest float32."""
+    function, inputs = cases()["selective_scan"]
+    inputs["dt_bias"] += bias
+    exact = run_with_gradients(function, inputs.values(), torch.float64)
+    kernel = run_with_gradients(function, inputs.values(), torch.float32, "numba")
+    for tensor, reference in zip(kernel, exact, strict=True):
+        # The kernel's decays end at 2**-126: what float64 still forgets further is nothing.
+        scale = max(1e-20, float(reference.abs().max()))
+        torch.testing.assert_close(tensor, reference, atol=1e-5 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [-300.0, -90.0, 90.0, 1e30])
+def test_a_convolution_of_large_numbers(value):
+    """Where SiLU is the identity, and where it is nothing."""
+    function, inputs = cases()["conv_pool"]
+    inputs["bias"] += value
+    exact = run_with_gradients(function, inputs.values(), torch.float64)
+    kernel = run_with_gradients(function, inputs.values(), torch.float32, "numba")
+    for tensor, reference in zip(kernel, exact, strict=True):
+        torch.testing.assert_close(tensor, reference, atol=1e-30, rtol=1e-4)
+
+
+def kernels(sequences: int = 4, steps: int = 40, width: int = 130) -> list[torch.Tensor]:
+    """Everything that the registered kernels compute."""
+    inputs = scan_op_inputs(sequences, steps, width)
+    y, starts = torch.ops.fastvim.scan_cpu(*inputs, True)
+    results = [y, starts, *torch.ops.fastvim.scan_cpu_backward(*inputs, starts, y)]
+    inputs = conv_op_inputs(sequences, steps, width)
+    out = torch.ops.fastvim.conv_silu_cpu(*inputs)
+    return [*results, out, *torch.ops.fastvim.conv_silu_cpu_backward(*inputs, out)]
+
+
+def assert_identical(first, second) -> None:
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_kernels_give_the_same_bits_whatever_the_threads(threads):
+    threads(1)
+    alone = kernels()
+    for count in (1, 2, 2, 5, 64):
+        threads(count)
+        assert_identical(kernels(), alone)
+
+
+@pytest.mark.parametrize("op", SERVED)
+def test_two_runs_give_the_same_bits(op, threads):
+    threads(2)
+    function, inputs = cases(batch=5)[op]
+    first, second = (
+        run_with_gradients(function, inputs.values(), torch.float32, "numba") for _ in range(2)
+    )
+    assert_identical(first, second)
+
+
+def test_several_python_threads_at_once(threads):
+    threads(2)
+    sizes = [(2, 20, 72), (4, 7, 130), (6, 33, 6), (8, 16, 64)]
+    alone = [kernels(*size) for size in sizes]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda size: kernels(*size), sizes * 5, timeout=60))
+    for run, expected in zip(together, alone * 5, strict=True):
+        assert_identical(run, expected)
+
+
+def scan_op_inputs(sequences: int, steps: int, width: int, states: int = 4, grad: bool = False):
+    """u, delta, rate, B, C as the registered op takes them."""
+    shapes = ((sequences, steps, width),) * 2 + ((2, states, width),)
+    shapes += ((sequences, steps, states),) * 2
+    tensors = [normal(*shape, seed=i).float() for i, shape in enumerate(shapes)]
+    tensors[1], tensors[2] = tensors[1].abs(), -tensors[2].abs()
+    return [t.requires_grad_(grad) for t in tensors]
+
+
+def conv_op_inputs(sequences: int, tokens: int, width: int, taps: int = 4, grad: bool = False):
+    """x, taps, bias as the registered op takes them."""
+    x, weight, bias = to(conv_inputs(sequences, tokens, width, taps), torch.float32)
+    return to((x, weight.mT.contiguous(), bias), torch.float32, grad)
+
+
+class Sums(Dataset):
+    """Sums of what the kernels compute, in whatever process asks for them."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> float:
+        torch.set_num_threads(2)  # data workers start with one
+        # Summed by numpy: torch's own parallel loops do not survive a fork.
+        return float(sum(np.sum(result.numpy()) for result in kernels(4, 20 + index)))
+
+
+def test_in_a_forked_data_worker(threads):
+    here = [Sums()[i] for i in range(3)]  # starts the threads that the fork will not have
+    loader = DataLoader(
+        Sums(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    assert [float(x) for x in loader] == here
+
+
+@pytest.mark.parametrize("sequences", [4, 0])
+@pytest.mark.parametrize("steps", [1, 16, 17])
+def test_registration_of_the_scan(steps, sequences):
+    inputs = scan_op_inputs(sequences, steps, 6)
+    opcheck(torch.ops.fastvim.scan_cpu.default, (*inputs, False))
+    y, starts = torch.ops.fastvim.scan_cpu(*inputs, True)
+    opcheck(torch.ops.fastvim.scan_cpu_backward.default, (*inputs, starts, y))
+    inputs = scan_op_inputs(sequences, steps, 6, grad=True)
+    opcheck(torch.ops.fastvim.scan_cpu.default, (*inputs, True))
+
+
+@pytest.mark.parametrize("sequences", [4, 0])
+@pytest.mark.parametrize("taps", [1, 4])
+def test_registration_of_the_convolution(taps, sequences):
+    inputs = conv_op_inputs(sequences, 5, 6, taps)
+    out = torch.ops.fastvim.conv_silu_cpu(*inputs)
+    opcheck(torch.ops.fastvim.conv_silu_cpu_backward.default, (*inputs, out))
+    inputs = conv_op_inputs(sequences, 5, 6, taps, grad=True)
+    opcheck(torch.ops.fastvim.conv_silu_cpu.default, tuple(inputs))
+
+
+@pytest.mark.parametrize(("op", "wanted"), [(op, n) for op in SERVED for n in cases()[op][1]])
+def test_a_gradient_of_one_input_alone(op, wanted):
+    function, inputs = cases()[op]
+    expected = run_with_gradients(function, inputs.values(), torch.float32, "numba")[1:]
+    inputs[wanted].requires_grad_()
+    out = function(*inputs.values())
+    out.backward(normal(*out.shape, seed=99).float())
+    own = expected[list(inputs).index(wanted)]
+    assert torch.equal(inputs[wanted].grad.double(), own)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("op", SERVED)
+def test_without_gradients(op, context):
+    function, inputs = cases()[op]
+    expected = function(*inputs.values())
+    with context():
+        out = function(*inputs.values())
+    assert torch.equal(out, expected)

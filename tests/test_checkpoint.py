@@ -1,0 +1,341 @@
+"""Weights in files: published ones, the original Vim's, ours, and broken ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from fastvim import UserError
+from fastvim.checkpoint import (
+    Checkpoint,
+    convert,
+    find_options,
+    load_model,
+    load_weights,
+    read,
+    save,
+    understand,
+)
+from fastvim.models import create_model, to_published
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_classes": 5}
+FASTVIM, VIM = "fastvim_tiny_patch16_224", "vim_tiny_patch16_224"
+VARIANTS = {
+    "fastvim": (FASTVIM, {}),
+    "column": (FASTVIM, {"scan_path": "column"}),
+    # The initial layer scale leaves no trace once it is learned: it reads as 1.
+    "layer norm and scale": (FASTVIM, {"norm": "layer", "init_layer_scale": 1.0}),
+    "vim": (VIM, {}),
+    "original vim": (VIM, {"norm_after_ssm": False}),
+    "plain vim": (VIM, {"class_token": False, "global_pool": "avg", "d_state": 8, "expand": 3}),
+}
+
+
+def create(name: str = FASTVIM, seed: int = 0, **options) -> nn.Module:
+    """A small model, no two of whose tensors are alike."""
+    torch.manual_seed(seed)
+    model = create_model(name, **{**SMALL, **options}).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def published(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as published: by their names, positions of the column variant transposed."""
+    state = to_published(model.state_dict())
+    if model.scan_path == "column":
+        side = model.grid_size[0]
+        grid = state["pos_embed"].unflatten(1, (side, side))
+        state["pos_embed"] = grid.transpose(1, 2).flatten(1, 2).contiguous()
+    return state
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def lightning(tmp_path_factory) -> tuple[Path, nn.Module, nn.Module]:
+    """A published file with its raw and its averaged weights, and models that hold them."""
+    raw, averaged = create(seed=1), create(seed=2)
+    content = {
+        "epoch": 299,
+        "global_step": 375_300,
+        "pytorch-lightning_version": "2.0.2",
+        "state_dict": {
+            **prefixed(published(raw), "backbone."),
+            **prefixed(published(averaged), "ema.module."),
+        },
+        "state_dict_ema": prefixed(published(averaged), "backbone."),
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
+    }
+    path = tmp_path_factory.mktemp("published") / "fastvim.ckpt"
+    torch.save(content, path)
+    return path, raw, averaged
+
+
+# Reading.
+
+
+@pytest.mark.parametrize(("ema", "weights"), [(True, "EMA"), (False, "raw")])
+@pytest.mark.parametrize("where", ["beside the others", "among the others", "in both places"])
+def test_averaged_or_raw_weights(lightning, tmp_path, ema, weights, where):
+    path, raw, averaged = lightning
+    content = torch.load(path, weights_only=True)
+    if where == "among the others":
+        del content["state_dict_ema"]
+    elif where == "beside the others":
+        plain = content["state_dict"].items()
+        content["state_dict"] = {k: v for k, v in plain if not k.startswith("ema.")}
+    path = tmp_path / "published.ckpt"
+    torch.save(content, path)
+    checkpoint = read(path, ema=ema)
+    assert checkpoint.weights == weights
+    assert_equal(checkpoint.state, published(averaged if ema else raw))
+    model = create(seed=3)
+    assert load_weights(model, path, ema=ema).weights == weights
+    assert_equal(model.state_dict(), (averaged if ema else raw).state_dict())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state},
+        lambda state: {"state_dict": prefixed(state, "backbone.")},
+        lambda state: {"state_dict": prefixed(state, "module.backbone.")},
+        lambda state: {"state_dict": prefixed(state, "backbone._orig_mod.")},
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"model": prefixed(state, "module."), "args": argparse.Namespace(lr=0.1)},
+    ],
+)
+@pytest.mark.parametrize("names", [published, nn.Module.state_dict])
+def test_wrappings_and_prefixes(tmp_path, wrap, names):
+    source = create(seed=1)
+    torch.save(wrap(names(source)), tmp_path / "weights.pth")
+    model = create(seed=2)
+    checkpoint = load_weights(model, tmp_path / "weights.pth")
+    assert checkpoint.weights == "only"
+    assert_equal(model.state_dict(), source.state_dict())
+
+
+def test_the_original_vim_release(tmp_path, image):
+    """Weights, averaged ones and arguments in one file; no norm after the scan."""
+    raw, averaged = (create(VIM, seed, norm_after_ssm=False) for seed in (1, 2))
+    content = {
+        "model": published(raw),
+        "model_ema": published(averaged),
+        "epoch": 300,
+        "args": argparse.Namespace(model="vim_tiny", lr=1e-3, output_dir="out", device="cuda"),
+    }
+    torch.save(content, tmp_path / "vim.pth")
+    assert_equal(read(tmp_path / "vim.pth", ema=False).state, published(raw))
+    model, metadata = load_model(path=tmp_path / "vim.pth", img_size=32)
+    assert metadata["weights"] == "EMA"
+    assert metadata["model"].startswith("vim_")
+    assert metadata["model_args"]["norm_after_ssm"] is False
+    with torch.no_grad():
+        assert torch.equal(model.eval()(image), averaged(image))
+
+
+def test_a_checkpoint_of_our_training(tmp_path):
+    """Validated weights lie in `state_dict`, and what the optimiser holds beside them."""
+    raw, averaged = create(seed=1), create(seed=2)
+    content = {
+        "averaging_state": {"n_averaged": torch.tensor(3)},
+        "state_dict": prefixed(averaged.state_dict(), "model."),
+        "current_model_state": prefixed(raw.state_dict(), "model."),
+        "fastvim": {"model": FASTVIM, "model_args": SMALL, "class_names": ["a", "b"]},
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    assert_equal(read(tmp_path / "last.ckpt", ema=False).state, raw.state_dict())
+    model, metadata = load_model(path=tmp_path / "last.ckpt")
+    assert_equal(model.state_dict(), averaged.state_dict())
+    assert metadata["class_names"] == ["a", "b"]
+
+
+# Conversion.
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back_again(variant, tmp_path, image):
+    """ours → published → ours and published → ours → published are the identity, bit for bit."""
+    name, options = VARIANTS[variant]
+    source = create(name, **options)
+    hidden = {"pooling": "none"} if name == VIM else {}
+    hidden |= {"scan_path": options["scan_path"]} if "scan_path" in options else {}
+    paths = [tmp_path / n for n in ("a.pth", "b.safetensors", "c.ckpt", "d.safetensors")]
+    torch.save(published(source), paths[0])
+    metadata = convert(paths[0], paths[1], model_args={**hidden, "img_size": 32})
+    assert metadata["weights"] == "only"
+    assert metadata["model"] == name
+    assert {**metadata["model_args"], **SMALL, **options} == metadata["model_args"]
+    assert_equal(read(paths[1]).state, source.state_dict())
+    convert(paths[1], paths[2])
+    assert_equal(read(paths[2]).state, published(source))
+    convert(paths[2], paths[3], model_args={**hidden, "img_size": 32})
+    assert_equal(read(paths[3]).state, source.state_dict())
+    model, _ = load_model(path=paths[1])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(image), source(image))
+
+
+def test_conversion_says_which_weights_it_took(lightning, tmp_path):
+    path, raw, averaged = lightning
+    for ema, weights, model in ((True, "EMA", averaged), (False, "raw", raw)):
+        target = tmp_path / f"{weights}.safetensors"
+        assert convert(path, target, ema=ema, model=VIM)["weights"] == weights
+        checkpoint = read(target)
+        assert checkpoint.weights == checkpoint.metadata["weights"] == weights
+        assert checkpoint.metadata["model"] == VIM  # as the caller said
+        assert_equal(checkpoint.state, model.state_dict())
+
+
+def test_conversion_makes_the_folder(lightning, tmp_path):
+    path, _, averaged = lightning
+    convert(path, tmp_path / "new" / "ours.safetensors")
+    convert(path, tmp_path / "newer" / "theirs.ckpt")
+    assert_equal(read(tmp_path / "newer" / "theirs.ckpt").state, published(averaged))
+
+
+def test_conversion_needs_a_known_suffix(lightning, tmp_path):
+    with pytest.raises(UserError, match=r"out\.onnx.*\.safetensors.*\.ckpt"):
+        convert(lightning[0], tmp_path / "out.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_our_file_may_hold_both_sides_of_its_image(tmp_path):
+    source = create(scan_path="column")
+    args = {**SMALL, "img_size": [32, 32], "scan_path": "column"}
+    save(tmp_path / "a.safetensors", source.state_dict(), {"model": FASTVIM, "model_args": args})
+    convert(tmp_path / "a.safetensors", tmp_path / "b.ckpt")
+    assert_equal(read(tmp_path / "b.ckpt").state, published(source))
+
+
+def test_half_precision_survives(tmp_path):
+    source = create().to(torch.bfloat16)
+    torch.save(published(source), tmp_path / "half.pth")
+    model = create().to(torch.bfloat16)
+    load_weights(model, tmp_path / "half.pth")
+    assert_equal(model.state_dict(), source.state_dict())
+
+
+def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "ours.safetensors"
+    save(path, {"a": torch.ones(2, 3).T}, {"weights": "EMA", "class_names": ["é"]})
+    before = path.read_bytes()
+
+    def fail(tensors, target, metadata):
+        Path(target).write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fastvim.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, {"a": torch.zeros(3)}, {})
+    assert path.read_bytes() == before
+    checkpoint = read(path)
+    assert torch.equal(checkpoint.state["a"], torch.ones(3, 2))
+    assert checkpoint.metadata == {"weights": "EMA", "class_names": ["é"]}
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["fastvim"])["weights"] == "EMA"
+
+
+# Options found in the weights.
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_options_found(variant):
+    name, options = VARIANTS[variant]
+    model = create(name, **options)
+    found = find_options(model.state_dict(), 32)
+    expected = {"class_token": name == VIM, **SMALL, **options}
+    expected.pop("scan_path", None)  # leaves no trace
+    assert {**found, **expected} == found
+    rebuilt = create_model(FASTVIM, **found)
+    shapes = {n: t.shape for n, t in model.state_dict().items()}
+    assert {n: t.shape for n, t in rebuilt.state_dict().items()} == shapes
+
+
+@pytest.fixture
+def golden_overlap():
+    path = Path(__file__).parent / "golden" / "vim_overlap.npz"
+    arrays = dict(np.load(path))
+    state = {k[6:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("state/")}
+    return state, torch.from_numpy(arrays["in/image"]), torch.from_numpy(arrays["out/logits"])
+
+
+def test_a_file_of_overlapping_patches_predicts_as_published(golden_overlap, tmp_path):
+    state, image, expected = golden_overlap
+    source, target = tmp_path / "vim.pth", tmp_path / "vim.safetensors"
+    torch.save({"model": state}, source)
+    found = convert(source, target, model_args={"img_size": 32})["model_args"]
+    assert (found["patch_size"], found["patch_stride"], found["img_size"]) == (8, 4, 32)
+    assert found["class_token"]
+    assert not found["norm_after_ssm"]
+    model, _ = load_model(path=target)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(image), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("patch", "stride", "size", "found"),
+    [
+        (16, 8, 224, (8, 224)),  # Vim's fine-tuned models, from the weights alone
+        (16, 16, 224, (16, 224)),
+        (16, 16, 384, (16, 384)),
+        (8, 8, 32, (8, 32)),  # patches of 72 apart would also make 4 x 4 of 224 pixels
+    ],
+)
+def test_strides_of_vim_without_a_word(patch, stride, size, found):
+    side = (size - patch) // stride + 1
+    state = create(VIM, patch_size=patch, img_size=side * patch).state_dict()
+    options = find_options(state)
+    assert (options["patch_stride"], options["img_size"]) == found
+
+
+@pytest.mark.parametrize("name", [FASTVIM, VIM])
+def test_real_sizes_find_their_names(name):
+    with torch.device("meta"):
+        state = create_model(name).state_dict()
+    _, metadata = understand(Checkpoint(Path("weights.pth"), state, "only"))
+    assert metadata["model"] == name
+    assert metadata["model_args"]["img_size"] == 224
+
+
+@pytest.mark.parametrize(
+    "missing", ["patch_embed.proj.weight", "pos_embed", "blocks.0.mixer.conv_weight"]
+)
+def test_options_of_another_architecture(missing):
+    state = create().state_dict()
+    del state[missing]
+    with pytest.raises(UserError, match=f"{missing}.*missing"):
+        find_options(state)
+
+
+@pytest.mark.parametrize(
+    ("img_size", "cells", "message"),
+    [(None, 15, r"\(1, 15, 16\).*square"), (100, 16, "img_size=100"), ([16, 64], 16, "img_size")],
+)
+def test_positions_of_no_square_grid(img_size, cells, message):
+    state = {**create().state_dict(), "pos_embed": torch.zeros(1, cells, 16)}
+    with pytest.raises(UserError, match=message):
+        find_options(state, img_size)
