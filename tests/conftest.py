@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config):
+    # The test processes already use all cores: their threads would only wait for one another.
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
@@ -22,3 +35,20 @@ def pytest_generate_tests(metafunc):
         files = sorted(folder.glob("*.npz"))
         assert files, f"no golden cases in {folder}"
         metafunc.parametrize("golden_file", files, ids=[f.stem for f in files])
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """A folder of 6 classes of JPEGs that differ in colour and in a stripe: 96 train, 36 val."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 6)):
+        for index, name in enumerate(("ant", "bee", "cat", "dog", "eel", "fox")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 80, (40, 40, 3), dtype=np.uint8)
+                pixels[..., index % 3] += 120 if index < 3 else 60
+                pixels[index * 6 : index * 6 + 8] = 255
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    return root

@@ -1,0 +1,95 @@
+"""What every training run has: reproducible steps and a line of progress per epoch."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Protocol, runtime_checkable
+
+import lightning as L
+import numpy as np
+import torch
+from rich.console import Console
+
+
+class SeedSteps(L.Callback):
+    """Makes the randomness of a training step a function of (seed, epoch, batch, process).
+
+    Mixup draws from numpy's generator, dropout and drop-path from torch's. Seeding both before
+    every batch is what lets a killed run go on exactly as if it had never stopped, from any
+    checkpoint, without storing the generators.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        key = (self._seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        state = np.random.SeedSequence(key).generate_state(3)
+        random.seed(int(state[0]))
+        np.random.seed(int(state[1]))
+        torch.manual_seed(int(state[2]))
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """A task that scales its rate to the batch."""
+
+    @property
+    def global_batch(self) -> int: ...
+
+    @property
+    def peak_lr(self) -> float: ...
+
+
+class RunLog(L.Callback):
+    """Prints what is about to be trained, then one line per epoch, fit for a terminal or a file.
+
+    Args:
+        console: where to; the console of the progress bar, so that lines go above the bar.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._start = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.monotonic()  # a run resumed in the middle of an epoch starts none
+        if not trainer.is_global_zero:
+            return
+        parameters = sum(weight.numel() for weight in pl_module.parameters())
+        facts = [f"{parameters / 1e6:.2f} M parameters"]
+        if isinstance(pl_module, Recipe):
+            facts.append(f"{pl_module.global_batch} images a step")
+            facts.append(f"peak rate {pl_module.peak_lr:.2g}")
+        facts.append(f"{int(trainer.estimated_stepping_batches):,} steps")
+        if trainer.global_step:
+            facts.append(f"going on after {trainer.global_step:,}")
+        self._print("   ".join(facts))
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        last = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        line = f"epoch {trainer.current_epoch + 1:>{len(str(last))}}" + (f"/{last}" if last else "")
+        metrics = trainer.callback_metrics
+        for name in ("train/loss_epoch", *(name for name in metrics if name.startswith("val/"))):
+            line += f"   {describe(name.removesuffix('_epoch'), float(metrics[name]))}"
+        self._print(f"{line}   {time.monotonic() - self._start:.1f} s")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def describe(name: str, value: float) -> str:
+    """One metric for a person: `val acc1 96.4 %` or `train loss 0.1234`."""
+    label = name.replace("/", " ")
+    return f"{label} {value:.2%}" if "/acc" in name else f"{label} {value:.4f}"

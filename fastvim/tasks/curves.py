@@ -1,0 +1,119 @@
+"""Learning curves of a run, as a picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GREY = "#2563eb", "#ea7317", "#15803d", "#6b7280"
+
+Points = tuple[list[float], list[float]]
+
+
+class LearningCurves(L.Callback):
+    """Draws loss, accuracy and learning rate over the epochs when training ends or breaks off.
+
+    The numbers come from the run's `metrics.csv`; a resumed run has one file per start, which
+    are joined.
+
+    Args:
+        path: of the picture.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._resumed = True  # so too where there is nothing left to train
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._resumed = trainer.global_step > 0
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING:
+            self._draw(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.training:
+            self._draw(trainer)
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        logger = next((log for log in trainer.loggers if isinstance(log, CSVLogger)), None)
+        if logger is None or not trainer.is_global_zero:
+            return
+        logger.save()
+        files = [Path(logger.log_dir) / "metrics.csv"]
+        if self._resumed:
+            starts = Path(logger.root_dir).glob("version_*/metrics.csv")
+            files = sorted(starts, key=lambda file: int(file.parent.name.split("_")[1]))
+        rows = join([_read(file) for file in files if file.exists()])
+        if rows:
+            accumulated = trainer.accumulate_grad_batches
+            figure = draw_curves(rows, math.ceil(trainer.num_training_batches / accumulated))
+            figure.savefig(self._path, dpi=150)
+
+
+def _read(file: Path) -> list[dict[str, float]]:
+    """The rows of a `metrics.csv`, without the empty cells."""
+    with file.open(newline="") as lines:
+        return [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(lines)
+        ]
+
+
+def join(starts: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The rows of all starts of a run; what a later start did again replaces the earlier."""
+    joined: list[dict[str, float]] = []
+    for rows in starts:
+        if rows:
+            first = min(row["step"] for row in rows)
+            joined = [row for row in joined if row["step"] < first] + rows
+    return joined
+
+
+def draw_curves(rows: Sequence[dict[str, float]], steps_per_epoch: int) -> Figure:
+    """Loss, accuracy and learning rate over epochs, from rows of Lightning's `metrics.csv`."""
+
+    def points(name: str, scale: float = 1.0) -> Points:
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        return [(step + 1) / steps_per_epoch for step, _ in found], [v * scale for _, v in found]
+
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+    loss.plot(*points("train/loss"), color=BLUE, alpha=0.25, linewidth=1)
+    loss.plot(*points("train/loss_epoch"), color=BLUE, label="training", linewidth=2)
+    loss.plot(*points("val/loss"), color=ORANGE, label="validation", linewidth=2)
+    loss.set_title("Loss")
+    loss.legend(frameon=False)
+
+    for name, label, color in (("val/acc1", "top-1", ORANGE), ("val/acc5", "top-5", GREEN)):
+        epochs, values = points(name, scale=100)
+        if values:
+            label = f"{label}, at the end {values[-1]:.1f}"
+            accuracy.plot(epochs, values, color=color, label=label, linewidth=2)
+    accuracy.set_title("Validation accuracy (%)")
+    if accuracy.lines:
+        accuracy.legend(frameon=False, loc="lower right")
+
+    rate.plot(*points("train/lr"), color=GREY, linewidth=2)
+    rate.set_title("Learning rate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (loss, accuracy, rate):
+        _tidy(axes)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    axes.set_xlabel("epoch")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

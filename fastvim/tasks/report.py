@@ -1,0 +1,154 @@
+"""What a test leaves behind: the metrics, and predictions with the mistakes marked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+GREEN, RED = "#15803d", "#dc2626"
+COLUMNS = 10
+
+
+class Prediction(NamedTuple):
+    """One image, what the model said, and what is right."""
+
+    image: Tensor  # (C, H, W), normalised
+    predicted: int
+    target: int | None  # None where nobody knows
+    certainty: float  # probability of the predicted class
+
+
+class Report(L.Callback):
+    """After a test: the metrics as JSON, and a picture of predictions with the mistakes marked.
+
+    The test step must return logits (B, classes). With several processes the picture shows the
+    first one's images.
+
+    Args:
+        folder: gets `metrics.json` and `predictions.png`.
+        mean: of the images' normalisation, one value per channel, or one for all.
+        std: likewise.
+        mistakes: how many wrong predictions to show at most, the most certain ones first.
+        correct: how many right predictions to show at most, drawn at random.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        mistakes: int = 40,
+        correct: int = 40,
+    ) -> None:
+        self._folder = Path(folder)
+        self._mean, self._std = mean, std
+        self._max_mistakes, self._max_correct = mistakes, correct
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._mistakes: list[Prediction] = []
+        self._correct: list[Prediction] = []
+        self._seen = self._wrong = 0
+        self._draw = torch.Generator().manual_seed(0)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        images, target = (part.cpu() for part in batch)
+        certainty, predicted = outputs.cpu().softmax(dim=-1).max(dim=-1)
+        for i, (guess, truth) in enumerate(zip(predicted.tolist(), target.tolist(), strict=True)):
+            self._seen += 1
+            shown = Prediction(images[i], guess, truth, certainty[i].item())
+            if guess != truth:
+                self._wrong += 1
+                self._mistakes.append(shown)
+            elif len(self._correct) < self._max_correct:
+                self._correct.append(shown)
+            else:
+                # Reservoir sampling: each correct image is kept with the same probability.
+                place = int(torch.randint(self._seen - self._wrong, (1,), generator=self._draw))
+                if place < self._max_correct:
+                    self._correct[place] = shown
+        self._mistakes.sort(key=lambda mistake: -mistake.certainty)
+        del self._mistakes[self._max_mistakes :]
+
+    def on_test_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        record = {"checkpoint": str(trainer.ckpt_path or ""), **metrics}
+        (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+
+        correct = sorted(self._correct, key=lambda prediction: prediction.predicted)
+        figure = draw_predictions(
+            [*self._mistakes, *correct],
+            trainer.datamodule.class_names,
+            self._mean,
+            self._std,
+            title=f"{self._wrong:,} of {self._seen:,} images wrong",
+        )
+        figure.savefig(self._folder / "predictions.png", dpi=110)
+
+
+def draw_predictions(
+    predictions: Sequence[Prediction],
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    title: str,
+) -> Figure:
+    """A grid of images with the predicted class and its probability; mistakes framed in red.
+
+    Args:
+        predictions: in the order to show them.
+        class_names: name of each class.
+        mean: of the normalisation, one value per channel, or one for all.
+        std: likewise.
+        title: above the grid.
+    """
+    rows = max(1, math.ceil(len(predictions) / COLUMNS))
+    figure = Figure(figsize=(1.3 * COLUMNS, 1.65 * rows + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=14)
+    grid = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    scale, shift = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
+    for axes, prediction in zip(grid.flat, predictions, strict=False):
+        pixels = (prediction.image.float() * scale + shift).clamp(0, 1).permute(1, 2, 0)
+        _show(axes, pixels, prediction, class_names)
+    return figure
+
+
+def _show(axes: Axes, pixels: Tensor, prediction: Prediction, class_names: Sequence[str]) -> None:
+    """One image; `pixels` is (H, W, C) in [0, 1]."""
+    wrong = prediction.target not in (None, prediction.predicted)
+    # Other channel counts than grey and RGB have no colours: their first channel is shown.
+    picture = pixels if pixels.shape[-1] == 3 else pixels[..., 0]
+    axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set_axis_on()
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color=RED if wrong else GREEN, linewidth=3 if wrong else 1)
+    text = f"{_short(class_names[prediction.predicted])} ({prediction.certainty:.0%})"
+    if wrong and prediction.target is not None:
+        text += f"\ntrue: {_short(class_names[prediction.target])}"
+    axes.set_title(text, fontsize=9, color=RED if wrong else GREEN)
+
+
+def _short(name: str) -> str:
+    """A class name that fits over its image."""
+    return name if len(name) <= 14 else name[:13] + "…"

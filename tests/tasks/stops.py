@@ -1,0 +1,66 @@
+"""Callbacks that end a run early; the tests name them in configurations."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import lightning as L
+
+
+class KillAt(L.Callback):
+    """Sends this process SIGKILL: nothing is flushed, closed or saved.
+
+    Args:
+        batch: as soon as so many training batches are done, counted over all epochs.
+        validation: instead, in the first validation after that.
+    """
+
+    def __init__(self, batch: int, validation: bool = False) -> None:
+        self.batch = batch
+        self.validation = validation
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if not self.validation:
+            self._kill_if_due(trainer)
+
+    def on_validation_batch_end(self, trainer, *args) -> None:
+        if self.validation:
+            self._kill_if_due(trainer)
+
+    def _kill_if_due(self, trainer) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 >= self.batch and not trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StopAt(L.Callback):
+    """Raises after so many training batches, counted over all epochs."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 >= self.batch:
+            raise RuntimeError("stopped by the test")
+
+
+class Poison(L.Callback):
+    """Makes the loss of step 9 infinite, or a weight after it.
+
+    Args:
+        what: "loss" or "weight".
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self._loss_is_due = trainer.global_step == 8
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *args) -> None:
+        if trainer.global_step < 9:
+            return
+        if self.what == "loss":
+            outputs["loss"].fill_(float("inf"))
+        else:
+            pl_module.model.head.bias.data[0] = float("nan")

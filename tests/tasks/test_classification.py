@@ -1,0 +1,181 @@
+"""The classification task in Lightning's hands: rate, averages, losses that are not finite."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastvim.cli import main
+from fastvim.cli.train import TrainingCLI
+from fastvim.data.images import ImageData
+from fastvim.errors import UserError
+from fastvim.tasks import Classification
+
+MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}
+ONE_EPOCH = {"trainer.max_epochs": 1, "model.init_args.warmup_epochs": 0}
+
+
+@pytest.fixture
+def data(image_folder):
+    return ImageData(str(image_folder), img_size=32, batch_size=8, num_workers=0)
+
+
+def trainer(tmp_path, *callbacks, **settings) -> L.Trainer:
+    defaults = {
+        "default_root_dir": tmp_path,
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "callbacks": list(callbacks),
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**{**defaults, **settings})
+
+
+def task(**settings) -> Classification:
+    defaults = {"model_args": MODEL_ARGS, "warmup_epochs": 0}
+    return Classification("fastvim_tiny_patch16_224", **{**defaults, **settings})
+
+
+def last(config: Path) -> dict:
+    return torch.load(config.with_suffix("") / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_the_rate_scales_with_the_true_global_batch(tmp_path, data):
+    rates = []
+
+    class Rates(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    classifier = task(lr=0.512, lr_batch=512, min_lr=0.0)
+    trainer(tmp_path, Rates(), accumulate_grad_batches=3).fit(classifier, datamodule=data)
+    assert classifier.global_batch == 24
+    assert classifier.peak_lr == pytest.approx(0.024)
+    # 12 batches are 4 steps; the rate moves after each of them.
+    expected = [0.024 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]
+    assert rates == pytest.approx([expected[(batch + 1) // 3] for batch in range(12)])
+
+
+def test_validation_and_export_use_the_averages_and_both_are_saved(write_recipe):
+    config = write_recipe({"model.init_args.ema_decay": 0.5, **ONE_EPOCH})
+    assert main(["fit", "--config", str(config)]) == 0
+    saved = last(config)
+    averaged, trained = saved["state_dict"], saved["current_model_state"]
+    name = "model.head.weight"
+    assert not torch.equal(averaged[name], trained[name])
+    exported = load_file(config.with_suffix("") / "model.safetensors")
+    torch.testing.assert_close(exported["head.weight"], averaged[name], rtol=0, atol=0)
+
+    cli = TrainingCLI("validate", [f"--config={config}", "--ckpt_path=last"])
+    cli.execute()
+    torch.testing.assert_close(cli.model.state_dict()[name], averaged[name], rtol=0, atol=0)
+    with (config.with_suffix("") / "logs" / "version_0" / "metrics.csv").open() as file:
+        logged = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    assert float(cli.trainer.callback_metrics["val/loss"]) == pytest.approx(logged[-1], abs=1e-6)
+
+
+def test_the_average_is_constant_from_the_first_step(tmp_path, data):
+    history = []
+
+    class Weights(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            history.append(pl_module.model.head.weight.detach().clone())
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            history.append(pl_module.model.head.weight.detach().clone())
+
+    classifier = task(ema_decay=0.7, lr=1.0)
+    trainer(tmp_path, Weights(), limit_train_batches=4).fit(classifier, datamodule=data)
+    expected = history[0]
+    for weights in history[1:]:
+        expected = 0.7 * expected + 0.3 * weights
+    # After `fit` the module holds the averages.
+    torch.testing.assert_close(classifier.model.head.weight.detach(), expected)
+
+
+def test_an_average_that_will_hardly_move_is_warned_of(tmp_path, data, caplog):
+    trainer(tmp_path).fit(task(ema_decay=0.999), datamodule=data)
+    assert "99 % of the averaged weights will still be the initial ones" in caplog.text
+
+
+def test_no_averages_when_turned_off(write_recipe):
+    config = write_recipe({"model.init_args.ema_decay": None, **ONE_EPOCH})
+    assert main(["fit", "--config", str(config)]) == 0
+    assert "averaging_state" not in last(config)
+
+
+def test_top_5_only_with_more_than_5_classes():
+    def names(classes: int) -> set[str]:
+        classifier = task(num_classes=classes)
+        classifier.configure_model()
+        return set(classifier.val_metrics.keys())
+
+    assert names(5) == {"val/acc1"}
+    assert names(6) == {"val/acc1", "val/acc5"}
+
+
+def test_bfloat16_mixed_precision_trains(tmp_path, data):
+    fit = trainer(tmp_path, precision="bf16-mixed", limit_train_batches=2)
+    fit.fit(task(), datamodule=data)
+    assert fit.callback_metrics["train/loss"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_args": {"img_sise": 32}}, r"no option 'img_sise' \(nearest: img_size"),
+        ({"warmup_epochs": 1}, "warmup_epochs is 1 .* whole run is 12 steps"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, data, settings, message):
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path).fit(task(**settings), datamodule=data)
+
+
+def test_odd_batches_cannot_be_mixed(tmp_path, image_folder):
+    data = ImageData(str(image_folder), img_size=32, batch_size=7, num_workers=0)
+    with pytest.raises(UserError, match="batch_size 7 must be even"):
+        trainer(tmp_path).fit(task(), datamodule=data)
+
+
+def test_an_unknown_model_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match=r"fastvim_tinny.*nearest: fastvim_tiny_patch16_224"):
+        Classification("fastvim_tinny_patch16_224", num_classes=2).configure_model()
+
+
+@pytest.mark.parametrize("poison", ["loss", "weight"])
+def test_a_loss_that_is_not_finite_stops_the_run(write_recipe, poison, capsys):
+    # 6 steps an epoch, a checkpoint every 2: the damage is in the second epoch, at step 9.
+    changes = {"trainer.callbacks": [{"class_path": "stops.Poison", "init_args": {"what": poison}}]}
+    config = write_recipe(changes)
+    assert main(["fit", "--config", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "step 9" in error
+    assert "epoch 1" in error
+    assert "checkpoints/last.ckpt" in error
+    saved = last(config)
+    assert saved["global_step"] == 8
+    assert all(weight.isfinite().all() for weight in saved["current_model_state"].values())
+
+
+def test_test_writes_metrics_and_predictions(write_recipe):
+    config = write_recipe(ONE_EPOCH)
+    assert main(["fit", "--config", str(config)]) == 0
+    assert main(["test", "--config", str(config), "--ckpt_path", "best"]) == 0
+    root = config.with_suffix("")
+    metrics = json.loads((root / "metrics.json").read_text())
+    assert set(metrics) == {"checkpoint", "test/loss", "test/acc1", "test/acc5"}
+    for picture in ("curves.png", "predictions.png"):
+        assert (root / picture).read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,100 @@
+"""Which parameters decay, at which rate each layer learns, and how the rate moves."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+import fastvim  # noqa: F401  registers the models
+from fastvim.tasks.optim import parameter_groups, warmup_cosine
+
+DEPTH = 6
+
+
+@pytest.fixture
+def model():
+    return timm.create_model(
+        "fastvim_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=DEPTH
+    )
+
+
+def setting(model, groups, key: str) -> dict[str, float]:
+    """The value of `key` in the group of each parameter, by name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: group[key] for group in groups for p in group["params"]}
+
+
+def test_every_parameter_is_in_one_group(model):
+    groups = parameter_groups(model, 0.05, layer_decay=0.7)
+    grouped = [parameter for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) == sum(1 for _ in model.parameters())
+
+
+def test_vectors_do_not_decay_though_stored_stacked(model):
+    decay = setting(model, parameter_groups(model, 0.05), "weight_decay")
+    assert decay["blocks.0.mixer.A_log"] == 0.05
+    assert decay["blocks.0.mixer.in_proj.weight"] == 0.05
+    assert decay["pos_embed"] == 0.05
+    for name in ("mixer.D", "mixer.conv_bias", "mixer.dt_bias", "norm.weight"):
+        assert decay[f"blocks.0.{name}"] == 0
+    assert decay["head.bias"] == decay["norm.weight"] == 0
+
+
+def test_further_names_can_be_exempt(model):
+    decay = setting(model, parameter_groups(model, 0.05, no_decay=["pos_*"]), "weight_decay")
+    assert decay["pos_embed"] == 0
+    assert decay["head.weight"] == 0.05
+
+
+def test_frozen_parameters_are_left_out(model):
+    model.patch_embed.requires_grad_(False)
+    names = setting(model, parameter_groups(model, 0.05), "lr_scale")
+    assert "patch_embed.proj.weight" not in names
+    assert "head.weight" in names
+
+
+def test_layers_learn_at_their_own_rates_all_along_the_schedule(model):
+    groups = parameter_groups(model, 0.05, layer_decay=0.5)
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    scheduler = warmup_cosine(optimizer, 100, 10, warmup_lr=0.0, min_lr=0.0)
+    for step, rate in ((5, 0.5), (10, 1.0), (55, 0.5), (100, 0.0)):
+        scheduler.step_update(step)
+        rates = setting(model, optimizer.param_groups, "lr")
+        assert rates["head.weight"] == pytest.approx(rate)
+        for block in range(DEPTH):
+            expected = rate * 0.5 ** (DEPTH - block)
+            assert rates[f"blocks.{block}.mixer.A_log"] == pytest.approx(expected)
+            assert rates[f"blocks.{block}.mixer.D"] == pytest.approx(expected)
+        assert rates["pos_embed"] == pytest.approx(rate * 0.5 ** (DEPTH + 1))
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+def test_pairs_of_blocks_share_a_rate_as_published(depth):
+    model = timm.create_model(
+        "fastvim_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=depth
+    )
+    scale = setting(model, parameter_groups(model, 0.05, 0.7, blocks_per_decay=2), "lr_scale")
+
+    n = depth + 1
+    assert scale["patch_embed.proj.weight"] == pytest.approx(0.7 ** (n // 2 + n % 2))
+    for block in range(depth):
+        g = block + 1
+        expected = 0.7 ** ((n - g) // 2 + (n - g) % 2)
+        assert scale[f"blocks.{block}.mixer.in_proj.weight"] == pytest.approx(expected)
+    assert scale["head.weight"] == 1
+
+
+def test_warm_up_is_linear_and_the_cosine_starts_after_it():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = warmup_cosine(optimizer, 1000, 100, warmup_lr=1e-6, min_lr=1e-5)
+
+    def rate(step: int) -> float:
+        scheduler.step_update(step)
+        return optimizer.param_groups[0]["lr"]
+
+    assert rate(0) == pytest.approx(1e-6)
+    assert rate(50) == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rate(100) == pytest.approx(1e-3)
+    assert rate(550) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rate(1000) == pytest.approx(1e-5)
