@@ -1,0 +1,149 @@
+"""`fastvim predict`, `convert` and `models`, as a person calls them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastvim.checkpoint import read, save
+from fastvim.cli import main
+from fastvim.cli.predict import find_images
+from fastvim.models import create_model, to_published
+
+NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
+MODEL = "fastvim_tiny_patch16_224"
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_classes": 6}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return create_model(MODEL, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    metadata = {"model": MODEL, "model_args": SMALL, "class_names": NAMES, "img_size": 32}
+    save(path, model.state_dict(), metadata)
+    return path
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_files_folders_and_globs(weights, image_folder, tmp_path, capsys):
+    val = image_folder / "val"
+    sources = [val / "ant" / "0.jpg", val / "bee", val / "cat" / "*.jpg", val / "bee" / "1.jpg"]
+    arguments = ["--checkpoint", str(weights), "--out", str(tmp_path), *map(str, sources)]
+    assert main(["predict", *arguments]) == 0
+    written = lines(tmp_path)
+    assert len(written) == 1 + 6 + 6  # a file named twice is predicted once
+    for line in written:
+        assert line["class"] == NAMES[line["index"]]
+        assert line["probability"] == line["top"][0]["probability"]
+        assert [entry["probability"] for entry in line["top"]] == sorted(
+            (entry["probability"] for entry in line["top"]), reverse=True
+        )
+    assert written[0]["file"] == str(sources[0])
+    assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    assert all(name in output for name in {line["class"] for line in written})
+
+
+def test_predictions_are_the_models(weights, model, image_folder, tmp_path):
+    from PIL import Image
+
+    from fastvim.data.transforms import evaluation_transform
+
+    path = image_folder / "val" / "ant" / "0.jpg"
+    main(["predict", "--checkpoint", str(weights), "--out", str(tmp_path), str(path)])
+    (line,) = lines(tmp_path)
+    with Image.open(path) as image, torch.no_grad():
+        pixels = evaluation_transform(img_size=32)(image)
+        expected = model.eval()(pixels[None]).softmax(-1)[0]
+    assert line["index"] == int(expected.argmax())
+    assert line["probability"] == pytest.approx(float(expected.max()), abs=1e-5)
+
+
+def test_the_rest_is_predicted(weights, image_folder, tmp_path, capsys):
+    good = image_folder / "val" / "ant" / "0.jpg"
+    (tmp_path / "notes.jpg").write_text("not an image")
+    (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[:300])
+    sources = [tmp_path / "notes.jpg", good, tmp_path / "cut.jpg", tmp_path / "none.png"]
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", str(weights), "--out", str(out), *map(str, sources)]
+    assert main(["predict", *arguments]) == 0
+    errors = capsys.readouterr().err.replace("\n", " ")
+    assert "notes.jpg: not an image" in errors
+    assert "cut.jpg: damaged" in errors
+    assert "none.png: no such file" in errors
+    written = lines(out)
+    assert [line["file"] for line in written if "class" in line] == [str(good)]
+    assert len([line for line in written if "error" in line]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "fastvim_tinny_patch16_224", "a.png"], "nearest: fastvim_tiny"),
+        (["a.png"], "name of a model"),
+        (["--checkpoint", "none.safetensors", "a.png"], "no checkpoint at none.safetensors"),
+        (["--model", MODEL, "none.png"], "no image among 1 files"),
+        (["--model", MODEL, "--batch-size", "0", "a.png"], "--batch-size 0"),
+        (["--model", MODEL, "--device", "gpu", "a.png"], "--device gpu"),
+        (["--model", MODEL], "IMAGES"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert main(["predict", *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastvim:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_images_are_found_once(image_folder):
+    folder = image_folder / "val" / "ant"
+    found, failures = find_images([str(folder), str(folder / "0.jpg"), str(folder / "x*.jpg")])
+    assert len(found) == 6
+    assert [failure.reason for failure in failures] == ["no such file"]
+
+
+def test_convert_there_and_back(model, weights, tmp_path, capsys):
+    published = tmp_path / "published.ckpt"
+    state = {f"backbone.{name}": value for name, value in to_published(model.state_dict()).items()}
+    averaged = {name: value + 1 for name, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": averaged}, published)
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.ckpt"
+    assert main(["convert", str(published), str(ours), "--img-size", "32"]) == 0
+    output = capsys.readouterr().out
+    assert "EMA weights" in output
+    assert "embed_dim         16" in output
+    assert main(["convert", str(ours), str(back)]) == 0
+    again = read(back).state
+    assert again.keys() == {name.removeprefix("backbone.") for name in state}
+    assert all(torch.equal(again[n.removeprefix("backbone.")], v) for n, v in averaged.items())
+    assert main(["convert", str(published), str(ours), "--img-size", "32", "--raw"]) == 0
+    assert torch.equal(read(ours).state["head.weight"], model.head.weight)
+
+
+def test_convert_mistakes(tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "none.ckpt"), str(tmp_path / "a.safetensors")]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+    (tmp_path / "broken.ckpt").write_bytes(b"\x00" * 100)
+    assert main(["convert", str(tmp_path / "broken.ckpt"), str(tmp_path / "a.safetensors")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_models_and_engines(capsys):
+    assert main(["models"]) == 0
+    output = capsys.readouterr().out
+    assert "7,166,056" in output
+    assert "vim_large_patch16_224" in output
+    assert main(["models", "--engines"]) == 0
+    output = capsys.readouterr().out
+    assert "selective_scan" in output
+    assert "numba" in output
