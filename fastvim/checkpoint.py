@@ -406,7 +406,9 @@ def load_model(
             raise UserError("expected the name of a model, or a checkpoint that holds one")
         return create_model(name, **model_args), {"model": name, "model_args": model_args}
     checkpoint = read(path, ema=ema)
-    state = checkpoint.state
+    state, written = checkpoint.state, checkpoint.metadata.get("model")
+    if name is not None and written not in (None, name):
+        raise UserError(f"{path} holds weights of {written}, not of {name}")
     if "model" in checkpoint.metadata or is_published(state) or _TELLING[2] in state:
         metadata = understand(checkpoint, model_args)[1]
     elif name is not None:

@@ -70,7 +70,10 @@ def run(argv: list[str]) -> None:
     shown: list[Prediction] = []
     batches = _batches(paths, evaluation_transform(**settings), arguments.batch_size, failures)
     total = -(-len(paths) // arguments.batch_size)
-    for files, images in track(batches, "predicting", total, console=errors, transient=True):
+    quiet = not errors.is_terminal
+    for files, images in track(
+        batches, "predicting", total, console=errors, transient=True, disable=quiet
+    ):
         probability = _probabilities(model, images.to(arguments.device))
         values, indices = probability.topk(min(TOP, probability.shape[1]))
         for i, file in enumerate(files):

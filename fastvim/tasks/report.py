@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-GREEN, RED = "#15803d", "#dc2626"
+GREEN, RED, GREY = "#15803d", "#dc2626", "#475569"  # right, wrong, truth unknown
 COLUMNS = 10
 
 
@@ -121,10 +121,11 @@ def draw_predictions(
         std: likewise.
         title: above the grid.
     """
-    rows = max(1, math.ceil(len(predictions) / COLUMNS))
-    figure = Figure(figsize=(1.3 * COLUMNS, 1.65 * rows + 0.5), layout="constrained")
+    columns = min(COLUMNS, max(1, len(predictions)))
+    rows = max(1, math.ceil(len(predictions) / columns))
+    figure = Figure(figsize=(1.3 * columns, 1.65 * rows + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=14)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     scale, shift = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
@@ -137,16 +138,17 @@ def draw_predictions(
 def _show(axes: Axes, pixels: Tensor, prediction: Prediction, class_names: Sequence[str]) -> None:
     """One image; `pixels` is (H, W, C) in [0, 1]."""
     wrong = prediction.target not in (None, prediction.predicted)
+    colour = GREY if prediction.target is None else RED if wrong else GREEN
     # Other channel counts than grey and RGB have no colours: their first channel is shown.
     picture = pixels if pixels.shape[-1] == 3 else pixels[..., 0]
     axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_axis_on()
     axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color=RED if wrong else GREEN, linewidth=3 if wrong else 1)
+    axes.spines[:].set(color=colour, linewidth=3 if wrong else 1)
     text = f"{_short(class_names[prediction.predicted])} ({prediction.certainty:.0%})"
     if wrong and prediction.target is not None:
         text += f"\ntrue: {_short(class_names[prediction.target])}"
-    axes.set_title(text, fontsize=9, color=RED if wrong else GREEN)
+    axes.set_title(text, fontsize=9, color=colour)
 
 
 def _short(name: str) -> str:
