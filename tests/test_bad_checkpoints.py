@@ -60,6 +60,17 @@ def test_weights_of_another_family(tmp_path):
     assert_equal(model.state_dict(), read(tmp_path / "resnet.pth").state)
 
 
+@pytest.mark.parametrize("scan_path", ["row", "column"])
+@pytest.mark.parametrize(
+    ("position", "message"), [(torch.zeros(1, 15, 16), "square"), (None, "missing pos_embed")]
+)
+def test_positions_that_do_not_fit(tmp_path, scan_path, position, message):
+    state = {**published(create()), "pos_embed": position}
+    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=message):
+        load_weights(create(scan_path=scan_path), tmp_path / "weights.pth")
+
+
 def test_one_direction_without_the_other(tmp_path):
     state = published(create())
     del state["layers.1.mixer.A_b_log"]

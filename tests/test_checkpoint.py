@@ -51,8 +51,7 @@ def published(model: nn.Module) -> dict[str, Tensor]:
     """The weights as published: by their names, positions of the column variant transposed."""
     state = to_published(model.state_dict())
     if model.scan_path == "column":
-        side = model.grid_size[0]
-        grid = state["pos_embed"].unflatten(1, (side, side))
+        grid = state["pos_embed"].unflatten(1, model.grid_size)
         state["pos_embed"] = grid.transpose(1, 2).flatten(1, 2).contiguous()
     return state
 
@@ -176,6 +175,39 @@ def test_a_checkpoint_of_our_training(tmp_path):
 # Conversion.
 
 
+def test_published_names_and_shapes():
+    """Those of section 9 of the models' description."""
+    model = create(VIM, init_layer_scale=0.1, norm="layer", norm_after_ssm=True)
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in to_published(model.state_dict()).items()
+    }
+    mixer = {
+        "in_proj.weight": (64, 16),
+        **{f"conv1d{d}.weight": (32, 1, 4) for d in ("", "_b")},
+        **{f"conv1d{d}.bias": (32,) for d in ("", "_b")},
+        **{f"x_proj{d}.weight": (33, 32) for d in ("", "_b")},
+        **{f"dt_proj{d}.weight": (32, 1) for d in ("", "_b")},
+        **{f"dt_proj{d}.bias": (32,) for d in ("", "_b")},
+        **dict.fromkeys(("A_log", "A_b_log"), (32, 16)),
+        **dict.fromkeys(("D", "D_b", "layernorm.weight", "layernorm.bias"), (32,)),
+        "out_proj.weight": (16, 32),
+        "gamma": (16,),
+    }
+    blocks = {f"mixer.{n}": s for n, s in mixer.items()}
+    blocks |= {"norm.weight": (16,), "norm.bias": (16,)}
+    assert shapes == {
+        "patch_embed.proj.weight": (16, 3, 8, 8),
+        "patch_embed.proj.bias": (16,),
+        "pos_embed": (1, 17, 16),
+        "cls_token": (1, 1, 16),
+        **{f"layers.{i}.{n}": s for i in range(2) for n, s in blocks.items()},
+        "norm_f.weight": (16,),
+        "norm_f.bias": (16,),
+        "head.weight": (5, 16),
+        "head.bias": (5,),
+    }
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_there_and_back_again(variant, tmp_path, image):
     """ours → published → ours and published → ours → published are the identity, bit for bit."""
@@ -223,12 +255,28 @@ def test_conversion_needs_a_known_suffix(lightning, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_our_file_may_hold_both_sides_of_its_image(tmp_path):
-    source = create(scan_path="column")
-    args = {**SMALL, "img_size": [32, 32], "scan_path": "column"}
+@pytest.mark.parametrize("img_size", [[32, 32], [16, 32], [16, 64]])
+def test_our_file_may_hold_both_sides_of_its_image(tmp_path, img_size):
+    source = create(scan_path="column", img_size=img_size)
+    args = {**SMALL, "img_size": img_size, "scan_path": "column"}
     save(tmp_path / "a.safetensors", source.state_dict(), {"model": FASTVIM, "model_args": args})
     convert(tmp_path / "a.safetensors", tmp_path / "b.ckpt")
     assert_equal(read(tmp_path / "b.ckpt").state, published(source))
+    model = create(seed=1, scan_path="column", img_size=img_size)
+    load_weights(model, tmp_path / "b.ckpt")
+    assert_equal(model.state_dict(), source.state_dict())
+
+
+def test_the_caller_knows_better_than_the_file(tmp_path):
+    metadata = {"model": FASTVIM, "model_args": {**SMALL, "pool_scale": 1.0}, "mean": [0.5]}
+    save(tmp_path / "a.safetensors", create().state_dict(), metadata)
+    args = {"pool_scale": 0.25, "alternate": False}
+    found = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", model_args=args)
+    assert found["model_args"] == {**SMALL, **args}
+    assert read(tmp_path / "b.safetensors").metadata == {**found, "mean": [0.5]}
+    model, _ = load_model(path=tmp_path / "b.safetensors", pool_scale=0.5)
+    assert model.blocks[0].mixer.pool_scale == 0.5
+    assert len(model.traversals) == 1
 
 
 def test_half_precision_survives(tmp_path):
@@ -333,7 +381,7 @@ def test_options_of_another_architecture(missing):
 
 @pytest.mark.parametrize(
     ("img_size", "cells", "message"),
-    [(None, 15, r"\(1, 15, 16\).*square"), (100, 16, "img_size=100"), ([16, 64], 16, "img_size")],
+    [(None, 15, r"\(1, 15, 16\).*square"), (100, 16, "img_size=100"), ([20, 32], 16, "img_size")],
 )
 def test_positions_of_no_square_grid(img_size, cells, message):
     state = {**create().state_dict(), "pos_embed": torch.zeros(1, cells, 16)}

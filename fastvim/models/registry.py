@@ -54,9 +54,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: FastVim) -> dict[
     """Fit a state dict to `model`: published names to ours, position embedding to its grid."""
     if is_published(state_dict):
         state_dict = from_published(state_dict)
-        if model.scan_path == "column":
-            side = square_side(state_dict["pos_embed"].shape[1])
-            height, width = (side, side) if side is not None else model.grid_size
+        if model.scan_path == "column" and "pos_embed" in state_dict:
+            height, width = _grid_of(state_dict["pos_embed"].shape[1], model)
             rows_first = transpose_position(state_dict["pos_embed"], (width, height))
             state_dict = {**state_dict, "pos_embed": rows_first}
     position = state_dict.get("pos_embed")
@@ -66,21 +65,30 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: FastVim) -> dict[
     return state_dict
 
 
-def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tensor:
-    """A square grid's embedding, with or without a class token, on the model's grid."""
-    cells = position.shape[1] - int(with_class)
+def _grid_of(cells: int, model: FastVim) -> tuple[int, int]:
+    """The grid of so many positions: the model's own if it has as many, else a square one."""
+    height, width = model.grid_size
+    if cells == height * width:
+        return height, width
     side = square_side(cells)
     if side is None:
-        raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid, cannot resize")
+        raise UserError(f"pos_embed of {cells} positions: not of a square grid, cannot resize")
+    return side, side
+
+
+def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tensor:
+    """An embedding of another grid, with or without a class token, on the model's grid."""
+    cells = position.shape[1] - int(with_class)
+    old = _grid_of(cells, model)
     if with_class != (model.cls_token is not None):
         raise UserError(
             f"the weights {'have' if with_class else 'lack'} a class token, unlike the model"
         )
     if not with_class:
-        return resize_grid(position, (side, side), model.grid_size)
+        return resize_grid(position, old, model.grid_size)
     middle = cells // 2
     before, token, after = position.split([middle, 1, cells - middle], dim=1)
-    resized = resize_grid(torch.cat([before, after], dim=1), (side, side), model.grid_size)
+    resized = resize_grid(torch.cat([before, after], dim=1), old, model.grid_size)
     middle = resized.shape[1] // 2
     return torch.cat([resized[:, :middle], token, resized[:, middle:]], dim=1)
 

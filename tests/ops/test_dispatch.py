@@ -11,6 +11,7 @@ import torch
 from inputs import cases, scan_inputs, to
 
 from fastvim.ops import dispatch, engine_name, selective_scan, use_engine
+from fastvim.ops.selective_scan import selective_scan_reference
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -70,9 +71,30 @@ def test_the_reference_on_request(calls):
     assert calls == []
 
 
+def test_the_first_of_several_engines_serves_unless_one_is_chosen(calls, monkeypatch):
+    engines = dispatch.ENGINES["selective_scan"]
+    served = next(engine for engine in engines if engine.name == "numba")
+
+    def load():
+        calls.append("other")
+        return selective_scan_reference
+
+    other = replace(served, name="other", package="torch", load=load)
+    monkeypatch.setitem(dispatch.ENGINES, "selective_scan", (other, *engines))
+    scan()
+    with use_engine("numba"):
+        scan()
+        assert engine_name("selective_scan", "cpu") == "numba"
+    with use_engine("other"):
+        scan()
+        assert engine_name("conv_pool", "cpu") == "reference"  # which it does not serve
+    assert engine_name("selective_scan", "cpu") == "other"
+    assert calls == ["other", "numba", "other"]
+
+
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_engine_names(op):
-    for device in ("cpu", "cuda", "mps"):
+    for device in ("cpu", "mps"):
         expected = "numba" if device == "cpu" and op != "add_norm" else "reference"
         assert engine_name(op, device) == expected
         with use_engine("numba"):
@@ -125,7 +147,7 @@ def test_a_missing_package_cannot_be_chosen(nothing_installed):
 
 
 def test_importing_loads_no_engine():
-    engines = ("numba", "fastvim.ops.cpu")
+    engines = ("numba", "fastvim.ops.cpu", "fastvim.ops.triton")
     program = f"import sys, fastvim; print([m for m in sys.modules if m.startswith({engines})])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
