@@ -338,7 +338,9 @@ def convert(
         state = {**state, "pos_embed": transpose_position(state["pos_embed"], grid)}
     target.parent.mkdir(parents=True, exist_ok=True)
     published = {f"backbone.{name}": value for name, value in to_published(state).items()}
-    torch.save({"state_dict": published}, target)
+    part = target.with_name(target.name + ".part")
+    torch.save({"state_dict": published}, part)
+    part.replace(target)
     return metadata
 
 

@@ -45,5 +45,6 @@ class FeatureMaps(nn.Module):
             source=self.source,
         )
         return [
-            norm(x.movedim(1, -1)).movedim(-1, 1) for norm, x in zip(self.norms, maps, strict=True)
+            norm(x.movedim(1, -1).to(norm.weight.dtype)).movedim(-1, 1)
+            for norm, x in zip(self.norms, maps, strict=True)
         ]

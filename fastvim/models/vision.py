@@ -103,6 +103,13 @@ class FastVim(nn.Module):
         _check("pooling", pooling)
         _check("scan_path", scan_path)
         _check("norm", norm)
+        if min(patch_size, depth, embed_dim, patch_stride or patch_size) < 1 or patch_stride == 0:
+            raise UserError(
+                f"patch_size={patch_size}, patch_stride={patch_stride}, embed_dim={embed_dim}, "
+                f"depth={depth}: expected 1 or more"
+            )
+        if not 0 <= drop_path_rate < 1:
+            raise UserError(f"drop_path_rate={drop_path_rate}: expected at least 0, below 1")
         if class_token and pooling != "none":
             raise UserError("class_token=True needs pooling='none': it has no row and no column")
         if class_token and scan_path != "row":
@@ -282,7 +289,8 @@ class FastVim(nn.Module):
             stop_early: leave out the blocks after the last index.
             output_fmt: "NCHW" maps or "NLC" tokens, without the class token.
             intermediates_only: leave out the first return value.
-            source: the "residual" stream after the block, or its "mixer"'s output alone.
+            source: the "residual" stream after the block (in training, before drop path is drawn
+                for the block's output), or its "mixer"'s output alone.
 
         Returns:
             The tokens after the last norm, and the list of features.

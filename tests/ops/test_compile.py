@@ -13,7 +13,7 @@ from fastvim.models import create_model
 from fastvim.ops import Traversal, use_engine
 from fastvim.ops.cpu import conv
 from fastvim.ops.cpu import selective_scan as scan
-from fastvim.ops.cpu.kernels import parallel
+from fastvim.ops.cpu.threads import parallel
 
 MODELS = ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224"]
 

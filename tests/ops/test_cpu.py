@@ -37,23 +37,23 @@ SCANS = [(1, 72), (7, 130), (15, 64), (16, 72), (17, 130), (32, 6), (63, 72), (1
 GRIDS = [((1, 1), 72), ((1, 7), 130), ((7, 1), 64), ((7, 9), 72), ((14, 14), 6), ((197, 1), 6)]
 
 
-def assert_as_exact_as_plain_pytorch(function, inputs, dtype: torch.dtype, length: int) -> None:
+def assert_as_exact_as_plain_pytorch(function, inputs, dtype: torch.dtype) -> None:
     """The output and the gradient of every input."""
     inputs = to(inputs, dtype)
     exact = run_with_gradients(function, inputs, torch.float64)
     plain = run_with_gradients(function, inputs, dtype, "reference")
     kernel = run_with_gradients(function, inputs, dtype, "numba")
     for number, (e, p, k) in enumerate(zip(exact, plain, kernel, strict=True)):
-        # The kernels add up tokens one after the other in float32, which loses about half of the
-        # root of their number in units of the last place; PyTorch adds in blocks and loses one.
-        eps = max(1.0, length**0.5 / 2) * torch.finfo(torch.float32).eps * float(e.abs().max())
+        # Two units in the last place of the largest value: both sum in float32 but in other orders,
+        # and the kernel's exponential rounds its argument to base 2 first.
+        eps = 2 * torch.finfo(torch.float32).eps * float(e.abs().max())
         assert error(k, e) <= 2 * error(p, e) + eps, f"output or gradient {number}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("steps", "width"), SCANS)
 def test_errors_of_the_scan(steps, width, dtype):
-    assert_as_exact_as_plain_pytorch(selective_scan, scan_inputs(3, steps, width), dtype, steps)
+    assert_as_exact_as_plain_pytorch(selective_scan, scan_inputs(3, steps, width), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,14 +68,12 @@ def test_errors_of_the_convolution(path, pool, grid, width, dtype):
             lambda *a, p=pooling: conv_pool(*a, segments, pooling=p),
             conv_inputs(3, length, width),
             dtype,
-            length,
         )
     for norm in (True, False):
         assert_as_exact_as_plain_pytorch(
             lambda *a: expand_gate(*a[:6], segments, *a[6:]),
             gate_inputs(3, length, segments.num_segments, width, norm),
             dtype,
-            length,
         )
 
 
@@ -84,10 +82,10 @@ def test_errors_under_a_mask(dtype):
     kept = torch.tensor([[0, 2, 3, 5, 11], [1, 4, 5, 9, 10]])
     segments = Traversal("w h", "h").over({"h": 3, "w": 4}, kept)
     assert_as_exact_as_plain_pytorch(
-        lambda *a: conv_pool(*a, segments), conv_inputs(2, 5, 72), dtype, 5
+        lambda *a: conv_pool(*a, segments), conv_inputs(2, 5, 72), dtype
     )
     assert_as_exact_as_plain_pytorch(
-        lambda *a: expand_gate(*a[:6], segments, *a[6:]), gate_inputs(2, 5, 4, 72), dtype, 5
+        lambda *a: expand_gate(*a[:6], segments, *a[6:]), gate_inputs(2, 5, 4, 72), dtype
     )
 
 

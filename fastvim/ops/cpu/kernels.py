@@ -1,27 +1,29 @@
-"""What the CPU kernels share: compilation, 2**x inside vectorised loops, threads.
+"""All that numba compiles: the loops of the CPU engine.
 
-A kernel takes a range of tasks, `kernel(first, last, *arrays)`, so that slices of the range can run
-on several threads. A task is one sequence and one block of `BLOCK` channels.
+A kernel takes a range of tasks, `kernel(first, last, *arrays)`, so that slices of the range can
+run on several threads. A task is one sequence and one block of `BLOCK` channels, and its inner
+loops run over channels, in vectors.
+
+    B  batch     L  tokens in path order     E  inner width     K  taps     N  state size
+    G  2 x batch sequences, directions outer                    S  steps
+
+One file, because numba's cache of compiled code notices only changes of a kernel's own file.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numba import float32, int32
 from numba.core import types
 from numba.extending import intrinsic
-from torch import Tensor
 
 BLOCK = 64  # channels of a task: four of the widest vectors, and its rows stay in the first cache
+CHUNK = 16  # steps whose states the backward pass holds; between chunks it restarts from saved ones
 LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.6931471805599453)
 
@@ -60,32 +62,203 @@ def exp2(x):  # type: ignore[no-untyped-def]
     return p * _as_float(bits)  # type: ignore[call-arg]
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="fastvim")
+@jit
+def scan_forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[no-untyped-def]
+    """Tasks first..last-1. Fills y (G, S, E) and starts (G, S // CHUNK, N, E), if it has room."""
+    G, S, E = u.shape
+    N = rate.shape[1]
+    blocks = (E + BLOCK - 1) // BLOCK
+    h = np.zeros((N, BLOCK), np.float32)
+    rates = np.zeros((N, BLOCK), np.float32)
+    step = np.zeros(BLOCK, np.float32)
+    inflow = np.zeros(BLOCK, np.float32)
+    out = np.zeros(BLOCK, np.float32)
+    for task in range(first, last):
+        g, e0 = task // blocks, task % blocks * BLOCK
+        width = min(BLOCK, E - e0)
+        backward = g >= G // 2
+        h[:], step[:], inflow[:] = float32(0.0), float32(0.0), float32(0.0)
+        rates[:, :width] = rate[int32(backward), :, e0 : e0 + width]
+        for i in range(S):
+            s = S - 1 - i if backward else i
+            for e in range(width):
+                step[e] = delta[g, s, e0 + e]
+                inflow[e] = step[e] * u[g, s, e0 + e]
+            out[:] = float32(0.0)
+            for n in range(N):
+                b, c = B[g, s, n], C[g, s, n]
+                for e in range(BLOCK):
+                    h[n, e] = exp2(step[e] * rates[n, e]) * h[n, e] + inflow[e] * b
+                    out[e] += c * h[n, e]
+            for e in range(width):
+                y[g, s, e0 + e] = out[e]
+            if (i + 1) % CHUNK == 0 and starts.shape[1] > 0:
+                starts[g, i // CHUNK, :, e0 : e0 + width] = h[:, :width]
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+@jit
+def scan_backward(first, last, u, delta, rate, B, C, starts, dy, du, ddelta, drate, dB, dC):  # type: ignore[no-untyped-def]
+    """Tasks first..last-1. drate (G, N, E), dB and dC (blocks, G, S, N) are partial sums."""
+    G, S, E = u.shape
+    N = rate.shape[1]
+    blocks = (E + BLOCK - 1) // BLOCK
+    h = np.zeros((CHUNK + 1, N, BLOCK), np.float32)  # the state before and after each step
+    decay = np.zeros((CHUNK, N, BLOCK), np.float32)
+    dh = np.zeros((N, BLOCK), np.float32)
+    rates = np.zeros((N, BLOCK), np.float32)
+    drates, part_rates = np.zeros((N, BLOCK), np.float32), np.zeros((N, BLOCK), np.float32)
+    step, inflow, grad = np.zeros((3, BLOCK), np.float32)
+    dstep, dinflow = np.zeros((2, BLOCK), np.float32)
+    for task in range(first, last):
+        g, block = task // blocks, task % blocks
+        e0 = block * BLOCK
+        width = min(BLOCK, E - e0)
+        backward = g >= G // 2
+        # Lanes past `width` stay 0, so that they add nothing to the sums over channels.
+        dh[:], drates[:] = float32(0.0), float32(0.0)
+        step[:], inflow[:], grad[:] = float32(0.0), float32(0.0), float32(0.0)
+        rates[:, :width] = rate[int32(backward), :, e0 : e0 + width]
+        for chunk in range((S - 1) // CHUNK, -1, -1):
+            begin, end = chunk * CHUNK, min(S, (chunk + 1) * CHUNK)
+            part_rates[:] = float32(0.0)  # short sums first, so that rounding does not add up
+            if chunk == 0:
+                h[0] = float32(0.0)
+            else:
+                h[0, :, :width] = starts[g, chunk - 1, :, e0 : e0 + width]
+            for i in range(begin, end):
+                s = S - 1 - i if backward else i
+                k = i - begin
+                for e in range(width):
+                    step[e] = delta[g, s, e0 + e]
+                    inflow[e] = step[e] * u[g, s, e0 + e]
+                for n in range(N):
+                    b = B[g, s, n]
+                    for e in range(BLOCK):
+                        decay[k, n, e] = exp2(step[e] * rates[n, e])
+                        h[k + 1, n, e] = decay[k, n, e] * h[k, n, e] + inflow[e] * b
+            for i in range(end - 1, begin - 1, -1):
+                s = S - 1 - i if backward else i
+                k = i - begin
+                for e in range(width):
+                    step[e] = delta[g, s, e0 + e]
+                    inflow[e] = step[e] * u[g, s, e0 + e]
+                    grad[e] = dy[g, s, e0 + e]
+                dstep[:] = float32(0.0)
+                dinflow[:] = float32(0.0)
+                for n in range(N):
+                    b, c = B[g, s, n], C[g, s, n]
+                    sum_b, sum_c = float32(0.0), float32(0.0)
+                    for e in range(BLOCK):
+                        flow = dh[n, e] + c * grad[e]
+                        sum_c += grad[e] * h[k + 1, n, e]
+                        sum_b += flow * inflow[e]
+                        dinflow[e] += flow * b
+                        dh[n, e] = flow * decay[k, n, e]
+                        dexponent = dh[n, e] * h[k, n, e] * LN_2
+                        dstep[e] += dexponent * rates[n, e]
+                        part_rates[n, e] += dexponent * step[e]
+                    dB[block, g, s, n] = sum_b
+                    dC[block, g, s, n] = sum_c
+                for e in range(width):
+                    du[g, s, e0 + e] = dinflow[e] * step[e]
+                    ddelta[g, s, e0 + e] = dstep[e] + dinflow[e] * u[g, s, e0 + e]
+            drates += part_rates
+        drate[g, :, e0 : e0 + width] = drates[:, :width]
 
 
-def parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
-    """Run kernel(first, last, *arrays) over slices of the tasks, on as many threads as torch.
-
-    The kernels release the GIL, so plain threads serve: no numba threading layer to conflict with
-    torch's, and a forked data worker starts with none.
-    """
-    arrays = [tensor.detach().numpy() for tensor in tensors]
-    threads = max(1, min(torch.get_num_threads(), tasks))
-    if threads == 1:
-        kernel(0, tasks, *arrays)
-        return
-    bounds = [tasks * k // threads for k in range(threads + 1)]
-    slices = itertools.pairwise(bounds)
-    futures = [_pool(threads).submit(kernel, a, b, *arrays) for a, b in slices]
-    for future in futures:
-        future.result()
+@jit(inline="always")
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    decay = exp2(-abs(x) * LOG2_E)
+    return (float32(1.0) if x >= float32(0.0) else decay) / (float32(1.0) + decay)
 
 
-def blocks_of(channels: int) -> int:
-    """Blocks that cover the channels."""
-    return -(-channels // BLOCK)
+# Blocks are copied to scratch first: its rows are padded with K-1 zero tokens at both ends, and an
+# index that starts at 0 is one that the compiler knows not to be negative, so that it vectorises.
+
+
+@jit
+def conv_forward(first, last, x, taps, bias, out):  # type: ignore[no-untyped-def]
+    """x (B, L, E), taps (2, K, E), bias (2, E) to out (2, B, L, E)."""
+    _, L, E = x.shape
+    K = taps.shape[1]
+    blocks = (E + BLOCK - 1) // BLOCK
+    tokens = np.zeros((L + 2 * (K - 1), BLOCK), np.float32)
+    window = np.zeros((K, BLOCK), np.float32)
+    start = np.zeros(BLOCK, np.float32)
+    row = np.zeros(BLOCK, np.float32)
+    for task in range(first, last):
+        b, e0 = task // blocks, task % blocks * BLOCK
+        width = min(BLOCK, E - e0)
+        tokens[K - 1 : K - 1 + L, :width] = x[b, :, e0 : e0 + width]
+        for d in range(2):
+            window[:, :width] = taps[d, :, e0 : e0 + width]
+            start[:width] = bias[d, e0 : e0 + width]
+            for position in range(L):
+                _convolve(tokens, position, window, start, d, row)
+                for e in range(BLOCK):
+                    row[e] *= _sigmoid(row[e])
+                out[d, b, position, e0 : e0 + width] = row[:width]
+
+
+@jit(inline="always")
+def _convolve(tokens, position, window, start, d, row):  # type: ignore[no-untyped-def]
+    """row = the window that ends (d = 0) or begins (d = 1) at a position of the padded tokens."""
+    K = window.shape[0]
+    for e in range(BLOCK):
+        row[e] = start[e]
+    for k in range(K):
+        source = position + (k if d == 0 else 2 * (K - 1) - k)
+        for e in range(BLOCK):
+            row[e] += window[k, e] * tokens[source, e]
+
+
+@jit
+def conv_backward(first, last, x, taps, bias, dout, dx, dtaps, dbias):  # type: ignore[no-untyped-def]
+    """Gradients; dtaps (B, 2, K, E) and dbias (B, 2, E) are partial sums."""
+    _, L, E = x.shape
+    K = taps.shape[1]
+    blocks = (E + BLOCK - 1) // BLOCK
+    tokens = np.zeros((L + 2 * (K - 1), BLOCK), np.float32)
+    dtokens = np.zeros((L, BLOCK), np.float32)
+    grad = np.zeros((L + 2 * (K - 1), BLOCK), np.float32)  # of the convolution, before SiLU
+    window, dwindow = np.zeros((K, BLOCK), np.float32), np.zeros((K, BLOCK), np.float32)
+    part_window, part_start = np.zeros((K, BLOCK), np.float32), np.zeros(BLOCK, np.float32)
+    start, dstart = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    row, upstream = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    for task in range(first, last):
+        b, e0 = task // blocks, task % blocks * BLOCK
+        width = min(BLOCK, E - e0)
+        tokens[K - 1 : K - 1 + L, :width] = x[b, :, e0 : e0 + width]
+        dtokens[:] = float32(0.0)
+        for d in range(2):
+            window[:, :width] = taps[d, :, e0 : e0 + width]
+            start[:width] = bias[d, e0 : e0 + width]
+            dwindow[:], dstart[:] = float32(0.0), float32(0.0)
+            for position in range(L):
+                if position % CHUNK == 0:  # as above
+                    dwindow += part_window
+                    dstart += part_start
+                    part_window[:], part_start[:] = float32(0.0), float32(0.0)
+                _convolve(tokens, position, window, start, d, row)
+                upstream[:width] = dout[d, b, position, e0 : e0 + width]
+                for e in range(BLOCK):
+                    sigmoid = _sigmoid(row[e])
+                    slope = sigmoid * (float32(1.0) + row[e] * (float32(1.0) - sigmoid))
+                    row[e] = upstream[e] * slope
+                    grad[position + K - 1, e] = row[e]
+                    part_start[e] += row[e]
+                for k in range(K):
+                    source = position + (k if d == 0 else 2 * (K - 1) - k)
+                    for e in range(BLOCK):
+                        part_window[k, e] += row[e] * tokens[source, e]
+            for position in range(L):
+                for k in range(K):
+                    target = position + (2 * (K - 1) - k if d == 0 else k)
+                    for e in range(BLOCK):
+                        dtokens[position, e] += window[k, e] * grad[target, e]
+            dwindow += part_window
+            dstart += part_start
+            part_window[:], part_start[:] = float32(0.0), float32(0.0)
+            dtaps[b, d, :, e0 : e0 + width] = dwindow[:, :width]
+            dbias[b, d, e0 : e0 + width] = dstart[:width]
+        dx[b, :, e0 : e0 + width] = dtokens[:, :width]

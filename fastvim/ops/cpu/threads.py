@@ -1,0 +1,45 @@
+"""Running a CPU kernel's tasks on several threads."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvim.ops.cpu.kernels import BLOCK
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="fastvim")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
+    """Run kernel(first, last, *arrays) over slices of the tasks, on as many threads as torch.
+
+    The kernels release the GIL, so plain threads serve: no numba threading layer to conflict with
+    torch's, and a forked data worker starts with none.
+    """
+    arrays = [tensor.detach().numpy() for tensor in tensors]
+    threads = max(1, min(torch.get_num_threads(), tasks))
+    if threads == 1:
+        kernel(0, tasks, *arrays)
+        return
+    bounds = [tasks * k // threads for k in range(threads + 1)]
+    slices = itertools.pairwise(bounds)
+    futures = [_pool(threads).submit(kernel, a, b, *arrays) for a, b in slices]
+    for future in futures:
+        future.result()
+
+
+def blocks_of(channels: int) -> int:
+    """Blocks that cover the channels."""
+    return -(-channels // BLOCK)
