@@ -18,6 +18,8 @@ def pytest_configure(config):
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):
@@ -27,6 +29,7 @@ def pytest_addoption(parser):
         default=GOLDEN,
         help="folder of golden cases of the published models (default: tests/golden)",
     )
+    parser.addoption("--device", default="cpu", help="device of the golden cases (default: cpu)")
 
 
 def pytest_generate_tests(metafunc):

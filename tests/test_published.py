@@ -1,6 +1,7 @@
 """The published models' own inputs, weights, outputs and gradients, reproduced.
 
-`--golden DIR` takes any folder of such files; `tests/golden` holds a few.
+`--golden DIR` takes any folder of such files; `tests/golden` holds a few. `--device cuda` computes
+them with the engines of a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def build(cfg: dict) -> torch.nn.Module:
 
 
 @pytest.fixture
-def case(golden_file: Path):
+def case(golden_file: Path, request):
     """Configuration, arrays, and the model with the published weights in it."""
     arrays = dict(np.load(golden_file))
     cfg = json.loads(str(arrays["cfg"]))
@@ -64,7 +65,7 @@ def case(golden_file: Path):
     if backbone is not model:
         state = {n if n.startswith("norms.") else f"backbone.{n}": t for n, t in state.items()}
     model.load_state_dict(state, strict=True)
-    return cfg, arrays, model.eval()
+    return cfg, arrays, model.eval().to(request.config.getoption("device"))
 
 
 def tensors(arrays: dict, prefix: str) -> dict[str, torch.Tensor]:
@@ -79,7 +80,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_outputs(case):
     cfg, arrays, model = case
-    image = torch.from_numpy(arrays["in/image"])
+    image = torch.from_numpy(arrays["in/image"]).to(next(model.parameters()).device)
     expected = tensors(arrays, "out/")
     with torch.no_grad():
         if "out_indices" in cfg:
@@ -92,7 +93,7 @@ def test_outputs(case):
             }
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=0)
+        torch.testing.assert_close(value.cpu(), expected[name], atol=1e-4, rtol=0)
 
 
 def test_gradients(case):
@@ -100,8 +101,9 @@ def test_gradients(case):
     expected = tensors(arrays, "grad/")
     if not expected:
         pytest.skip("the case holds no gradients")
-    model(torch.from_numpy(arrays["in/image"])).square().mean().backward()
-    actual = to_published({n: p.grad for n, p in model.named_parameters()})
+    image = torch.from_numpy(arrays["in/image"]).to(next(model.parameters()).device)
+    model(image).square().mean().backward()
+    actual = to_published({n: p.grad.cpu() for n, p in model.named_parameters()})
     assert actual.keys() == expected.keys()
     errors = {name: relative(actual[name], expected[name]) for name in expected}
     assert max(errors.values()) < 1e-3, errors

@@ -50,10 +50,10 @@ def _models() -> Table:
 
 
 def _engines() -> Table:
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-    table = Table("operation", *devices, box=None)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    uses = [(device, grad) for device in devices for grad in (False, True)]
+    heads = [f"{device}, {'training' if grad else 'inference'}" for device, grad in uses]
+    table = Table("operation", *heads, box=None)
     for op in OPS:
-        table.add_row(op, *(engine_name(op, device) for device in devices))
+        table.add_row(op, *(engine_name(op, device, grad=grad) for device, grad in uses))
     return table

@@ -44,7 +44,7 @@ def conv_pool(
     if pooling not in ("mean", "max"):
         raise ValueError(f"pooling={pooling!r}: expected 'mean' or 'max'")
     check_tokens(x, weight, bias, segments)
-    run = implementation("conv_pool", x, conv_pool_reference)
+    run = implementation("conv_pool", x, conv_pool_reference, segments.order is not None)
     return run(x, weight, bias, segments, pooling=pooling, pool_scale=pool_scale)
 
 

@@ -35,6 +35,8 @@ class Engine:
         device: the type of device whose tensors it serves.
         dtypes: the dtypes it serves; others fall to the definition.
         load: imports and returns the implementation.
+        trains: whether it has gradients; without them it serves where autograd is off.
+        masks: whether it takes traversals over kept indices.
     """
 
     name: str
@@ -42,9 +44,17 @@ class Engine:
     device: str
     dtypes: tuple[torch.dtype, ...]
     load: Callable[[], Callable[..., Any]]
+    trains: bool = True
+    masks: bool = True
 
-    def serves(self, x: Tensor) -> bool:
-        return x.device.type == self.device and x.dtype in self.dtypes
+    def serves(self, device: str, dtype: torch.dtype, grad: bool, masked: bool) -> bool:
+        """Whether it can compute for such tensors."""
+        return (
+            device == self.device
+            and dtype in self.dtypes
+            and (self.trains or not grad)
+            and (self.masks or not masked)
+        )
 
 
 def _numba_conv_pool() -> Callable[..., Any]:
@@ -65,16 +75,41 @@ def _numba_expand_gate() -> Callable[..., Any]:
     return expand_gate_numba
 
 
-def _numba(load: Callable[[], Callable[..., Any]]) -> Engine:
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    return Engine("numba", package="numba", device="cpu", dtypes=dtypes, load=load)
+def _triton_add_norm() -> Callable[..., Any]:
+    from fastvim.ops.triton.norm import add_norm_triton
 
+    return add_norm_triton
+
+
+def _triton_conv_pool() -> Callable[..., Any]:
+    from fastvim.ops.triton.conv_pool import conv_pool_triton
+
+    return conv_pool_triton
+
+
+def _triton_selective_scan() -> Callable[..., Any]:
+    from fastvim.ops.triton.selective_scan import selective_scan_triton
+
+    return selective_scan_triton
+
+
+def _triton_expand_gate() -> Callable[..., Any]:
+    from fastvim.ops.triton.expand_gate import expand_gate_triton
+
+    return expand_gate_triton
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_numba = functools.partial(Engine, "numba", "numba", "cpu", _DTYPES)
+# The kernels for GPUs have no backward pass yet.
+_triton = functools.partial(Engine, "triton", "triton", "cuda", _DTYPES, trains=False, masks=False)
 
 # By op, in order of preference; `add_norm` on a CPU is as good as its definition.
 ENGINES: dict[str, tuple[Engine, ...]] = {
-    "conv_pool": (_numba(_numba_conv_pool),),
-    "selective_scan": (_numba(_numba_selective_scan),),
-    "expand_gate": (_numba(_numba_expand_gate),),
+    "add_norm": (_triton(_triton_add_norm),),
+    "conv_pool": (_numba(_numba_conv_pool), _triton(_triton_conv_pool)),
+    "selective_scan": (_numba(_numba_selective_scan), _triton(_triton_selective_scan)),
+    "expand_gate": (_numba(_numba_expand_gate), _triton(_triton_expand_gate)),
 }
 
 _chosen: str | None = None
@@ -94,17 +129,27 @@ def _installed(package: str) -> bool:
     return False
 
 
-def implementation(op: str, x: Tensor, reference: Callable[_P, _T]) -> Callable[_P, _T]:
+def implementation(
+    op: str, x: Tensor, reference: Callable[_P, _T], masked: bool = False
+) -> Callable[_P, _T]:
     """The function that serves `op` for a tensor like `x`: an engine's, or the definition."""
     if _chosen != REFERENCE:
+        wanted = (x.device.type, x.dtype, torch.is_grad_enabled(), masked)
         for engine in ENGINES.get(op, ()):
-            if _chosen in (None, engine.name) and engine.serves(x) and available(engine.package):
+            serves = _chosen in (None, engine.name) and engine.serves(*wanted)
+            if serves and available(engine.package):
                 return engine.load()
     return reference
 
 
-def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32, grad: bool = True) -> str:
     """Name of the engine that serves `op` on a device type, as `fastvim models --engines` prints.
+
+    Args:
+        op: one of `OPS`.
+        device: such as "cpu" or "cuda".
+        dtype: of the tensors.
+        grad: whether gradients are recorded.
 
     Raises:
         ValueError: unknown op.
@@ -113,8 +158,8 @@ def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32) -> str
         raise ValueError(f"op={op!r}: expected one of {OPS}")
     if _chosen != REFERENCE:
         for engine in ENGINES.get(op, ()):
-            matches = engine.device == device and dtype in engine.dtypes
-            if _chosen in (None, engine.name) and matches and _installed(engine.package):
+            serves = engine.serves(device, dtype, grad, masked=False)
+            if _chosen in (None, engine.name) and serves and _installed(engine.package):
                 return engine.name
     return REFERENCE
 

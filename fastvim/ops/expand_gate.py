@@ -59,7 +59,7 @@ def expand_gate(
         ("norm_weight", norm_weight, (width,)),
         ("norm_bias", norm_bias, (width,)),
     )
-    run = implementation("expand_gate", x, expand_gate_reference)
+    run = implementation("expand_gate", x, expand_gate_reference, segments.order is not None)
     return run(x, z, y, conv_weight, conv_bias, D, segments, norm_weight, norm_bias, eps=eps)
 
 

@@ -1,0 +1,108 @@
+"""What the Triton kernels share: functions inside kernels, and grids described as integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvim.ops.traversal import Segments
+
+# The interpreter has no inline assembly.
+INTERPRETED = triton.knobs.runtime.interpret
+MAX_AXES = 3  # path axes that the kernels take
+
+
+@triton.jit
+def token_at(position, n1, n2, m0, m1, m2):
+    """Memory index of the token at a path position; sizes n and strides m, slowest axis first."""
+    rest = position // n2
+    return (rest // n1) * m0 + (rest % n1) * m1 + (position % n2) * m2
+
+
+@triton.jit
+def near(i, start, L, base, before, after, n1, n2, m0, m1, m2, SHORT: tl.constexpr):
+    """Memory index of token i of the path's row that begins at position `start`, and whether the
+    path has it; i may lie in a neighbouring row.
+
+    The row begins at memory token `base`, its neighbours at `before` and `after`. Where rows are
+    shorter than the window (SHORT) the token may be further away, and is found by division.
+    """
+    if SHORT:
+        token = token_at(start + i, n1, n2, m0, m1, m2)
+    else:
+        token = tl.where(i < 0, before + (i + n2) * m2, base + i * m2)
+        token = tl.where(i >= n2, after + (i - n2) * m2, token)
+    return token, (start + i >= 0) & (start + i < L)
+
+
+@triton.jit
+def silu(x, FAST: tl.constexpr):
+    """x * sigmoid(x); FAST takes one special function instead of two, with an error of 2**-11."""
+    if FAST:
+        half = 0.5 * x
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return half * tanh + half
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    """2**x; FAST leaves out the instructions that keep denormal results."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), exact to rounding where exp(x) is far below 1."""
+    t = tl.exp(tl.minimum(x, 20.0))
+    w = 1.0 + t
+    small = tl.where(w == 1.0, t, tl.log(w) * (t / (w - 1.0)))
+    return tl.where(x > 20.0, x, small)
+
+
+def four_taps(weight: Tensor) -> Tensor:
+    """(2, E, K) as (2, E, 4), the window that the kernels hold; shorter ones are filled with 0.
+
+    Raises:
+        ValueError: a wider convolution.
+    """
+    missing = 4 - weight.shape[2]
+    if missing < 0:
+        raise ValueError(
+            f"a convolution of {weight.shape[2]} taps: the triton engine takes 4 at most; "
+            "fastvim.use_engine('reference') takes any"
+        )
+    return F.pad(weight, (missing, 0)).contiguous() if missing else weight.contiguous()
+
+
+def collapse(segments: Segments) -> tuple[list[int], list[int], list[bool]]:
+    """Sizes, memory strides and pooled flags of the path with as few axes as describe it."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    pooled: list[bool] = []
+    for size, stride, pool in zip(segments.sizes, segments.strides, segments.pooled, strict=True):
+        if size == 1 and segments.num_tokens > 1:
+            continue
+        if sizes and pooled[-1] == pool and strides[-1] == stride * size:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+            pooled.append(pool)
+    return sizes, strides, pooled
+
+
+def pad_axes(values: Sequence[int], fill: int) -> list[int]:
+    """Exactly `MAX_AXES` numbers, filled on the slow side."""
+    return [fill] * (MAX_AXES - len(values)) + list(values)
