@@ -37,6 +37,7 @@ class Engine:
         load: imports and returns the implementation.
         trains: whether it has gradients; without them it serves where autograd is off.
         masks: whether it takes traversals over kept indices.
+        default: whether it serves without being asked for by `use_engine`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Engine:
     load: Callable[[], Callable[..., Any]]
     trains: bool = True
     masks: bool = True
+    default: bool = True
 
     def serves(self, device: str, dtype: torch.dtype, grad: bool, masked: bool) -> bool:
         """Whether it can compute for such tensors."""
@@ -101,8 +103,10 @@ def _triton_expand_gate() -> Callable[..., Any]:
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _numba = functools.partial(Engine, "numba", "numba", "cpu", _DTYPES)
-# The kernels for GPUs have no backward pass yet.
-_triton = functools.partial(Engine, "triton", "triton", "cuda", _DTYPES, trains=False, masks=False)
+# The kernels for GPUs have no backward pass yet, and torch.compile does not take them yet.
+_triton = functools.partial(
+    Engine, "triton", "triton", "cuda", _DTYPES, trains=False, masks=False, default=False
+)
 
 # By op, in order of preference; `add_norm` on a CPU is as good as its definition.
 ENGINES: dict[str, tuple[Engine, ...]] = {
@@ -129,6 +133,10 @@ def _installed(package: str) -> bool:
     return False
 
 
+def _wanted(engine: Engine) -> bool:
+    return _chosen == engine.name or (_chosen is None and engine.default)
+
+
 def implementation(
     op: str, x: Tensor, reference: Callable[_P, _T], masked: bool = False
 ) -> Callable[_P, _T]:
@@ -136,7 +144,7 @@ def implementation(
     if _chosen != REFERENCE:
         wanted = (x.device.type, x.dtype, torch.is_grad_enabled(), masked)
         for engine in ENGINES.get(op, ()):
-            serves = _chosen in (None, engine.name) and engine.serves(*wanted)
+            serves = _wanted(engine) and engine.serves(*wanted)
             if serves and available(engine.package):
                 return engine.load()
     return reference
@@ -159,7 +167,7 @@ def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32, grad: 
     if _chosen != REFERENCE:
         for engine in ENGINES.get(op, ()):
             serves = engine.serves(device, dtype, grad, masked=False)
-            if _chosen in (None, engine.name) and serves and _installed(engine.package):
+            if _wanted(engine) and serves and _installed(engine.package):
                 return engine.name
     return REFERENCE
 

@@ -43,7 +43,7 @@ def load_token(p_x, position, valid, columns, L, E, stride_token, n1, n2, m0, m1
 @triton.jit
 def _runs_kernel(
     x, weight, bias, out, scale,
-    B, L, S, pieces, stride_batch, n1, n2, m0, m1,
+    B, L, S, pieces, out_direction, stride_batch, n1, n2, m0, m1,
     E: tl.constexpr, m2: tl.constexpr, stride_token: tl.constexpr,
     P: tl.constexpr, EVEN: tl.constexpr, SHORT: tl.constexpr, POOLED: tl.constexpr,
     MAX: tl.constexpr, FAST: tl.constexpr, STEP: tl.constexpr,
@@ -89,7 +89,6 @@ def _runs_kernel(
     x0, x1, x2, x3, x4, x5 = window
     p_ahead = p_x + ((base + (first + 3) * m2) * stride_token)[:, None]
     p_out = out + ((batch * S + start + first) * E)[:, None] + columns[None, :]
-    other = B.to(tl.int64) * S * E
     forward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
     backward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
     for block in range(0, P, STEP):
@@ -108,7 +107,7 @@ def _runs_kernel(
             present = mask if EVEN else mask & (i < n2)[:, None]
             if not POOLED:
                 tl.store(p_out, ahead * scale, mask=present)
-                tl.store(p_out + other, behind * scale, mask=present)
+                tl.store(p_out + out_direction, behind * scale, mask=present)
                 p_out += E
             elif MAX:
                 forward = tl.maximum(forward, tl.where(present, ahead, float("-inf")))
@@ -124,7 +123,7 @@ def _runs_kernel(
     if POOLED:
         p_segment = out + ((batch * S + row) * E)[:, None] + columns[None, :]
         tl.store(p_segment, forward * scale, mask=mask)
-        tl.store(p_segment + other, backward * scale, mask=mask)
+        tl.store(p_segment + out_direction, backward * scale, mask=mask)
 
 
 @triton.jit
@@ -201,7 +200,8 @@ def conv_pool_triton(
         C = min(CHANNELS, triton.next_power_of_2(E))
         R = max(1, TILE // C)
         _runs_kernel[(triton.cdiv(B * (L // row) * pieces, R), triton.cdiv(E, C))](
-            x, weight, bias, out, scale, B, L, S, pieces, x.stride(0), *n[1:], *m[:2],
+            x, weight, bias, out, scale,
+            B, L, S, pieces, out.stride(0), x.stride(0), *n[1:], *m[:2],
             E=E, m2=m[2], stride_token=x.stride(1), P=P, EVEN=row % P == 0, SHORT=row < 4,
             POOLED=segments.pools, STEP=step, R=R, C=C, num_warps=WARPS, **common,
         )  # fmt: skip

@@ -37,7 +37,7 @@ def _gate(
 @triton.jit
 def _expand_gate_kernel(
     x, z, y, weight, bias, skip, norm_weight, norm_bias, out, eps,
-    B, L, S, pieces, x_batch, z_batch, n1, n2, m0, m1, s0, s1,
+    L, S, pieces, y_direction, x_batch, z_batch, n1, n2, m0, m1, s0, s1,
     E: tl.constexpr, m2: tl.constexpr, s2: tl.constexpr,
     x_token: tl.constexpr, z_token: tl.constexpr,
     P: tl.constexpr, EVEN: tl.constexpr, SHORT: tl.constexpr, NORM: tl.constexpr,
@@ -58,7 +58,6 @@ def _expand_gate_kernel(
     p_z = z + batch * z_batch + (base + first * m2) * z_token + columns
     p_y = y + (batch * S + segment + first * s2) * E + columns
     p_out = out + (batch * L + base + first * m2) * E + columns
-    other = B.to(tl.int64) * S * E
 
     w = weight + columns * 4
     f0 = tl.load(w, mask=in_row, other=0.0).to(tl.float32)
@@ -82,7 +81,7 @@ def _expand_gate_kernel(
 
     # Where the row is one segment, all its tokens receive the same.
     same = tl.load(p_y, mask=in_row, other=0.0).to(tl.float32)
-    same += tl.load(p_y + other, mask=in_row, other=0.0).to(tl.float32)
+    same += tl.load(p_y + y_direction, mask=in_row, other=0.0).to(tl.float32)
     window = ()
     for k in tl.static_range(6):
         token, inside = near(
@@ -108,9 +107,9 @@ def _expand_gate_kernel(
         y_1 = same
         if s2 != 0:
             y_0 = tl.load(p_y, mask=mask_0, other=0.0).to(tl.float32)
-            y_0 += tl.load(p_y + other, mask=mask_0, other=0.0).to(tl.float32)
+            y_0 += tl.load(p_y + y_direction, mask=mask_0, other=0.0).to(tl.float32)
             y_1 = tl.load(p_y + s2 * E, mask=mask_1, other=0.0).to(tl.float32)
-            y_1 += tl.load(p_y + s2 * E + other, mask=mask_1, other=0.0).to(tl.float32)
+            y_1 += tl.load(p_y + s2 * E + y_direction, mask=mask_1, other=0.0).to(tl.float32)
         z_0 = tl.load(p_z, mask=mask_0, other=0.0).to(tl.float32)
         z_1 = tl.load(p_z + m2 * z_token, mask=mask_1, other=0.0).to(tl.float32)
         ahead = silu(fb + f0 * x0 + f1 * x1 + f2 * x2 + f3 * x3, FAST)
@@ -164,7 +163,8 @@ def expand_gate_triton(
     block = triton.next_power_of_2(E)
     _expand_gate_kernel[(B * (L // row) * pieces,)](
         x, z, y, conv_weight, conv_bias, D, norm_weight, norm_bias, out, eps,
-        B, L, segments.num_segments, pieces, x.stride(0), z.stride(0), *n[1:], *m[:2], *s[:2],
+        L, segments.num_segments, pieces, y.stride(0), x.stride(0), z.stride(0),
+        *n[1:], *m[:2], *s[:2],
         E=E, m2=m[2], s2=s[2], x_token=x.stride(1), z_token=z.stride(1),
         P=P, EVEN=row % P == 0, SHORT=row < 4, NORM=norm_weight is not None,
         FAST=x.dtype != torch.float32 and not INTERPRETED,
