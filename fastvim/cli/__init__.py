@@ -1,6 +1,6 @@
 """The command line: `fastvim COMMAND …`.
 
-Each command is imported when it is asked for, so that `fastvim --help` does not wait for torch.
+Each command is imported when it is asked for, so that `fastvim --help` does not wait for Lightning.
 """
 
 from __future__ import annotations
