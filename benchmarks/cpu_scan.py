@@ -33,9 +33,7 @@ def inputs(steps: int, batch: int, width: int, state: int = 16) -> list[Tensor]:
     rank = width // 32
     tensors = [
         torch.randn(2, batch, steps, width),
-        torch.randn(2, batch, steps, rank),
-        torch.randn(2, batch, steps, state),
-        torch.randn(2, batch, steps, state),
+        torch.randn(2, rank + 2 * state, width) * width**-0.5,
         torch.randn(2, width, rank) * rank**-0.5,
         torch.randn(2, width) - 4,
         torch.arange(1.0, state + 1).log().expand(2, width, state).clone(),

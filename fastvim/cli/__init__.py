@@ -46,6 +46,12 @@ def _models() -> Run:
     return run
 
 
+def _benchmark() -> Run:
+    from fastvim.cli.benchmark import run
+
+    return run
+
+
 # `fit`, `validate` and `test` are one module: it gets the command's name as the first argument.
 COMMANDS = {
     "fit": Command("train a model as a recipe says", _train),
@@ -53,6 +59,7 @@ COMMANDS = {
     "test": Command("evaluate a checkpoint on the test images", _train),
     "predict": Command("classify image files and folders", _predict),
     "convert": Command("turn published weights into a safetensors file", _convert),
+    "benchmark": Command("time models, each checked for correctness first", _benchmark),
     "models": Command("list the models and the engines that compute them", _models),
 }
 TRAINING = ("fit", "validate", "test")

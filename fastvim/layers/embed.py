@@ -71,7 +71,12 @@ class PatchEmbed(nn.Module):
         )
         if bottom or right:
             image = F.pad(image, (0, right, 0, bottom))
-        return self.proj(image).flatten(2).mT, grid
+        if self.stride != self.patch_size:
+            return self.proj(image).flatten(2).mT, grid
+        # The convolution as the matrix product that it is: on GPUs several times as fast.
+        patches = image.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias), grid
 
 
 def resize_grid(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

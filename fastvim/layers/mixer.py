@@ -18,7 +18,7 @@ from fastvim.ops.traversal import Pooling
 class Mixer(nn.Module):
     """Bidirectional selective scan over the pooled segments of a path (FastVim, section 3.2).
 
-    `in_proj` → `conv_pool` → `x_proj` → `selective_scan` → `expand_gate` → `out_proj`. How the
+    `in_proj` → `conv_pool` → `selective_scan` → `expand_gate` → `out_proj`. How the
     tokens are walked and pooled comes with each call, so one mixer serves every traversal.
 
     Args:
@@ -98,25 +98,20 @@ class Mixer(nn.Module):
     def forward(self, u: Tensor, segments: Segments) -> Tensor:
         """(B, L, d) tokens in memory order to (B, L, d), walked as `segments` says."""
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        pooled = conv_pool(
+        pooled, skip = conv_pool(
             x,
             self.conv_weight,
             self.conv_bias,
+            self.D,
             segments,
             pooling=self.pooling,
             pool_scale=self.pool_scale,
         )
-        projected = torch.bmm(pooled.flatten(1, 2), self.x_proj.mT)
-        projected = projected.unflatten(1, pooled.shape[1:3])
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = selective_scan(pooled, dt, B, C, self.dt_proj, self.dt_bias, self.A_log)
+        y = selective_scan(pooled, self.x_proj, self.dt_proj, self.dt_bias, self.A_log)
         gated = expand_gate(
-            x,
+            skip,
             z,
             y,
-            self.conv_weight,
-            self.conv_bias,
-            self.D,
             segments,
             None if self.norm is None else self.norm.weight,
             None if self.norm is None else self.norm.bias,

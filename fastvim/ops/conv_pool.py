@@ -1,4 +1,4 @@
-"""conv_pool: the convolution of both directions, SiLU, and the pooling to segments.
+"""conv_pool: the convolution of both directions, SiLU, the pooling to segments, and the skip.
 
 B  batch, L  tokens, E  inner width, K  taps of the convolution, S  segments
 Direction 0 walks the path, direction 1 walks it backwards: its window looks ahead.
@@ -20,32 +20,43 @@ def conv_pool(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    D: Tensor,
     segments: Segments,
     *,
     pooling: Pooling = "mean",
     pool_scale: float = 1.0,
-) -> Tensor:
-    """Depthwise convolution along the path, SiLU, and one value per segment (mixer, steps 1-2).
+) -> tuple[Tensor, Tensor]:
+    """Depthwise convolution along the path, SiLU, one value per segment, and each token's skip.
+
+    Steps 1 and 2 of the mixer, and the part `D ⊙ x'` of step 5: the convolved token `x'` is needed
+    for both, and nowhere else.
 
     Args:
         x: (B, L, E) tokens in memory order; any strides.
         weight: (2, E, K), per direction; tap K-1 is the token itself.
         bias: (2, E).
+        D: (2, E) skip.
         segments: the layer's traversal over the grid of the L tokens.
         pooling: "mean" (over the full size of a segment) or "max".
         pool_scale: factor on the pooled value; 0.25 when fine-tuning from 75 % masked weights.
 
     Returns:
-        (2, B, S, E), in `x`'s dtype.
+        The pooled values (2, B, S, E), and the skip (B, L, E) in memory order: the mean over
+        directions of `D · x'`. Both in `x`'s dtype.
 
     Raises:
         ValueError: shapes that do not agree, or an unknown pooling.
     """
     if pooling not in ("mean", "max"):
         raise ValueError(f"pooling={pooling!r}: expected 'mean' or 'max'")
-    check_tokens(x, weight, bias, segments)
+    if x.ndim != 3 or x.shape[1] != segments.num_tokens:
+        raise ValueError(f"x {tuple(x.shape)}: expected (B, {segments.num_tokens}, E)")
+    width = x.shape[2]
+    if weight.ndim != 3 or weight.shape[:2] != (2, width):
+        raise ValueError(f"weight {tuple(weight.shape)}: expected (2, {width}, K)")
+    check_shapes(("bias", bias, (2, width)), ("D", D, (2, width)))
     run = implementation("conv_pool", x, conv_pool_reference, segments.order is not None)
-    return run(x, weight, bias, segments, pooling=pooling, pool_scale=pool_scale)
+    return run(x, weight, bias, D, segments, pooling=pooling, pool_scale=pool_scale)
 
 
 def conv_silu(x_path: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -64,20 +75,15 @@ def conv_pool_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    D: Tensor,
     segments: Segments,
     *,
     pooling: Pooling = "mean",
     pool_scale: float = 1.0,
     convolve: Callable[[Tensor, Tensor, Tensor], Tensor] = conv_silu,
-) -> Tensor:
-    convolved = convolve(segments.to_path(x.to(compute_dtype(x))), weight, bias)
-    return (segments.reduce(convolved, pooling) * pool_scale).to(x.dtype)
-
-
-def check_tokens(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> None:
-    """Raise ValueError unless the tokens fit the traversal and the convolution."""
-    if x.ndim != 3 or x.shape[1] != segments.num_tokens:
-        raise ValueError(f"x {tuple(x.shape)}: expected (B, {segments.num_tokens}, E)")
-    if weight.ndim != 3 or weight.shape[:2] != (2, x.shape[2]):
-        raise ValueError(f"weight {tuple(weight.shape)}: expected (2, {x.shape[2]}, K)")
-    check_shapes(("bias", bias, (2, x.shape[2])))
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x)
+    convolved = convolve(segments.to_path(x.to(dtype)), weight, bias)
+    pooled = segments.reduce(convolved, pooling) * pool_scale
+    skip = segments.from_path((D.to(dtype)[:, None, None] * convolved).mean(0))
+    return pooled.to(x.dtype), skip.to(x.dtype)

@@ -25,7 +25,7 @@ REFERENCE = "reference"
 OPS = ("add_norm", "conv_pool", "selective_scan", "expand_gate")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Engine:
     """A kernel implementation of one op.
 
@@ -71,12 +71,6 @@ def _numba_selective_scan() -> Callable[..., Any]:
     return selective_scan_numba
 
 
-def _numba_expand_gate() -> Callable[..., Any]:
-    from fastvim.ops.cpu.conv import expand_gate_numba
-
-    return expand_gate_numba
-
-
 def _triton_add_norm() -> Callable[..., Any]:
     from fastvim.ops.triton.norm import add_norm_triton
 
@@ -103,17 +97,15 @@ def _triton_expand_gate() -> Callable[..., Any]:
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _numba = functools.partial(Engine, "numba", "numba", "cpu", _DTYPES)
-# The kernels for GPUs have no backward pass yet, and torch.compile does not take them yet.
-_triton = functools.partial(
-    Engine, "triton", "triton", "cuda", _DTYPES, trains=False, masks=False, default=False
-)
+# The kernels for GPUs have no backward pass yet.
+_triton = functools.partial(Engine, "triton", "triton", "cuda", _DTYPES, trains=False, masks=False)
 
-# By op, in order of preference; `add_norm` on a CPU is as good as its definition.
+# By op, in order of preference. On a CPU the norms are as good as their definitions.
 ENGINES: dict[str, tuple[Engine, ...]] = {
     "add_norm": (_triton(_triton_add_norm),),
     "conv_pool": (_numba(_numba_conv_pool), _triton(_triton_conv_pool)),
     "selective_scan": (_numba(_numba_selective_scan), _triton(_triton_selective_scan)),
-    "expand_gate": (_numba(_numba_expand_gate), _triton(_triton_expand_gate)),
+    "expand_gate": (_triton(_triton_expand_gate),),
 }
 
 _chosen: str | None = None
@@ -133,20 +125,35 @@ def _installed(package: str) -> bool:
     return False
 
 
-def _wanted(engine: Engine) -> bool:
-    return _chosen == engine.name or (_chosen is None and engine.default)
+def _candidates(
+    engines: tuple[Engine, ...],
+    chosen: str | None,
+    device: str,
+    dtype: torch.dtype,
+    grad: bool,
+    masked: bool,
+) -> tuple[Engine, ...]:
+    """Those that could serve, in order of preference."""
+    return tuple(
+        engine
+        for engine in engines
+        if (engine.default if chosen is None else engine.name == chosen)
+        and engine.serves(device, dtype, grad, masked)
+    )
+
+
+_remembered = functools.cache(_candidates)
 
 
 def implementation(
     op: str, x: Tensor, reference: Callable[_P, _T], masked: bool = False
 ) -> Callable[_P, _T]:
     """The function that serves `op` for a tensor like `x`: an engine's, or the definition."""
-    if _chosen != REFERENCE:
-        wanted = (x.device.type, x.dtype, torch.is_grad_enabled(), masked)
-        for engine in ENGINES.get(op, ()):
-            serves = _wanted(engine) and engine.serves(*wanted)
-            if serves and available(engine.package):
-                return engine.load()
+    candidates = _candidates if torch.compiler.is_compiling() else _remembered
+    grad = torch.is_grad_enabled()
+    for engine in candidates(ENGINES[op], _chosen, x.device.type, x.dtype, grad, masked):
+        if available(engine.package):
+            return engine.load()
     return reference
 
 
@@ -164,11 +171,9 @@ def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32, grad: 
     """
     if op not in OPS:
         raise ValueError(f"op={op!r}: expected one of {OPS}")
-    if _chosen != REFERENCE:
-        for engine in ENGINES.get(op, ()):
-            serves = engine.serves(device, dtype, grad, masked=False)
-            if _wanted(engine) and serves and _installed(engine.package):
-                return engine.name
+    for engine in _candidates(ENGINES[op], _chosen, device, dtype, grad, masked=False):
+        if _installed(engine.package):
+            return engine.name
     return REFERENCE
 
 
@@ -229,5 +234,5 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
     """Raise ValueError naming the first tensor whose shape is not the one beside it."""
     for name, tensor, shape in expected:
-        if tensor is not None and tuple(tensor.shape) != shape:
+        if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {tuple(tensor.shape)}: expected {shape}")

@@ -1,6 +1,6 @@
 """selective_scan: the state-space recurrence over the segments, both directions.
 
-B  batch, S  segments, E  inner width, N  state size, R  rank of the step-size projection
+B  batch, S  segments, E  inner width, N  state size, R  rank of the step size
 """
 
 from __future__ import annotations
@@ -14,76 +14,71 @@ from fastvim.ops.dispatch import check_shapes, compute_dtype, definition, implem
 
 def selective_scan(
     u: Tensor,
-    dt: Tensor,
-    B: Tensor,
-    C: Tensor,
+    x_proj: Tensor,
     dt_proj: Tensor,
     dt_bias: Tensor,
     A_log: Tensor,
 ) -> Tensor:
     """`h_s = exp(Δ_s A) h_prev + Δ_s B_s u_s`, `y_s = C_s · h_s` (mixer, steps 3-4; Mamba, eq. 2).
 
-    `Δ = softplus(dt @ dt_proj.T + dt_bias)` and `A = -exp(A_log)`. Direction 0 scans s ascending,
+    What is selected comes from the input: `[dt, B, C] = u @ x_projᵀ` and
+    `Δ = softplus(dt @ dt_projᵀ + dt_bias)`; `A = -exp(A_log)`. Direction 0 scans s ascending,
     direction 1 descending. There is no skip term: FastVim's skip uses each token's own value.
 
     Args:
-        u: (2, B, S, E) pooled input; any strides, like the rest.
-        dt: (2, B, S, R) step size before its projection.
-        B: (2, B, S, N) input matrix.
-        C: (2, B, S, N) output matrix.
+        u: (2, B, S, E) pooled input; any strides.
+        x_proj: (2, R + 2N, E), the rows of dt, then of B, then of C.
         dt_proj: (2, E, R).
         dt_bias: (2, E).
         A_log: (2, E, N).
 
     Returns:
-        (2, B, S, E), in `u`'s dtype; the state and all sums are float32 (float64 for float64).
+        (2, B, S, E), in `u`'s dtype; projections, state and sums are float32 (float64 for float64).
 
     Raises:
         ValueError: shapes that do not agree.
     """
     if u.ndim != 4 or u.shape[0] != 2:
         raise ValueError(f"u {tuple(u.shape)}: expected (2, B, S, E)")
-    E, N, R = A_log.shape[1], A_log.shape[2], dt_proj.shape[2]
-    steps = tuple(u.shape[:3])
+    E, N, R = u.shape[3], A_log.shape[-1], dt_proj.shape[-1]
     check_shapes(
-        ("u", u, (*steps, E)),
-        ("dt", dt, (*steps, R)),
-        ("B", B, (*steps, N)),
-        ("C", C, (*steps, N)),
+        ("x_proj", x_proj, (2, R + 2 * N, E)),
         ("dt_proj", dt_proj, (2, E, R)),
         ("dt_bias", dt_bias, (2, E)),
         ("A_log", A_log, (2, E, N)),
     )
     run = implementation("selective_scan", u, selective_scan_reference)
-    return run(u, dt, B, C, dt_proj, dt_bias, A_log)
+    return run(u, x_proj, dt_proj, dt_bias, A_log)
 
 
 @definition
 def selective_scan_reference(
     u: Tensor,
-    dt: Tensor,
-    B: Tensor,
-    C: Tensor,
+    x_proj: Tensor,
     dt_proj: Tensor,
     dt_bias: Tensor,
     A_log: Tensor,
 ) -> Tensor:
     dtype = compute_dtype(u)
-    input_dtype = u.dtype
-    u, B, C = u.to(dtype), B.to(dtype), C.to(dtype)
-    delta = step_size(dt, dt_proj, dt_bias, dtype)
+    delta, B, C = select(u, x_proj, dt_proj, dt_bias, dtype)
+    x = u.to(dtype)
     A = -A_log.to(dtype).exp()
     directions = [
-        _scan(u[d], delta[d], A[d], B[d], C[d], reverse=d == 1) for d in range(u.shape[0])
+        _scan(x[d], delta[d], A[d], B[d], C[d], reverse=d == 1) for d in range(u.shape[0])
     ]
-    return torch.stack(directions).to(input_dtype)
+    return torch.stack(directions).to(u.dtype)
 
 
-def step_size(dt: Tensor, dt_proj: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Δ = softplus(dt · dt_projᵀ + dt_bias), (2, B, S, E)."""
-    rows, weight, bias = dt.to(dtype).flatten(1, 2), dt_proj.to(dtype).mT, dt_bias.to(dtype)
-    projected: Tensor = torch.baddbmm(bias[:, None], rows, weight).unflatten(1, dt.shape[1:3])
-    return F.softplus(projected)
+def select(
+    u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Δ (2, B, S, E), B and C (2, B, S, N) of the steps, computed in `dtype`."""
+    rank, steps = dt_proj.shape[2], u.shape[1:3]
+    states = (x_proj.shape[1] - rank) // 2
+    projected = torch.bmm(u.to(dtype).flatten(1, 2), x_proj.to(dtype).mT)
+    dt, B, C = projected.split([rank, states, states], dim=-1)
+    raw = torch.baddbmm(dt_bias.to(dtype)[:, None], dt, dt_proj.to(dtype).mT)
+    return F.softplus(raw).unflatten(1, steps), B.unflatten(1, steps), C.unflatten(1, steps)
 
 
 def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool) -> Tensor:

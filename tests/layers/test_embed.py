@@ -45,6 +45,41 @@ def test_padding_at_the_bottom_and_right(height, width, stride):
             torch.testing.assert_close(token, patch @ weight.T + layer.proj.bias)
 
 
+LAYOUTS = {
+    "contiguous": lambda image: image,
+    "channels_last": lambda image: image.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda image: image.mT.contiguous().mT,
+    "part": lambda image: F.pad(image, (1, 2, 3, 1))[..., 3:-1, 1:-2],
+}
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 20), (12, 8), (7, 18), (4, 37)])
+def test_the_matrix_product_is_the_convolution(height, width, layout, batch):
+    """Tokens and gradients, with patches that do not overlap and patches that do."""
+    image = LAYOUTS[layout](torch.randn(batch, 3, height, width))
+    assert image.is_contiguous() == (layout == "contiguous") or batch == 0
+    for stride in (4, 3):
+        layer, convolved = embed(stride=stride), []
+        torch.nn.init.normal_(layer.proj.bias)
+        layer.proj.register_forward_hook(lambda *_, seen=convolved: seen.append(1))
+        own, copy = image.detach().requires_grad_(), image.detach().requires_grad_()
+        tokens, grid = layer(own)
+        assert len(convolved) == (0 if stride == 4 else 1)
+        bottom, right = (-(side - 4) % stride for side in (height, width))
+        expected = layer.proj(F.pad(copy, (0, right, 0, bottom)))
+        assert grid == tuple(expected.shape[2:])
+        expected = expected.flatten(2).mT
+        torch.testing.assert_close(tokens, expected)
+        probe = torch.randn_like(tokens)
+        gradients, expected_gradients = (
+            torch.autograd.grad(out, (x, *layer.parameters()), probe)
+            for out, x in ((tokens, own), (expected, copy))
+        )
+        torch.testing.assert_close(gradients, expected_gradients)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

@@ -105,9 +105,14 @@ def convolve_direction(sequence, weight, bias, direction):
     return convolve(sequence[::-1], weight, bias)[::-1]
 
 
-def conv_pool(x, weight, bias, walks, pooling="mean", pool_scale=1.0):
-    """x (B, n, E), one walk per sequence, to (2, B, S, E)."""
+def conv_pool(x, weight, bias, D, walks, pooling="mean", pool_scale=1.0):
+    """x (B, n, E), one walk per sequence, to (2, B, S, E), and the skip (B, n, E).
+
+    The skip of a token is the mean over directions of D times its own convolved value, and lies in
+    memory as the tokens do.
+    """
     out = np.zeros((2, len(x), walks[0].num_segments, x.shape[2]))
+    skip = np.zeros_like(x)
     for direction, b in product(range(2), range(len(x))):
         order, segments, num_segments, size = walks[b]
         values = convolve_direction(x[b][order], weight[direction], bias[direction], direction)
@@ -118,7 +123,9 @@ def conv_pool(x, weight, bias, walks, pooling="mean", pool_scale=1.0):
             if own:
                 pooled = sum(own) / size if pooling == "mean" else np.max(own, axis=0)
                 out[direction, b, s] = pooled * pool_scale
-    return out
+        for value, memory in zip(values, order, strict=True):
+            skip[b, memory] += D[direction] * value / 2
+    return out, skip
 
 
 def scan(u, dt, B, C, dt_proj, dt_bias, A_log):
@@ -134,28 +141,35 @@ def scan(u, dt, B, C, dt_proj, dt_bias, A_log):
     return y
 
 
-def selective_scan(u, dt, B, C, dt_proj, dt_bias, A_log):
-    """u (2, B, S, E), dt (2, B, S, R), B and C (2, B, S, N), parameters (2, E, ...)."""
+def select(u, x_proj, rank):
+    """dt (S, R), B and C (S, N) of the steps (S, E) of one sequence, by x_proj (R + 2N, E)."""
+    projected = np.zeros((len(u), len(x_proj)))
+    for s in range(len(u)):
+        for row in range(len(x_proj)):
+            projected[s, row] = (x_proj[row] * u[s]).sum()
+    states = (len(x_proj) - rank) // 2
+    return projected[:, :rank], projected[:, rank : rank + states], projected[:, rank + states :]
+
+
+def selective_scan(u, x_proj, dt_proj, dt_bias, A_log):
+    """u (2, B, S, E), x_proj (2, R + 2N, E), the other parameters (2, E, ...)."""
     y = np.zeros_like(u)
-    for b in range(u.shape[1]):
-        own = [t[0] for t in (dt_proj, dt_bias, A_log)]
-        y[0, b] = scan(*(t[0, b] for t in (u, dt, B, C)), *own)
-        own = [t[1] for t in (dt_proj, dt_bias, A_log)]
-        y[1, b] = scan(*(t[1, b, ::-1] for t in (u, dt, B, C)), *own)[::-1]
+    for direction, b in product(range(2), range(u.shape[1])):
+        ascending = 1 if direction == 0 else -1
+        steps = u[direction, b, ::ascending]
+        selected = select(steps, x_proj[direction], dt_proj.shape[2])
+        own = [t[direction] for t in (dt_proj, dt_bias, A_log)]
+        y[direction, b] = scan(steps, *selected, *own)[::ascending]
     return y
 
 
-def expand_gate(x, z, y, conv_weight, conv_bias, D, walks, norm_weight, norm_bias, eps=1e-5):
-    """x, z (B, n, E) and y (2, B, S, E) to (B, n, E) as it lies in memory."""
-    mixed = np.zeros_like(x)
-    for direction, b in product(range(2), range(len(x))):
+def expand_gate(skip, z, y, walks, norm_weight, norm_bias, eps=1e-5):
+    """skip, z (B, n, E) and y (2, B, S, E) to (B, n, E) as it lies in memory."""
+    mixed = skip.copy()
+    for direction, b in product(range(2), range(len(skip))):
         order, segments, _, _ = walks[b]
-        own = convolve_direction(
-            x[b][order], conv_weight[direction], conv_bias[direction], direction
-        )
         for position, memory in enumerate(order):
-            scanned = y[direction, b, segments[direction][position]]
-            mixed[b, memory] += (scanned + D[direction] * own[position]) / 2
+            mixed[b, memory] += y[direction, b, segments[direction][position]] / 2
     if norm_weight is not None:
         mixed, _ = add_norm(mixed, None, norm_weight, norm_bias, "layer", eps)
     return mixed * silu(z)

@@ -24,12 +24,13 @@ def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
 
 
 def scan_inputs(batch: int, steps: int, width: int, states: int = 4, rank: int = 3):
-    """u, dt, B, C, dt_proj, dt_bias, A_log, with steps and rates like those of a trained model."""
+    """u, x_proj, dt_proj, dt_bias, A_log, with steps and rates like those of a trained model.
+
+    dt, B and C come out of x_proj with a variance of 1.
+    """
     return (
         normal(2, batch, steps, width, seed=1),
-        normal(2, batch, steps, rank, seed=2),
-        normal(2, batch, steps, states, seed=3),
-        normal(2, batch, steps, states, seed=4),
+        normal(2, rank + 2 * states, width, scale=width**-0.5, seed=2),
         normal(2, width, rank, scale=0.5, seed=5),
         normal(2, width, seed=6) - 3,
         normal(2, width, states, scale=0.3, seed=7)
@@ -38,23 +39,21 @@ def scan_inputs(batch: int, steps: int, width: int, states: int = 4, rank: int =
 
 
 def conv_inputs(batch: int, length: int, width: int = 6, taps: int = 4):
+    """x, weight, bias, D."""
     return (
         normal(batch, length, width, seed=1),
         normal(2, width, taps, scale=0.5, seed=2),
         normal(2, width, scale=0.5, seed=3),
+        1 + normal(2, width, scale=0.2, seed=6),
     )
 
 
 def gate_inputs(batch: int, length: int, steps: int, width: int = 6, norm: bool = True):
-    """x, z, y, conv_weight, conv_bias, D, and the norm's weight and bias."""
-    x, weight, bias = conv_inputs(batch, length, width)
+    """skip, z, y, and the norm's weight and bias."""
     return (
-        x,
+        normal(batch, length, width, seed=1),
         normal(batch, length, width, seed=4),
         normal(2, batch, steps, width, seed=5),
-        weight,
-        bias,
-        1 + normal(2, width, scale=0.2, seed=6),
         1 + normal(width, scale=0.2, seed=7) if norm else None,
         normal(width, scale=0.2, seed=8) if norm else None,
     )
@@ -67,18 +66,36 @@ def to(tensors, dtype: torch.dtype, grad: bool = False):
     ]
 
 
+def outputs_of(result) -> tuple[torch.Tensor, ...]:
+    """What an op gave, be it one tensor or several."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def probe_backward(outputs) -> None:
+    """Gradients of the sum of all outputs, each times a probe of its own.
+
+    Outputs that depend on nothing with a gradient are left out.
+    """
+    probed = [(out, normal(*out.shape, seed=99 + i)) for i, out in enumerate(outputs)]
+    probed = [(out, p.to(out.device, out.dtype)) for out, p in probed if out.requires_grad]
+    torch.autograd.backward(*zip(*probed, strict=True))
+
+
 def run_with_gradients(function, tensors, dtype: torch.dtype, engine: str | None = None):
-    """Output and gradient of every input, in float64 for comparison, as computed in `dtype`."""
+    """Every output, then the gradient of every input that is not None, as computed in `dtype`.
+
+    In float64, for comparison.
+    """
     leaves = to(tensors, dtype, grad=True)
     if engine is None:
-        out = function(*leaves)
+        outputs = outputs_of(function(*leaves))
     else:
         with use_engine(engine):
-            out = function(*leaves)
-    assert out.dtype == dtype
-    probe = normal(*out.shape, seed=99).to(dtype)
-    out.backward(probe)
-    return [out.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf is not None)]
+            outputs = outputs_of(function(*leaves))
+    assert all(out.dtype == dtype and out.requires_grad for out in outputs)
+    probe_backward(outputs)
+    gradients = [leaf.grad for leaf in leaves if leaf is not None]
+    return [tensor.detach().double() for tensor in (*outputs, *gradients)]
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
@@ -96,17 +113,17 @@ def cases(dtype: torch.dtype = torch.float32, batch: int = 2):
         ),
         "conv_pool": (
             lambda *a: conv_pool(*a, grid),
-            ("x", "weight", "bias"),
+            ("x", "weight", "bias", "D"),
             conv_inputs(batch, 15),
         ),
         "selective_scan": (
             selective_scan,
-            ("u", "dt", "B", "C", "dt_proj", "dt_bias", "A_log"),
+            ("u", "x_proj", "dt_proj", "dt_bias", "A_log"),
             scan_inputs(batch, 5, 6),
         ),
         "expand_gate": (
-            lambda *a: expand_gate(*a[:6], grid, *a[6:]),
-            ("x", "z", "y", "conv_weight", "conv_bias", "D", "norm_weight", "norm_bias"),
+            lambda *a: expand_gate(*a[:3], grid, *a[3:]),
+            ("skip", "z", "y", "norm_weight", "norm_bias"),
             gate_inputs(batch, 15, 5),
         ),
     }

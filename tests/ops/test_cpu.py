@@ -17,8 +17,9 @@ from inputs import (
     cases,
     conv_inputs,
     error,
-    gate_inputs,
     normal,
+    outputs_of,
+    probe_backward,
     run_with_gradients,
     scan_inputs,
     to,
@@ -28,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastvim.ops.cpu.conv
 import fastvim.ops.cpu.selective_scan  # noqa: F401  registers the kernels
-from fastvim.ops import Traversal, conv_pool, expand_gate, selective_scan
+from fastvim.ops import Traversal, conv_pool, selective_scan
 
-SERVED = ["conv_pool", "selective_scan", "expand_gate"]
+SERVED = ["conv_pool", "selective_scan"]
 # Lengths 1, 7, 63, 196 and 197, with channels that fill part of a block of 64, all of it, or run
 # into a second and a third; steps below, at and across the chunk of 16 of the scan's backward pass.
 SCANS = [(1, 72), (7, 130), (15, 64), (16, 72), (17, 130), (32, 6), (63, 72), (196, 6), (197, 72)]
@@ -38,11 +39,15 @@ GRIDS = [((1, 1), 72), ((1, 7), 130), ((7, 1), 64), ((7, 9), 72), ((14, 14), 6),
 
 
 def assert_as_exact_as_plain_pytorch(function, inputs, dtype: torch.dtype) -> None:
-    """The output and the gradient of every input."""
+    """Every output, and the gradient of every input."""
     inputs = to(inputs, dtype)
     exact = run_with_gradients(function, inputs, torch.float64)
     plain = run_with_gradients(function, inputs, dtype, "reference")
     kernel = run_with_gradients(function, inputs, dtype, "numba")
+    assert_errors_at_most_twice(kernel, plain, exact)
+
+
+def assert_errors_at_most_twice(kernel, plain, exact) -> None:
     for number, (e, p, k) in enumerate(zip(exact, plain, kernel, strict=True)):
         # Two units in the last place of the largest value: both sum in float32 but in other orders,
         # and the kernel's exponential rounds its argument to base 2 first.
@@ -54,6 +59,17 @@ def assert_as_exact_as_plain_pytorch(function, inputs, dtype: torch.dtype) -> No
 @pytest.mark.parametrize(("steps", "width"), SCANS)
 def test_errors_of_the_scan(steps, width, dtype):
     assert_as_exact_as_plain_pytorch(selective_scan, scan_inputs(3, steps, width), dtype)
+
+
+@pytest.mark.parametrize(("steps", "width"), SCANS)
+def test_errors_of_the_registered_scan(steps, width):
+    """What u, B, C and the step sizes get each, before the projections mix their gradients."""
+    u, delta, *rest = scan_op_inputs(6, steps, width)
+    inputs = [u, 0.05 * delta, *rest]  # remembers for longer than a chunk
+    exact = run_with_gradients(recurrence, inputs, torch.float64)
+    plain = run_with_gradients(recurrence, inputs, torch.float32)
+    kernel = run_with_gradients(registered_scan, inputs, torch.float32)
+    assert_errors_at_most_twice(kernel, plain, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,24 +85,16 @@ def test_errors_of_the_convolution(path, pool, grid, width, dtype):
             conv_inputs(3, length, width),
             dtype,
         )
-    for norm in (True, False):
-        assert_as_exact_as_plain_pytorch(
-            lambda *a: expand_gate(*a[:6], segments, *a[6:]),
-            gate_inputs(3, length, segments.num_segments, width, norm),
-            dtype,
-        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_errors_under_a_mask(dtype):
     kept = torch.tensor([[0, 2, 3, 5, 11], [1, 4, 5, 9, 10]])
     segments = Traversal("w h", "h").over({"h": 3, "w": 4}, kept)
-    assert_as_exact_as_plain_pytorch(
-        lambda *a: conv_pool(*a, segments), conv_inputs(2, 5, 72), dtype
-    )
-    assert_as_exact_as_plain_pytorch(
-        lambda *a: expand_gate(*a[:6], segments, *a[6:]), gate_inputs(2, 5, 4, 72), dtype
-    )
+    for pooling in ("mean", "max"):
+        assert_as_exact_as_plain_pytorch(
+            lambda *a, p=pooling: conv_pool(*a, segments, pooling=p), conv_inputs(2, 5, 72), dtype
+        )
 
 
 @pytest.fixture
@@ -98,20 +106,37 @@ def threads():
 
 
 @pytest.mark.parametrize(
-    ("op", "name"),
+    ("op", "name", "place"),
     [
-        *(("selective_scan", name) for name in ("u", "dt", "B", "C", "dt_bias", "A_log")),
-        *(("conv_pool", name) for name in ("x", "weight", "bias")),
-        *(("expand_gate", name) for name in ("x", "z", "y", "conv_weight", "D")),
+        *(("selective_scan", name, 7) for name in ("u", "dt_proj", "dt_bias", "A_log")),
+        # A weight of dt, of B and of C: 6 channels, 3 rows of dt and 4 of each other.
+        *(("selective_scan", "x_proj", 6 * row + 1) for row in (1, 4, 9)),
+        *(("conv_pool", name, 7) for name in ("x", "weight", "bias", "D")),
     ],
 )
-def test_nan_spreads_as_in_the_definition(op, name):
+def test_nan_spreads_as_in_the_definition(op, name, place):
     """To what depends on it and no further: other channels, sequences, earlier steps."""
     function, inputs = cases()[op]
-    inputs[name].view(-1)[7] = float("nan")
+    inputs[name].view(-1)[place] = float("nan")
     expected = run_with_gradients(function, inputs.values(), torch.float32, "reference")
     actual = run_with_gradients(function, inputs.values(), torch.float32, "numba")
+    outputs = expected[: -len(inputs)]
+    assert any(out.isnan().any() for out in outputs)
+    assert not all(out.isnan().all() for out in outputs)
+    for tensor, reference in zip(actual, expected, strict=True):
+        assert torch.equal(tensor.isnan(), reference.isnan())
+
+
+@pytest.mark.parametrize("number", range(5), ids=["u", "delta", "rate", "B", "C"])
+@pytest.mark.parametrize("steps", [5, 40])
+def test_nan_spreads_as_in_the_recurrence(steps, number):
+    """In one of the things that a nan of u or x_proj reaches all at once."""
+    inputs = scan_op_inputs(4, steps, 6)
+    inputs[number].view(-1)[7] = float("nan")
+    expected = run_with_gradients(recurrence, inputs, torch.float32)
+    actual = run_with_gradients(registered_scan, inputs, torch.float32)
     assert expected[0].isnan().any()
+    assert not expected[0].isnan().all()
     for tensor, reference in zip(actual, expected, strict=True):
         assert torch.equal(tensor.isnan(), reference.isnan())
 
@@ -192,9 +217,28 @@ def scan_op_inputs(sequences: int, steps: int, width: int, states: int = 4, grad
     return [t.requires_grad_(grad) for t in tensors]
 
 
+def registered_scan(*inputs: torch.Tensor) -> torch.Tensor:
+    return torch.ops.fastvim.scan_cpu(*inputs, True)[0]
+
+
+def recurrence(u, delta, rate, B, C):
+    """What the registered scan computes, in plain PyTorch."""
+    directions = []
+    sequences = zip(*(t.chunk(2) for t in (u, delta, B, C)), strict=True)
+    for direction, (u_own, delta_own, B_own, C_own) in enumerate(sequences):
+        steps = list(range(u.shape[1]))
+        h, y = 0, {}
+        for s in steps if direction == 0 else reversed(steps):
+            decay = torch.exp2(delta_own[:, s, None] * rate[direction])
+            h = decay * h + (delta_own * u_own)[:, s, None] * B_own[:, s, :, None]
+            y[s] = (h * C_own[:, s, :, None]).sum(1)
+        directions.append(torch.stack([y[s] for s in steps], dim=1))
+    return torch.cat(directions)
+
+
 def conv_op_inputs(sequences: int, tokens: int, width: int, taps: int = 4, grad: bool = False):
     """x, taps, bias as the registered op takes them."""
-    x, weight, bias = to(conv_inputs(sequences, tokens, width, taps), torch.float32)
+    x, weight, bias, _ = to(conv_inputs(sequences, tokens, width, taps), torch.float32)
     return to((x, weight.mT.contiguous(), bias), torch.float32, grad)
 
 
@@ -242,11 +286,13 @@ def test_registration_of_the_convolution(taps, sequences):
 @pytest.mark.parametrize(("op", "wanted"), [(op, n) for op in SERVED for n in cases()[op][1]])
 def test_a_gradient_of_one_input_alone(op, wanted):
     function, inputs = cases()[op]
-    expected = run_with_gradients(function, inputs.values(), torch.float32, "numba")[1:]
+    expected = run_with_gradients(function, inputs.values(), torch.float32, "numba")
     inputs[wanted].requires_grad_()
-    out = function(*inputs.values())
-    out.backward(normal(*out.shape, seed=99).float())
-    own = expected[list(inputs).index(wanted)]
+    outputs = outputs_of(function(*inputs.values()))
+    for out, own in zip(outputs, expected[: -len(inputs)], strict=True):
+        assert torch.equal(out.double(), own)
+    probe_backward(outputs)
+    own = expected[-len(inputs) :][list(inputs).index(wanted)]
     assert torch.equal(inputs[wanted].grad.double(), own)
 
 
@@ -254,7 +300,7 @@ def test_a_gradient_of_one_input_alone(op, wanted):
 @pytest.mark.parametrize("op", SERVED)
 def test_without_gradients(op, context):
     function, inputs = cases()[op]
-    expected = function(*inputs.values())
+    expected = outputs_of(function(*inputs.values()))
     with context():
-        out = function(*inputs.values())
-    assert torch.equal(out, expected)
+        outputs = outputs_of(function(*inputs.values()))
+    assert_identical(outputs, expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,8 @@ from inputs import (
     error,
     gate_inputs,
     normal,
+    outputs_of,
+    probe_backward,
     run_with_gradients,
     scan_inputs,
     to,
@@ -100,22 +104,21 @@ def test_conv_pool(path, pool, pooling, dtype, engine):
         inputs = to(conv_inputs(2, height * width), dtype)
         segments = Traversal(path, pool).over(grid)
         with use_engine(engine):
-            out = conv_pool(*inputs, segments, pooling=pooling, pool_scale=0.25)
+            outputs = conv_pool(*inputs, segments, pooling=pooling, pool_scale=0.25)
         expected = numpy_conv_pool(*as_numpy(inputs), [walk(path, pool, grid)] * 2, pooling, 0.25)
-        assert_close_to_numpy(out, expected, dtype)
+        for out, exact in zip(outputs, expected, strict=True):
+            assert_close_to_numpy(out, exact, dtype)
 
 
-@each_engine
 @each_dtype
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("path", "pool"), WALKS)
-def test_expand_gate(path, pool, norm, dtype, engine):
+def test_expand_gate(path, pool, norm, dtype):
     for height, width in GRIDS:
         grid = {"h": height, "w": width}
         segments = Traversal(path, pool).over(grid)
         inputs = to(gate_inputs(2, height * width, segments.num_segments, norm=norm), dtype)
-        with use_engine(engine):
-            out = expand_gate(*inputs[:6], segments, *inputs[6:])
+        out = expand_gate(*inputs[:3], segments, *inputs[3:])
         *tensors, norm_weight, norm_bias = as_numpy(inputs)
         walks = [walk(path, pool, grid)] * 2
         expected = numpy_expand_gate(*tensors, walks, norm_weight, norm_bias)
@@ -128,7 +131,8 @@ def test_a_convolution_of_any_width(taps, dtype):
     segments = Traversal("w h").over({"h": 2, "w": 2})  # also one wider than the sequence
     inputs = to(conv_inputs(1, 4, taps=taps), dtype)
     expected = numpy_conv_pool(*as_numpy(inputs), [walk("w h", "", {"h": 2, "w": 2})])
-    assert_close_to_numpy(conv_pool(*inputs, segments), expected, dtype)
+    for out, exact in zip(conv_pool(*inputs, segments), expected, strict=True):
+        assert_close_to_numpy(out, exact, dtype)
 
 
 @each_engine
@@ -139,6 +143,23 @@ def test_selective_scan(steps, dtype, engine):
     with use_engine(engine):
         out = selective_scan(*inputs)
     assert_close_to_numpy(out, numpy_selective_scan(*as_numpy(inputs)), dtype)
+
+
+@each_engine
+@pytest.mark.parametrize("parameters", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_scan_of_halves_rounds_its_result_alone(dtype, parameters, engine):
+    """What is selected stays in float32, whatever the tokens and the parameters come in."""
+    u, *rest = scan_inputs(2, 63, 72)
+    inputs = [*to([u], dtype), *to(rest, parameters)]
+    exact = selective_scan(*to(inputs, torch.float64))
+    with use_engine(engine):
+        out = selective_scan(*inputs)
+    assert out.dtype == dtype
+    largest = float(exact.abs().max())
+    rounding = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).smallest_normal
+    sums = 8 * torch.finfo(torch.float32).eps * largest
+    assert ((out.double() - exact).abs() <= rounding + sums).all()
 
 
 GRID = Traversal("w h", "h").over({"h": 2, "w": 3})
@@ -167,7 +188,7 @@ MASKED = Traversal("w h", "h").over(
         ),
         *(
             (
-                lambda *a, s=segments: expand_gate(*a[:6], s, *a[6:]),
+                lambda *a, s=segments: expand_gate(*a[:3], s, *a[3:]),
                 gate_inputs(2, segments.num_tokens, segments.num_segments, 2, norm),
             )
             for segments in (GRID, TOKENS, MASKED)
@@ -190,18 +211,16 @@ def test_gradients_of_the_definitions(function, inputs):
 def test_a_masked_layer_is_that_of_section_5(path, pool, mirror, dtype):
     grid, kept = {"h": 4, "w": 3}, [[0, 1, 5, 10, 11], [2, 3, 4, 5, 7]]  # empty rows and columns
     width, states, rank = 5, 3, 2
-    x, weight, bias = to(conv_inputs(2, 5, width), dtype)
-    z, D = to([normal(2, 5, width, seed=4), normal(2, width, seed=5)], dtype)
-    x_proj = normal(2, rank + 2 * states, width, seed=6).to(dtype)
-    dt_proj, dt_bias, A_log = to(scan_inputs(2, 1, width, states, rank)[4:], dtype)
+    x, weight, bias, D = to(conv_inputs(2, 5, width), dtype)
+    z = normal(2, 5, width, seed=4).to(dtype)
+    _, *scan_parameters = to(scan_inputs(2, 1, width, states, rank), dtype)
 
     segments = Traversal(path, pool).over(grid, torch.tensor(kept), mirror)
-    pooled = conv_pool(x, weight, bias, segments)
-    parts = (pooled @ x_proj.mT[:, None]).split([rank, states, states], dim=-1)
-    y = selective_scan(pooled, *parts, dt_proj, dt_bias, A_log)
-    actual = expand_gate(x, z, y, weight, bias, D, segments)
+    pooled, skip = conv_pool(x, weight, bias, D, segments)
+    y = selective_scan(pooled, *scan_parameters)
+    actual = expand_gate(skip, z, y, segments)
 
-    parameters = as_numpy([weight, bias, x_proj, dt_proj, dt_bias, A_log, D])
+    parameters = as_numpy([weight, bias, *scan_parameters, D])
     expected = []
     for sequence, cells in zip(x.double().numpy(), kept, strict=True):
         forward = walk(path, pool, grid, cells)
@@ -213,14 +232,14 @@ def test_a_masked_layer_is_that_of_section_5(path, pool, mirror, dtype):
             directions.append((order[::-1], own[::-1], -1))
         mixed = np.zeros_like(sequence)
         for direction, (walked, used, ascending) in enumerate(directions):
-            conv_w, conv_b, projection, *scan_parameters, skip = (p[direction] for p in parameters)
+            conv_w, conv_b, projection, *rest, skip = (p[direction] for p in parameters)
             values = convolve(sequence[walked], conv_w, conv_b)
             steps = np.zeros((forward.num_segments, width))
             for value, s in zip(values, used, strict=True):
                 steps[s] += value / forward.segment_size
             steps = steps[::ascending]
             dt, B, C = np.split(steps @ projection.T, [rank, rank + states], axis=1)
-            scanned = scan(steps, dt, B, C, *scan_parameters)[::ascending]
+            scanned = scan(steps, dt, B, C, *rest)[::ascending]
             for value, token, s in zip(values, walked, used, strict=True):
                 mixed[token] += (scanned[s] + skip * value) / 2
         expected.append(mixed)
@@ -229,28 +248,32 @@ def test_a_masked_layer_is_that_of_section_5(path, pool, mirror, dtype):
 
 @each_engine
 def test_strides_do_not_matter(engine):
-    """x and z are halves of one tensor, dt, B and C parts of another; y and u are transposed."""
-    batch, states, rank, width = 2, 4, 3, 72
+    """x and z are halves of one tensor, x_proj a part of another; u is transposed.
+
+    So are y and the skip. (A transposed x_proj would be summed in another order.)
+    """
+    batch, rows, width = 2, 3 + 2 * 4, 72
     grid = {"h": 3, "w": 5}
-    *_, weight, bias = conv_inputs(batch, 15, width)
-    *_, dt_proj, dt_bias, A_log = scan_inputs(batch, 5, width, states, rank)
-    D = normal(2, width, seed=6)
+    _, *conv_parameters = to(conv_inputs(batch, 15, width), torch.float32)
+    _, _, *scan_parameters = to(scan_inputs(batch, 5, width), torch.float32)
     segments = Traversal("w h", "h").over(grid)
 
     def mixer(contiguous: bool):
-        shapes = (batch, 15, 2 * width), (2, batch, 5, rank + 2 * states), (2, width, 5, batch)
-        xz, dtBC, u = to([normal(*shape) for shape in shapes], torch.float32, grad=True)
-        parts = [*xz.chunk(2, -1), *dtBC.split([rank, states, states], -1), u.permute(0, 3, 2, 1)]
+        shapes = (batch, 15, 2 * width), (2, rows, width + 3), (2, width, 5, batch)
+        xz, x_proj, u = (normal(*shape) for shape in shapes)
+        xz, x_proj, u = to([xz, width**-0.5 * x_proj, u], torch.float32, grad=True)
+        parts = [*xz.chunk(2, -1), x_proj[..., 1:-2], u.permute(0, 3, 2, 1)]
         assert not any(part.is_contiguous() for part in parts)
         parts = [part.contiguous() if contiguous else part for part in parts]
-        x, z, dt, B, C, u_scan = parts
-        parameters = [t.float() for t in (weight, bias, dt_proj, dt_bias, A_log, D)]
-        pooled = conv_pool(x, *parameters[:2], segments)
-        y = selective_scan(u_scan + pooled, dt, B, C, *parameters[2:5])
-        y = y.mT.contiguous().mT if not contiguous else y
-        out = expand_gate(x, z, y, *parameters[:2], parameters[5], segments)
+        x, z, projection, u_scan = parts
+        pooled, skip = conv_pool(x, *conv_parameters, segments)
+        y = selective_scan(u_scan + pooled, projection, *scan_parameters)
+        parts = [t.contiguous() if contiguous else t.mT.contiguous().mT for t in (skip, y)]
+        assert all(part.is_contiguous() == contiguous for part in parts)
+        skip, y = parts
+        out = expand_gate(skip, z, y, segments)
         (out.mT * torch.arange(15.0)).sum().backward()
-        return out, xz.grad, dtBC.grad, u.grad
+        return out, xz.grad, x_proj.grad, u.grad
 
     with use_engine(engine):
         for strided, contiguous in zip(mixer(False), mixer(True), strict=True):
@@ -264,8 +287,10 @@ def test_strides_do_not_matter(engine):
 @each_op
 def test_an_empty_batch(op, engine):
     function, inputs = cases(batch=0)[op]
-    out, *gradients = run_with_gradients(function, inputs.values(), torch.float32, engine)
-    assert out.numel() == 0
+    results = run_with_gradients(function, inputs.values(), torch.float32, engine)
+    outputs, gradients = results[: -len(inputs)], results[-len(inputs) :]
+    assert outputs
+    assert not any(out.numel() for out in outputs)
     for gradient, tensor in zip(gradients, inputs.values(), strict=True):
         assert gradient.shape == tensor.shape
         assert not gradient.any()
@@ -279,10 +304,10 @@ def test_autocast_does_not_reach_inside(op, engine):
     with torch.autocast("cpu", torch.bfloat16):
         leaves = to(inputs.values(), torch.float32, grad=True)
         with use_engine(engine):
-            out = function(*leaves)
-    out.backward(normal(*out.shape, seed=99).float())
-    assert out.dtype == torch.float32
-    for mine, expected in zip([out, *(x.grad for x in leaves)], plain, strict=True):
+            outputs = outputs_of(function(*leaves))
+    assert all(out.dtype == torch.float32 for out in outputs)
+    probe_backward(outputs)
+    for mine, expected in zip([*outputs, *(x.grad for x in leaves)], plain, strict=True):
         assert torch.equal(mine.double(), expected)
 
 
@@ -292,16 +317,17 @@ def test_half_tokens_meet_float32_parameters(op):
     function, inputs = cases()[op]
     first, *_ = inputs
     mixed = [t.bfloat16() if name == first else t for name, t in inputs.items()]
-    exact = function(*(t.double() for t in mixed))
-    out = function(*mixed)
-    assert out.dtype == torch.bfloat16
-    assert error(out.double(), exact) <= torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+    exact_outputs = outputs_of(function(*(t.double() for t in mixed)))
+    for out, exact in zip(outputs_of(function(*mixed)), exact_outputs, strict=True):
+        assert out.dtype == torch.bfloat16
+        bound = torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+        assert error(out.double(), exact) <= bound
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, n) for op in OPS for n in cases()[op][1]])
 def test_a_bad_shape_is_named(op, name):
     function, inputs = cases()[op]
-    if name in ("hidden", "x", "u"):
+    if name in ("hidden", "x", "skip", "u"):
         bad = inputs[name][..., :5] if op == "selective_scan" else inputs[name][:, :7, :5]
     elif name.endswith("weight") and inputs[name].ndim == 3:
         bad = inputs[name][:, :1]  # one channel, of as many taps
@@ -319,7 +345,33 @@ def test_a_bad_shape_is_named(op, name):
         (lambda x: add_norm(x, None, torch.ones(6), kind="batch"), "kind='batch'"),
         (lambda x: conv_pool(x, *conv_inputs(2, 15)[1:], TOKENS, pooling="sum"), "pooling='sum'"),
         (lambda x: conv_pool(x, *conv_inputs(2, 15)[1:], TOKENS), r"\(2, 15, 6\).*\(B, 6, E\)"),
-        (lambda x: selective_scan(x, *[x] * 6), r"u \(2, 15, 6\)"),
+        *(
+            (
+                lambda x, D=D: conv_pool(x[:, :6], *conv_inputs(2, 6)[1:3], D, GRID),
+                rf"^D {re.escape(str(tuple(D.shape)))}: expected \(2, 6\)$",
+            )
+            for D in (torch.ones(6), torch.ones(1, 6), torch.ones(2, 1), torch.ones(2, 6, 1))
+        ),
+        *(
+            (
+                lambda x, s=skip: expand_gate(s, *gate_inputs(2, 6, 3)[1:3], GRID),
+                rf"^skip {re.escape(str(tuple(skip.shape)))}: expected \(B, 6, E\)$",
+            )
+            for skip in (torch.ones(2, 15, 6), torch.ones(6, 6), torch.ones(2, 1, 6))
+        ),
+        (lambda x: selective_scan(x, *[x] * 4), r"u \(2, 15, 6\)"),
+        *(
+            (
+                lambda x, w=shape: selective_scan(
+                    x[:, None], torch.ones(w), *scan_inputs(1, 15, 6)[2:]
+                ),
+                rf"^x_proj {re.escape(str(shape))}: expected \(2, 11, 6\)$",
+            )
+            for shape in (
+                *((11, 6), (1, 11, 6), (2, 6, 11), (2, 11, 1), (2, 11, 6, 1)),
+                *((2, 1, 6), (2, 3, 6), (2, 7, 6), (2, 8, 6), (2, 10, 6), (2, 12, 6)),
+            )
+        ),
         (lambda x: add_norm(x.long(), None, torch.ones(6)), "torch.int64"),
     ],
 )

@@ -7,15 +7,36 @@ import torch
 
 pytest.importorskip("triton")
 
-from inputs import DTYPES, conv_inputs, error, gate_inputs, normal, scan_inputs, to
+from inputs import (
+    DTYPES,
+    cases,
+    conv_inputs,
+    error,
+    gate_inputs,
+    normal,
+    outputs_of,
+    scan_inputs,
+    to,
+)
+from torch.library import opcheck
 
-from fastvim.ops import Traversal, add_norm, conv_pool, expand_gate, selective_scan, use_engine
+from fastvim.ops import (
+    Traversal,
+    add_norm,
+    conv_pool,
+    engine_name,
+    expand_gate,
+    selective_scan,
+    use_engine,
+)
+from fastvim.ops.dispatch import ENGINES, OPS
 from fastvim.ops.triton.conv_pool import conv_pool_triton
 from fastvim.ops.triton.expand_gate import expand_gate_triton
 from fastvim.ops.triton.norm import add_norm_triton
 from fastvim.ops.triton.selective_scan import selective_scan_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 WALKS = [
     ("h w", "w"),
     ("w h", "h"),
@@ -29,11 +50,17 @@ WALKS = [
     ("h w c", "h w"),
     ("h w c", ""),
 ]
-# Rows shorter than the window, longer than what a program walks, and no multiple of it.
-GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2)]
+# Rows shorter than the window, and of one, two and four runs that they are no multiple of.
+GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2), (2, 35, 1)]
+STEPS = [1, 7, 33, 63]  # of the scan: one chunk, and several
+WIDTHS = [6, 72]
+if ON_GPU:  # the interpreter would take minutes
+    GRIDS += [(1, 7, 1), (7, 1, 1), (7, 9, 1), (14, 14, 1), (197, 1, 1), (4, 49, 1), (3, 300, 1)]
+    STEPS += [196, 197, 3000]
+    WIDTHS += [32, 384, 1000, 2560]
 
 # The interpreter rounds to bfloat16 towards zero, unlike a GPU: that dtype needs one.
-HERE = [dtype for dtype in DTYPES if DEVICE == "cuda" or dtype != torch.bfloat16]
+HERE = [dtype for dtype in DTYPES if ON_GPU or dtype != torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", HERE, ids=str)
 each_walk = pytest.mark.parametrize(("path", "pool"), WALKS)
 each_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -45,13 +72,7 @@ def assert_as_exact(kernel, definition, inputs, dtype: torch.dtype) -> None:
     doubles = [None if t is None else t.double() for t in inputs]
     with torch.no_grad(), use_engine("reference"):
         exact, plain, actual = definition(*doubles), definition(*inputs), kernel(*inputs)
-    many = exact if isinstance(exact, tuple) else (exact,)
-    for e, p, k in zip(
-        many,
-        plain if isinstance(plain, tuple) else (plain,),
-        actual if isinstance(actual, tuple) else (actual,),
-        strict=True,
-    ):
+    for e, p, k in zip(outputs_of(exact), outputs_of(plain), outputs_of(actual), strict=True):
         assert k.dtype == p.dtype
         assert k.shape == p.shape
         # Two units in the last place of float32, in which both compute, of the largest value.
@@ -102,43 +123,156 @@ def test_expand_gate_in_every_dtype(norm, dtype):
 
 def check_expand_gate(segments, dtype, norm):
     assert_as_exact(
-        lambda *a: expand_gate_triton(*a[:6], segments, *a[6:]),
-        lambda *a: expand_gate(*a[:6], segments, *a[6:]),
+        lambda *a: expand_gate_triton(*a[:3], segments, *a[3:]),
+        lambda *a: expand_gate(*a[:3], segments, *a[3:]),
         gate_inputs(2, segments.num_tokens, segments.num_segments, 40, norm),
         dtype,
     )
 
 
 @each_dtype
-@pytest.mark.parametrize("steps", [1, 7, 33, 63])  # one chunk, and several
-@pytest.mark.parametrize("width", [6, 72])
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("width", WIDTHS)
 def test_selective_scan(steps, width, dtype):
-    inputs = scan_inputs(2, steps, width)
+    inputs = scan_inputs(2, steps, width, rank=max(3, width // 32))
     assert_as_exact(selective_scan_triton, selective_scan, inputs, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width(width, dtype):
+    segments = segments_of("h w", "w", (3, 5, 1))
+    assert_as_exact(
+        lambda *a: conv_pool_triton(*a, segments),
+        lambda *a: conv_pool(*a, segments),
+        conv_inputs(2, 15, width),
+        dtype,
+    )
+    assert_as_exact(
+        lambda *a: expand_gate_triton(*a[:3], segments, *a[3:]),
+        lambda *a: expand_gate(*a[:3], segments, *a[3:]),
+        gate_inputs(2, 15, 3, width),
+        dtype,
+    )
 
 
 @each_dtype
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("first", [True, False])
-def test_add_norm(kind, first, dtype):
-    inputs = [normal(2, 7, 24, seed=1), None if first else normal(2, 7, 24, seed=2)]
-    inputs += [normal(24, seed=3), normal(24, seed=4)]
+@pytest.mark.parametrize("width", [24, *WIDTHS])
+def test_add_norm(width, kind, first, dtype):
+    inputs = [normal(2, 7, width, seed=1), None if first else normal(2, 7, width, seed=2)]
+    inputs += [normal(width, seed=3), normal(width, seed=4)]
     assert_as_exact(
         lambda *a: add_norm_triton(*a, kind=kind), lambda *a: add_norm(*a, kind=kind), inputs, dtype
     )
 
 
+@each_dtype
+def test_strides_do_not_matter(dtype):
+    """x and z are halves of one tensor, y and u transposed, weights rows of larger ones."""
+    segments = segments_of("w h", "h", (3, 5, 1))
+    x, weight, bias, D = to(conv_inputs(2, 15, 40), dtype)
+    skip, z, y, *norm = to(gate_inputs(2, 15, 5, 40), dtype)
+    u, *parameters = to(scan_inputs(2, 5, 40), dtype)
+    apart = [
+        lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
+        lambda t: t.flip(-1).contiguous().flip(-1) if t.ndim == 1 else t.mT.contiguous().mT,
+    ]
+
+    def run(move):
+        tensors = [x, weight, bias, D, skip, z, y, *norm, u, *parameters]
+        x_, weight_, bias_, D_, skip_, z_, y_, *rest = (move(t.to(DEVICE)) for t in tensors)
+        return [
+            *conv_pool_triton(x_, weight_, bias_, D_, segments),
+            expand_gate_triton(skip_, z_, y_, segments, *rest[:2]),
+            selective_scan_triton(*rest[2:]),
+        ]
+
+    expected = run(lambda t: t.contiguous())
+    for move in apart:
+        for actual, wanted in zip(run(move), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+def on_device(op: str, dtype: torch.dtype = torch.float32):
+    function, inputs = cases(dtype)[op]
+    return function, {name: t.to(DEVICE) for name, t in inputs.items()}
+
+
+def engine_of(op: str):
+    return next(engine for engine in ENGINES[op] if engine.name == "triton").load()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_runs_give_the_same_bits(op):
+    _, inputs = on_device(op)
+    arguments = call_of(op, list(inputs.values()))
+    first, second = (outputs_of(engine_of(op)(*arguments)) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def call_of(op: str, tensors: list) -> list:
+    """The arguments of the op, with the traversal that `cases` uses."""
+    grid = Traversal("w h", "h").over({"h": 3, "w": 5})
+    place = {"conv_pool": 4, "expand_gate": 3}.get(op)
+    return tensors if place is None else [*tensors[:place], grid, *tensors[place:]]
+
+
+SCHEMAS = {
+    "add_norm": lambda t: (*t, True, 1e-5),
+    "conv_pool": lambda t: (*t, [5, 3], [1, 5], [False, True], "mean", 0.5),
+    "selective_scan": lambda t: tuple(t),
+    "expand_gate": lambda t: (*t[:3], [5, 3], [1, 5], [False, True], *t[3:], 1e-5),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_registration(op):
+    engine_of(op)
+    _, inputs = on_device(op)
+    registered = {
+        "add_norm": torch.ops.fastvim.add_norm_triton,
+        "conv_pool": torch.ops.fastvim.conv_pool_triton,
+        "selective_scan": torch.ops.fastvim.selective_scan_triton,
+        "expand_gate": torch.ops.fastvim.expand_gate_triton,
+    }[op]
+    opcheck(registered.default, SCHEMAS[op](list(inputs.values())))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_whole(op, dynamic):
+    _, inputs = on_device(op)
+    arguments = call_of(op, list(inputs.values()))
+    engine = engine_of(op)
+    backend = "inductor" if ON_GPU else "aot_eager"
+    compiled = torch.compile(engine, fullgraph=True, dynamic=dynamic, backend=backend)
+    with torch.no_grad():
+        actual, expected = outputs_of(compiled(*arguments)), outputs_of(engine(*arguments))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_serves_inference_on_gpus(op):
+    assert engine_name(op, "cuda", torch.bfloat16, grad=False) == "triton"
+    assert engine_name(op, "cuda", torch.float64, grad=False) == "reference"
+
+
 def test_narrow_and_wide_windows():
     segments = segments_of("h w", "w", (3, 5, 1))
-    x, weight, bias = (t.to(DEVICE) for t in conv_inputs(2, 15, 8))
+    x, weight, *rest = (t.to(DEVICE).float() for t in conv_inputs(2, 15, 8))
     with torch.no_grad():
-        expected = conv_pool(x, weight[..., :3], bias, segments)
-        torch.testing.assert_close(conv_pool_triton(x, weight[..., :3], bias, segments), expected)
+        expected = conv_pool(x, weight[..., :3], *rest, segments)
+        torch.testing.assert_close(conv_pool_triton(x, weight[..., :3], *rest, segments), expected)
         with pytest.raises(ValueError, match="8 taps"):
-            conv_pool_triton(x, torch.cat([weight, weight], -1), bias, segments)
+            conv_pool_triton(x, torch.cat([weight, weight], -1), *rest, segments)
 
 
 def test_empty_batch():
     segments = segments_of("h w", "w", (3, 5, 1))
-    x, weight, bias = (t.to(DEVICE) for t in conv_inputs(0, 15, 8))
-    assert conv_pool_triton(x, weight, bias, segments).shape == (2, 0, 3, 8)
+    inputs = [t.to(DEVICE) for t in conv_inputs(0, 15, 8)]
+    pooled, skip = conv_pool_triton(*inputs, segments)
+    assert (pooled.shape, skip.shape) == ((2, 0, 3, 8), (0, 15, 8))

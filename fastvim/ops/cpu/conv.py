@@ -1,8 +1,8 @@
-"""conv_pool and expand_gate on the CPU: their convolution and SiLU in one pass each way.
+"""conv_pool on the CPU: its convolution and SiLU in one pass each way.
 
 B  batch, L  tokens in path order, E  inner width, K  taps
-The convolution of both directions, its SiLU and their gradients are what costs in these two ops;
-the rest of each stays as it is defined.
+The convolution of both directions, its SiLU and their gradients are what costs in this op; the rest
+stays as it is defined.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 from fastvim.ops.conv_pool import conv_pool_reference
 from fastvim.ops.cpu.kernels import conv_backward, conv_forward
 from fastvim.ops.cpu.threads import blocks_of, parallel
-from fastvim.ops.expand_gate import expand_gate_reference
 
 
 @torch.library.custom_op("fastvim::conv_silu_cpu", mutates_args=())
@@ -72,4 +71,3 @@ def conv_silu_numba(x_path: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 conv_pool_numba = functools.partial(conv_pool_reference, convolve=conv_silu_numba)
-expand_gate_numba = functools.partial(expand_gate_reference, convolve=conv_silu_numba)

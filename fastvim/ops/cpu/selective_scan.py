@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvim.ops.cpu.kernels import CHUNK, LOG2_E, scan_backward, scan_forward
 from fastvim.ops.cpu.threads import blocks_of, parallel
 from fastvim.ops.dispatch import definition
-from fastvim.ops.selective_scan import step_size
+from fastvim.ops.selective_scan import select
 
 
 @torch.library.custom_op("fastvim::scan_cpu", mutates_args=())
@@ -75,13 +75,13 @@ _scan.register_autograd(_gradients, setup_context=_keep)
 
 @definition
 def selective_scan_numba(
-    u: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
+    u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
 ) -> Tensor:
     """`fastvim.ops.selective_scan` for CPU tensors of at most 32 bits."""
     dtype = torch.float32
     # Rates to base 2, channels last: the kernel's inner loop is 2**(Δ · rate) over channels.
     rate = (-float(LOG2_E) * A_log.to(dtype).exp()).mT.contiguous()
-    delta = step_size(dt, dt_proj, dt_bias, dtype)
+    delta, B, C = select(u, x_proj, dt_proj, dt_bias, dtype)
     sequences = [t.to(dtype).flatten(0, 1).contiguous() for t in (u, delta, B, C)]
     save = torch.is_grad_enabled()
     y: Tensor = _scan(sequences[0], sequences[1], rate, *sequences[2:], save)[0]

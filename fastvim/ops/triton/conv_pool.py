@@ -1,9 +1,9 @@
-"""conv_pool on GPUs: both convolutions, SiLU and pooling in one pass over the tokens.
+"""conv_pool on GPUs: both convolutions, SiLU, pooling and the skip in one pass over the tokens.
 
 B  batch, L  tokens, E  inner width, S  segments, P  tokens of a run
-A run is a stretch of the path: a segment where segments are contiguous on the path, or any P tokens
-where nothing is pooled. A program walks R runs at once, token by token, and keeps the window of
-seven tokens in registers, so that each token is loaded once.
+A run is a stretch of one of the path's rows. A program takes R runs times C channels, and walks all
+of its runs at once, token by token, with the window of seven tokens in registers, so that each
+token is loaded once. Rows longer than a run are several runs of the same program.
 """
 
 from __future__ import annotations
@@ -20,36 +20,46 @@ from fastvim.ops.triton.common import (
     four_taps,
     near,
     pad_axes,
-    silu,
+    silu_twice,
     token_at,
 )
+from fastvim.ops.triton.launch import Launch, Launches, must_register, register
 
-CHANNELS = 64
-TILE = 1024
+CHANNELS = 64  # of a program
+PER_THREAD = 2  # channels
 WARPS = 4
-STEP = 16  # tokens that the loop is unrolled for; of a run, where nothing is pooled
+LONGEST = 16  # tokens of a run, all unrolled
+AHEAD = 16  # tokens loaded ahead of use
+MOST_RUNS = 64  # of a program
+
+
+_launches: Launches[Launch] = Launches()
 
 
 @triton.jit
-def load_token(p_x, position, valid, columns, L, E, stride_token, n1, n2, m0, m1, m2):
-    """(R, C) values at a path position of each run, 0 outside the path."""
-    inside = valid & (position >= 0) & (position < L)
-    token = token_at(position, n1, n2, m0, m1, m2)
-    offsets = (token * stride_token)[:, None] + columns[None, :]
-    mask = inside[:, None] & (columns < E)[None, :]
-    return tl.load(p_x[:, None] + offsets, mask=mask, other=0.0).to(tl.float32)
+def _taps(weight, bias, D, columns, E):
+    """Taps, bias and skip of one direction; taps and bias halved, as `silu_twice` asks."""
+    mask = columns < E
+    w0 = 0.5 * tl.load(weight + columns * 4, mask=mask, other=0.0).to(tl.float32)
+    w1 = 0.5 * tl.load(weight + columns * 4 + 1, mask=mask, other=0.0).to(tl.float32)
+    w2 = 0.5 * tl.load(weight + columns * 4 + 2, mask=mask, other=0.0).to(tl.float32)
+    w3 = 0.5 * tl.load(weight + columns * 4 + 3, mask=mask, other=0.0).to(tl.float32)
+    b = 0.5 * tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+    # The mean over the two directions is in the skip's factor.
+    d = 0.5 * tl.load(D + columns, mask=mask, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, b, d
 
 
 @triton.jit
 def _runs_kernel(
-    x, weight, bias, out, scale,
-    B, L, S, pieces, out_direction, stride_batch, n1, n2, m0, m1,
+    x, weight, bias, D, pooled, skip,
+    scale, B, L, S, pieces, direction, stride_batch, n1, n2, m0, m1,
     E: tl.constexpr, m2: tl.constexpr, stride_token: tl.constexpr,
     P: tl.constexpr, EVEN: tl.constexpr, SHORT: tl.constexpr, POOLED: tl.constexpr,
-    MAX: tl.constexpr, FAST: tl.constexpr, STEP: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    MAX: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr,
+    R: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """R runs at once: pieces of the path's rows, which are the segments where they are pooled."""
+    """R runs at once: `pieces` of each row, GROUP of which make up a segment where it is pooled."""
     rows = L // n2
     run = tl.program_id(0) * R + tl.arange(0, R)
     columns = tl.program_id(1) * C + tl.arange(0, C)
@@ -60,77 +70,73 @@ def _runs_kernel(
     base = (row // n1) * m0 + (row % n1) * m1
     before = ((row - 1) // n1) * m0 + ((row - 1) % n1) * m1
     after = ((row + 1) // n1) * m0 + ((row + 1) % n1) * m1
-    in_row = columns < E
-    valid = batch < B
-    mask = valid[:, None] & in_row[None, :]
+    mask = (batch < B)[:, None] & (columns < E)[None, :]
     p_x = x + (batch * stride_batch)[:, None] + columns[None, :]
+    p_first = p_x + ((base + first * m2) * stride_token)[:, None]
+    p_skip = skip + ((batch * L + base + first * m2) * E)[:, None] + columns[None, :]
+    p_step = pooled + ((batch * S + start + first) * E)[:, None] + columns[None, :]
+    f0, f1, f2, f3, fb, fd = _taps(weight, bias, D, columns, E)
+    g0, g1, g2, g3, gb, gd = _taps(weight + E * 4, bias + E, D + E, columns, E)
 
-    w = weight + columns * 4
-    f0 = tl.load(w, mask=in_row, other=0.0).to(tl.float32)
-    f1 = tl.load(w + 1, mask=in_row, other=0.0).to(tl.float32)
-    f2 = tl.load(w + 2, mask=in_row, other=0.0).to(tl.float32)
-    f3 = tl.load(w + 3, mask=in_row, other=0.0).to(tl.float32)
-    w += E * 4
-    g0 = tl.load(w, mask=in_row, other=0.0).to(tl.float32)
-    g1 = tl.load(w + 1, mask=in_row, other=0.0).to(tl.float32)
-    g2 = tl.load(w + 2, mask=in_row, other=0.0).to(tl.float32)
-    g3 = tl.load(w + 3, mask=in_row, other=0.0).to(tl.float32)
-    fb = tl.load(bias + columns, mask=in_row, other=0.0).to(tl.float32)
-    gb = tl.load(bias + E + columns, mask=in_row, other=0.0).to(tl.float32)
-
-    window = ()
-    for k in tl.static_range(6):
-        token, inside = near(
-            first + k - 3, start, L, base, before, after, n1, n2, m0, m1, m2, SHORT
-        )
-        offsets = (token * stride_token)[:, None]
-        value = tl.load(p_x + offsets, mask=mask & inside[:, None], other=0.0)
-        window = window + (value.to(tl.float32),)
-    x0, x1, x2, x3, x4, x5 = window
-    p_ahead = p_x + ((base + (first + 3) * m2) * stride_token)[:, None]
-    p_out = out + ((batch * S + start + first) * E)[:, None] + columns[None, :]
     forward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
     backward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
-    for block in range(0, P, STEP):
-        for k in tl.static_range(STEP):
-            i = first + block + k
-            if block + k < P - 3 and EVEN and not SHORT:
-                x6 = tl.load(p_ahead, mask=mask, other=0.0).to(tl.float32)
+    tokens = ()
+    for i in tl.static_range(-3, P + 3 + AHEAD):
+        if i < P + 3:  # load token i of the run: entry i + 3
+            if EVEN and not SHORT and i >= 0 and i < P:
+                value = tl.load(p_first + i * m2 * stride_token, mask=mask, other=0.0)
             else:
                 token, inside = near(
-                    i + 3, start, L, base, before, after, n1, n2, m0, m1, m2, SHORT
+                    first + i, start, L, base, before, after, n1, n2, m0, m1, m2, SHORT
                 )
-                offsets = (token * stride_token)[:, None]
-                x6 = tl.load(p_x + offsets, mask=mask & inside[:, None], other=0.0).to(tl.float32)
-            ahead = silu(fb + f0 * x0 + f1 * x1 + f2 * x2 + f3 * x3, FAST)
-            behind = silu(gb + g3 * x3 + g2 * x4 + g1 * x5 + g0 * x6, FAST)
-            present = mask if EVEN else mask & (i < n2)[:, None]
+                value = tl.load(
+                    p_x + (token * stride_token)[:, None], mask=mask & inside[:, None], other=0.0
+                )
+            tokens = tokens + (value,)
+        if i >= AHEAD + 3:  # convolve around the token loaded AHEAD + 3 turns ago
+            x0 = tokens[i - AHEAD - 3].to(tl.float32)
+            x1 = tokens[i - AHEAD - 2].to(tl.float32)
+            x2 = tokens[i - AHEAD - 1].to(tl.float32)
+            x3 = tokens[i - AHEAD].to(tl.float32)
+            x4 = tokens[i - AHEAD + 1].to(tl.float32)
+            x5 = tokens[i - AHEAD + 2].to(tl.float32)
+            x6 = tokens[i - AHEAD + 3].to(tl.float32)
+            there = silu_twice(fb + f0 * x0 + f1 * x1 + f2 * x2 + f3 * x3, FAST)
+            back = silu_twice(gb + g3 * x3 + g2 * x4 + g1 * x5 + g0 * x6, FAST)
+            present = mask if EVEN else mask & (first + i - AHEAD - 3 < n2)[:, None]
+            tl.store(p_skip, fd * there + gd * back, mask=present)
+            p_skip += m2 * E
             if not POOLED:
-                tl.store(p_out, ahead * scale, mask=present)
-                tl.store(p_out + out_direction, behind * scale, mask=present)
-                p_out += E
+                tl.store(p_step, there * scale, mask=present)
+                tl.store(p_step + direction, back * scale, mask=present)
+                p_step += E
             elif MAX:
-                forward = tl.maximum(forward, tl.where(present, ahead, float("-inf")))
-                backward = tl.maximum(backward, tl.where(present, behind, float("-inf")))
+                forward = tl.maximum(forward, tl.where(present, there, float("-inf")))
+                backward = tl.maximum(backward, tl.where(present, back, float("-inf")))
             elif EVEN:
-                forward += ahead
-                backward += behind
+                forward += there
+                backward += back
             else:
-                forward += tl.where(present, ahead, 0.0)
-                backward += tl.where(present, behind, 0.0)
-            x0, x1, x2, x3, x4, x5 = x1, x2, x3, x4, x5, x6
-            p_ahead += m2 * stride_token
+                forward += tl.where(present, there, 0.0)
+                backward += tl.where(present, back, 0.0)
     if POOLED:
-        p_segment = out + ((batch * S + row) * E)[:, None] + columns[None, :]
+        if GROUP > 1:
+            forward = tl.reshape(forward, (R // GROUP, GROUP, C))
+            backward = tl.reshape(backward, (R // GROUP, GROUP, C))
+            forward = tl.max(forward, axis=1) if MAX else tl.sum(forward, axis=1)
+            backward = tl.max(backward, axis=1) if MAX else tl.sum(backward, axis=1)
+        segment = tl.program_id(0) * (R // GROUP) + tl.arange(0, R // GROUP)  # of the whole batch
+        mask = (segment < B * S)[:, None] & (columns < E)[None, :]
+        p_segment = pooled + (segment.to(tl.int64) * E)[:, None] + columns[None, :]
         tl.store(p_segment, forward * scale, mask=mask)
-        tl.store(p_segment + out_direction, backward * scale, mask=mask)
+        tl.store(p_segment + direction, backward * scale, mask=mask)
 
 
 @triton.jit
 def _cells_kernel(
-    x, weight, bias, out, scale,
-    B, L, E, S, stride_batch, stride_token, n1, n2, m0, m1, m2,
-    k1, s0, s1, q1, t0, t1, P,
+    x, weight, bias, D, pooled, skip,
+    scale, B, L, S, direction, stride_batch, n1, n2, m0, m1, m2, k1, s0, s1, q1, t0, t1, P,
+    E: tl.constexpr, stride_token: tl.constexpr,
     MAX: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Segments scattered over the path: each cell loads its own window.
@@ -140,79 +146,100 @@ def _cells_kernel(
     """
     run = tl.program_id(0) * R + tl.arange(0, R)
     columns = tl.program_id(1) * C + tl.arange(0, C)
-    direction = tl.program_id(2)
-    batch = run // S
+    batch = (run // S).to(tl.int64)
     segment = run % S
-    valid = batch < B
     base = (segment // k1) * s0 + (segment % k1) * s1
-    p_x = x + batch.to(tl.int64) * stride_batch
-    in_row = columns < E
-    p_w = weight + direction * E * 4 + columns * 4
-    b_bias = tl.load(bias + direction * E + columns, mask=in_row, other=0.0).to(tl.float32)
-    pooled = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
+    mask = (batch < B)[:, None] & (columns < E)[None, :]
+    p_x = x + (batch * stride_batch)[:, None] + columns[None, :]
+    p_skip = skip + (batch * L * E)[:, None] + columns[None, :]
+    f0, f1, f2, f3, fb, fd = _taps(weight, bias, D, columns, E)
+    g0, g1, g2, g3, gb, gd = _taps(weight + E * 4, bias + E, D + E, columns, E)
+    forward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
+    backward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
     for j in range(P):
         position = base + (j // q1) * t0 + (j % q1) * t1
-        value = tl.zeros((R, C), tl.float32) + b_bias[None, :]
-        for k in tl.static_range(4):
-            tap = tl.load(p_w + k, mask=in_row, other=0.0).to(tl.float32)
-            source = position + (k - 3) * (1 - 2 * direction)
-            value += tap[None, :] * load_token(
-                p_x, source, valid, columns, L, E, stride_token, n1, n2, m0, m1, m2
+        window = ()
+        for k in tl.static_range(-3, 4):
+            inside = (position + k >= 0) & (position + k < L)
+            token = token_at(position + k, n1, n2, m0, m1, m2)
+            value = tl.load(
+                p_x + (token * stride_token)[:, None], mask=mask & inside[:, None], other=0.0
             )
-        value = silu(value, FAST)
-        pooled = tl.maximum(pooled, value) if MAX else pooled + value
-    mask = valid[:, None] & in_row[None, :]
-    offsets = ((direction * B + batch).to(tl.int64) * S + segment)[:, None] * E + columns[None, :]
-    tl.store(out + offsets, pooled * scale, mask=mask)
+            window = window + (value.to(tl.float32),)
+        ahead = fb + f0 * window[0] + f1 * window[1] + f2 * window[2] + f3 * window[3]
+        behind = gb + g3 * window[3] + g2 * window[4] + g1 * window[5] + g0 * window[6]
+        there = silu_twice(ahead, FAST)
+        back = silu_twice(behind, FAST)
+        token = token_at(position, n1, n2, m0, m1, m2)
+        tl.store(p_skip + (token * E)[:, None], fd * there + gd * back, mask=mask)
+        forward = tl.maximum(forward, there) if MAX else forward + there
+        backward = tl.maximum(backward, back) if MAX else backward + back
+    p_segment = pooled + ((batch * S + segment) * E)[:, None] + columns[None, :]
+    tl.store(p_segment, forward * scale, mask=mask)
+    tl.store(p_segment + direction, backward * scale, mask=mask)
 
 
-def conv_pool_triton(
+def _run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    D: Tensor,
     segments: Segments,
-    *,
-    pooling: Pooling = "mean",
-    pool_scale: float = 1.0,
-) -> Tensor:
-    """`fastvim.ops.conv_pool` for GPU tensors of at most 32 bits, forward, without a mask."""
+    pooling: str,
+    pool_scale: float,
+) -> tuple[Tensor, Tensor]:
     if x.stride(2) != 1:
         x = x.contiguous()
-    weight, bias = four_taps(weight), bias.contiguous()
+    weight, bias, D = four_taps(weight), bias.contiguous(), D.contiguous()
+    B, L, E = x.shape
+    pooled = torch.empty(2, B, segments.num_segments, E, dtype=x.dtype, device=x.device)
+    skip = torch.empty(B, L, E, dtype=x.dtype, device=x.device)
+    if skip.numel() == 0:
+        return pooled, skip
+    launch = _launches.get(
+        (x, weight, bias, D),
+        (segments, pooling, pool_scale),
+        lambda: _plan(x, segments, pooling, pool_scale),
+    )
+    launch(x, weight, bias, D, pooled, skip)
+    return pooled, skip
+
+
+def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Launch:
+    """The launch of the kernel that suits the traversal."""
     B, L, E = x.shape
     S = segments.num_segments
-    out = x.new_empty(2, B, S, E)
-    if out.numel() == 0:
-        return out
-    sizes, strides, pooled = collapse(segments)
+    direction, pools = B * S * E, segments.pools
+    sizes, strides, flags = collapse(segments)
     n, m = pad_axes(sizes, 1), pad_axes(strides, 0)
-    grid_arguments = (*n[1:], *m)
-    P = segments.segment_size
-    mean = pooling == "mean" and segments.pools
-    scale = pool_scale / P if mean else pool_scale
-    common = {"MAX": pooling == "max", "FAST": x.dtype != torch.float32 and not INTERPRETED}
-    contiguous = not segments.pools or (pooled[-1] and not any(pooled[:-1]))
-    if contiguous:
-        row = n[2]
-        step = min(STEP, row)
-        P = triton.cdiv(row, step) * step if segments.pools else step
-        pieces = triton.cdiv(row, P)
-        C = min(CHANNELS, triton.next_power_of_2(E))
-        R = max(1, TILE // C)
-        _runs_kernel[(triton.cdiv(B * (L // row) * pieces, R), triton.cdiv(E, C))](
-            x, weight, bias, out, scale,
-            B, L, S, pieces, out.stride(0), x.stride(0), *n[1:], *m[:2],
-            E=E, m2=m[2], stride_token=x.stride(1), P=P, EVEN=row % P == 0, SHORT=row < 4,
-            POOLED=segments.pools, STEP=step, R=R, C=C, num_warps=WARPS, **common,
+    scale = pool_scale / segments.segment_size if pools and pooling == "mean" else pool_scale
+    fast = x.dtype != torch.float32 and not INTERPRETED
+    row = n[2]
+    longest = min(LONGEST, row)
+    pieces = triton.cdiv(row, longest)
+    if pools:
+        pieces = triton.next_power_of_2(pieces)
+    P = triton.cdiv(row, pieces)
+    along_path = not pools or (flags[-1] and not any(flags[:-1]) and pieces <= MOST_RUNS)
+    C = min(CHANNELS, triton.next_power_of_2(E))
+    if along_path:
+        group = pieces if pools else 1
+        R = max(group, PER_THREAD * WARPS * 32 // C)
+        numbers = (
+            scale, B, L, S, pieces, direction, x.stride(0), *n[1:], *m[:2],
+            E, m[2], x.stride(1), P, row % P == 0, row < 4, pools, pooling == "max", fast, AHEAD,
+            R, group, C,
         )  # fmt: skip
-    else:
-        C = min(64, triton.next_power_of_2(E))
-        R = 16
-        _cells_kernel[(triton.cdiv(B * S, R), triton.cdiv(E, C), 2)](
-            x, weight, bias, out, scale, B, L, E, S, x.stride(0), x.stride(1),
-            *grid_arguments, *_scattered(sizes, pooled), P, R=R, C=C, num_warps=4, **common,
-        )  # fmt: skip
-    return out
+        grid = (triton.cdiv(B * (L // row) * pieces, R), triton.cdiv(E, C))
+        warps = max(1, R * C // (PER_THREAD * 32))
+        return Launch(_runs_kernel, x.device, grid, numbers, num_warps=warps)
+    R = 16
+    numbers = (
+        scale, B, L, S, direction, x.stride(0), *n[1:], *m, *_scattered(sizes, flags),
+        segments.segment_size, E, x.stride(1), pooling == "max", fast, R, C,
+    )  # fmt: skip
+    grid = (triton.cdiv(B * S, R), triton.cdiv(E, C))
+    return Launch(_cells_kernel, x.device, grid, numbers, num_warps=4)
 
 
 def _scattered(sizes: list[int], pooled: list[bool]) -> tuple[int, ...]:
@@ -230,3 +257,56 @@ def _scattered(sizes: list[int], pooled: list[bool]) -> tuple[int, ...]:
         return sizes[fast], path_strides[slow], path_strides[fast]
 
     return (*two(False), *two(True))
+
+
+def _flat(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
+    pooling: str,
+    pool_scale: float,
+) -> tuple[Tensor, Tensor]:
+    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
+    return _run(x, weight, bias, D, segments, pooling, pool_scale)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
+    pooling: str,
+    pool_scale: float,
+) -> tuple[Tensor, Tensor]:
+    B, L, E = x.shape
+    steps = Segments(tuple(sizes), tuple(strides), tuple(pooled)).num_segments
+    return x.new_empty(2, B, steps, E), x.new_empty(B, L, E)
+
+
+register("fastvim::conv_pool_triton", _flat, _fake)
+_registered = torch.ops.fastvim.conv_pool_triton.default
+
+
+def conv_pool_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    segments: Segments,
+    *,
+    pooling: Pooling = "mean",
+    pool_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`fastvim.ops.conv_pool` for GPU tensors of at most 32 bits, forward, without a mask."""
+    if not must_register(x):
+        return _run(x, weight, bias, D, segments, pooling, pool_scale)
+    walk = [list(values) for values in (segments.sizes, segments.strides, segments.pooled)]
+    out: tuple[Tensor, Tensor] = _registered(x, weight, bias, D, *walk, pooling, pool_scale)
+    return out

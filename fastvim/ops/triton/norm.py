@@ -11,6 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvim.ops.norm import NormKind
+from fastvim.ops.triton.launch import Launch, Launches, must_register, register
+
+TILE = 1024  # values of a program
+WARPS = 4
+
+_launches: Launches[Launch] = Launches()
 
 
 @triton.jit
@@ -40,6 +46,55 @@ def _add_norm_kernel(
     tl.store(normed + offsets, b_normed, mask=mask)
 
 
+def _run(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    hidden = hidden.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    normed = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    total = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+    if normed.numel() == 0:
+        return normed, total
+    launch = _launches.get(
+        (hidden, residual, weight, bias),
+        (rms, eps),
+        lambda: _plan(hidden, residual is not None, bias is not None, rms, eps),
+    )
+    launch(hidden, residual, weight, bias, normed, total)
+    return normed, total
+
+
+def _plan(hidden: Tensor, has_residual: bool, has_bias: bool, rms: bool, eps: float) -> Launch:
+    """The launch of the kernel."""
+    D = hidden.shape[-1]
+    M = hidden.numel() // D
+    block = triton.next_power_of_2(D)
+    rows = max(1, TILE // block)
+    numbers = (M, D, eps, has_residual, has_bias, rms, rows, block)
+    grid = (triton.cdiv(M, rows),)
+    return Launch(_add_norm_kernel, hidden.device, grid, numbers, num_warps=WARPS)
+
+
+def _fake(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape, dtype=torch.float32)
+
+
+register("fastvim::add_norm_triton", _run, _fake)
+_registered = torch.ops.fastvim.add_norm_triton.default
+
+
 def add_norm_triton(
     hidden: Tensor,
     residual: Tensor | None,
@@ -50,18 +105,6 @@ def add_norm_triton(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """`fastvim.ops.add_norm` for GPU tensors of at most 32 bits, forward."""
-    hidden = hidden.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    normed = torch.empty_like(hidden)
-    total = torch.empty_like(hidden, dtype=torch.float32)
-    D = hidden.shape[-1]
-    M = hidden.numel() // D
-    block = triton.next_power_of_2(D)
-    rows = max(1, 1024 // block)
-    if M:
-        _add_norm_kernel[(triton.cdiv(M, rows),)](
-            hidden, residual, weight, bias, normed, total, M, D, eps,
-            HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, RMS=kind == "rms",
-            ROWS=rows, BLOCK_D=block, num_warps=4,
-        )  # fmt: skip
-    return normed, total
+    run = _registered if must_register(hidden) else _run
+    out: tuple[Tensor, Tensor] = run(hidden, residual, weight, bias, kind == "rms", eps)
+    return out

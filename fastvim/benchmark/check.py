@@ -1,0 +1,152 @@
+"""Is it right? Asked before how fast it is.
+
+This library's models are compared with their definitions in float32 on the same weights; every
+model's compiled or captured form with its eager one, on images that it has not seen before.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvim.benchmark.cases import Precision, Settings, Size, random_images
+from fastvim.inference import Predictor
+from fastvim.ops import use_engine
+
+# The definitions take a step per token for Vim, and in training keep the state of each: the
+# comparison with them is made on a small batch of images of at most so many pixels a side.
+IMAGES = 2
+MOST_PIXELS = {False: 512, True: 224}
+PART = 16  # images at a time in the eager run beside a captured one
+_EXACT = Precision(torch.float32, None, 0.0)
+
+
+class TrainingStep:
+    """Forward and backward of a classification, without an optimizer.
+
+    One call: gradients set to None, the forward pass (under autocast if the precision says so),
+    cross entropy in float32 against random classes, the backward pass.
+
+    Args:
+        model: gives logits (B, classes).
+        images: (B, C, H, W).
+        precision: dtypes.
+        compile: run the forward and backward passes through torch.compile.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, precision: Precision, compile: bool = False
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.autocast = precision.autocast
+        self._run = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        self._classes: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """The logits (B, classes), detached; gradients are in the model's parameters."""
+        self.model.zero_grad(set_to_none=True)
+        device = self.images.device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            logits = self._run(self.images)
+        if self._classes is None:
+            count, classes = logits.shape
+            self._classes = torch.randint(classes, (count,), device=self.images.device)
+        F.cross_entropy(logits.float(), self._classes).backward()
+        return logits.detach()
+
+    def results(self, classes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, all gradients in one vector, and the classes asked for, of one call."""
+        self._classes = classes
+        logits = self()
+        found = [p.grad.float().flatten() for p in self.model.parameters() if p.grad is not None]
+        assert self._classes is not None
+        return logits, torch.cat(found), self._classes
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖; infinite where either is not finite, or 0 is expected.
+
+    An expected 0 would prove nothing, whatever came out.
+    """
+    actual, expected = actual.float(), expected.float()
+    scale = float(torch.linalg.vector_norm(expected))
+    error = float(torch.linalg.vector_norm(actual - expected))
+    return error / scale if math.isfinite(error) and 0 < scale < math.inf else math.inf
+
+
+def checked_size(size: Size, train: bool) -> Size:
+    """The size of image at which the engines are compared with the definitions."""
+    most = MOST_PIXELS[train]
+    return min(size[0], most), min(size[1], most)
+
+
+def engine_error(model: nn.Module, size: Size, settings: Settings) -> float:
+    """Relative error of what serves `model` against the definitions in float32.
+
+    Args:
+        model: one of this library's, on the device and in the dtype of the run.
+        size: of the images, cut to what the definitions can take.
+        settings: with `train`, logits and gradients are compared; else the logits.
+    """
+    images = random_images(IMAGES, checked_size(size, settings.train), settings)
+    exact = copy.deepcopy(model).float()
+    if settings.train:
+        logits, gradient, classes = TrainingStep(model.eval(), images, settings.precision).results()
+        with use_engine("reference"):
+            step = TrainingStep(exact.eval(), images.float(), _EXACT)
+            expected, slope, _ = step.results(classes)
+        model.zero_grad(set_to_none=True)
+        return max(relative_error(logits, expected), relative_error(gradient, slope))
+    actual = predictor(model, tuple(images.shape), "eager", settings)(images)
+    with use_engine("reference"), torch.inference_mode():
+        return relative_error(actual, exact.eval()(images.float()))
+
+
+def predictor(model: nn.Module, shape: tuple[int, ...], mode: str, settings: Settings) -> Predictor:
+    """What runs the inference of a mode; takes the model itself."""
+    return Predictor(
+        model,
+        shape,
+        dtype=settings.precision.weights,
+        device=settings.device,
+        autocast=settings.precision.autocast,
+        compile="compiled" in mode,
+        capture="graph" in mode,
+        memory_format=settings.memory_format,
+        copy_model=False,
+    )
+
+
+def mode_error(served: Predictor, settings: Settings) -> float:
+    """Largest relative error of a mode on fresh images against the eager model on few at a time.
+
+    A graph that missed a part of the computation, or reads a tensor that was freed, still gives the
+    right results for the images it was captured on. For the eager mode this finds what is not
+    finite, and kernels that a large batch misleads.
+    """
+    batch, _, height, width = served.images.shape
+    fresh = random_images(batch, (height, width), settings)
+    parts = fresh.split(PART)
+    eager = predictor(served.model, tuple(parts[0].shape), "eager", settings)
+    pairs = zip(served(fresh).split(PART), parts, strict=True)
+    return max(relative_error(actual, eager(part)) for actual, part in pairs)
+
+
+def step_error(step: TrainingStep, settings: Settings) -> float:
+    """The same of a training step: logits and gradients on fresh images, in eval mode.
+
+    In eval mode, since dropout draws other numbers when it is compiled.
+    """
+    was_training = step.model.training
+    step.model.eval()
+    step.images.copy_(torch.randn_like(step.images))
+    logits, gradient, classes = step.results()
+    eager = TrainingStep(step.model, step.images, settings.precision)
+    expected, slope, _ = eager.results(classes)
+    step.model.train(was_training)
+    return max(relative_error(logits, expected), relative_error(gradient, slope))

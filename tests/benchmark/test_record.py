@@ -1,0 +1,133 @@
+"""The file of results, the Markdown table and the picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastvim.benchmark import Record, Row, draw, markdown
+from fastvim.benchmark.plot import draw_rates, spread_out
+from fastvim.errors import UserError
+
+
+def row(model="fastvim_a", side=224, rate=1000.0, **options) -> Row:
+    values = {"batch": 2, "mode": "graph", "dtype": "bfloat16", **options}
+    latency = None if rate is None else 2e3 / rate
+    ours = model.startswith("fastvim")
+    return Row(model, (side, side), images_per_second=rate, latency_ms=latency, ours=ours, **values)
+
+
+ROWS = [
+    row(side=224),
+    row(side=512, rate=123.4, batch=1),
+    row("vit", side=224, rate=12.34),
+    row("vit", side=512, rate=None, failure="out of memory", batch=1),
+    row("other", side=224, rate=1.234, failure="wrong: relative error 1"),
+]
+
+
+def test_the_file_gives_back_the_record(tmp_path):
+    record = Record("abacus", [{"command": "fastvim benchmark ü"}])
+    for entry in ROWS:
+        record.add(entry)
+    path = tmp_path / "new" / "results.json"
+    record.save(path)
+    assert Record.load(path) == record
+    assert json.loads(path.read_text())["rows"][0]["size"] == [224, 224]
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+def test_a_case_has_one_row(tmp_path):
+    record = Record("abacus", [{}])
+    record.add(row(rate=1.0))
+    record.add(row(rate=2.0, mode="eager"))
+    record.runs.append({})
+    record.add(row(rate=3.0))
+    assert [(r.mode, r.images_per_second, r.run) for r in record.rows] == [
+        ("eager", 2.0, 0),
+        ("graph", 3.0, 1),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"device": "a", "rows": [{"a": 1}]}'])
+def test_files_of_something_else(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"results\.json: not a file of fastvim benchmark"):
+        Record.load(path)
+    with pytest.raises(FileNotFoundError, match="no results at"):
+        Record.load(tmp_path / "none.json")
+
+
+def test_markdown():
+    assert markdown(ROWS).splitlines() == [
+        "| images/s | 224 (2) | 512 (1) |",
+        "|---|---:|---:|",
+        "| fastvim_a | 1,000 | 123 |",
+        "| vit | 12.3 | out of memory |",
+        "| other | failed | - |",
+    ]
+
+
+def test_names_tell_what_differs():
+    lines = markdown([row(), row(mode="eager"), row(dtype="amp", channels_last=True)])
+    names = [line.split(" | ")[0] for line in lines.splitlines()[2:]]
+    assert names == [
+        "| fastvim_a, graph, bfloat16",
+        "| fastvim_a, eager, bfloat16",
+        "| fastvim_a, graph, amp, channels last",
+    ]
+
+
+def test_share_of_floor():
+    assert row().share_of_floor is None
+    assert row(floor_ms=1.0).share_of_floor == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("sides", [(224,), (224, 512, 1024)])
+def test_the_picture_is_drawn(tmp_path, sides):
+    rows = [row(name, side, 1e6 / side) for name in ("fastvim_a", "vit") for side in sides]
+    path = tmp_path / "new" / "picture.png"
+    draw(Record("abacus", [], rows), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_of_the_picture():
+    rows = [row(name, side, 1e6 / side) for name in ("vit", "fastvim_a") for side in (224, 512)]
+    figure = draw_rates("abacus", rows)
+    (axes,) = figure.axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    lines = [line for line in axes.lines if line.get_marker() != "None"]
+    assert sorted(line.get_linestyle() for line in lines) == ["-", "--"]
+    assert len({line.get_color() for line in lines}) == 2
+    words = [text.get_text() for text in [*figure.texts, *axes.texts]]
+    assert {"fastvim_a", "vit", "abacus · bfloat16 · CUDA graph", "batch 2"} <= set(words)
+
+
+def test_labels_lie_in_the_picture():
+    names = [f"fastvim_of_a_rather_long_name_{i}" for i in range(30)]
+    figure = draw_rates("abacus", [row(name, side) for name in names for side in (224, 512)])
+    canvas = figure.bbox
+    boxes = [text.get_window_extent() for text in [*figure.texts, *figure.axes[0].texts]]
+    assert all(canvas.x0 <= box.x0 and box.x1 <= canvas.x1 for box in boxes)
+    assert all(canvas.y0 <= box.y0 and box.y1 <= canvas.y1 for box in boxes)
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(UserError, match="no row has a time"):
+        draw(Record("abacus", [], ROWS[3:]), tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ([], []),
+        ([50, 30, 10], [50, 30, 10]),
+        ([20, 20], [25, 15]),
+        ([100, 21, 20, 19], [100, 30, 20, 10]),
+        ([34, 24, 20, 18], [39, 29, 19, 9]),  # the last three push the first
+    ],
+)
+def test_labels_are_moved_apart(wanted, expected):
+    assert spread_out(wanted, 10) == pytest.approx(expected)
