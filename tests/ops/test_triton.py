@@ -51,7 +51,7 @@ WALKS = [
     ("h w c", ""),
 ]
 # Rows shorter than the window, and of one, two and four runs that they are no multiple of.
-GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2), (2, 35, 1)]
+GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2), (2, 35, 1), (1, 135, 1)]
 STEPS = [1, 7, 33, 63]  # of the scan: one chunk, and several
 WIDTHS = [6, 72]
 if ON_GPU:  # the interpreter would take minutes

@@ -207,7 +207,7 @@ def _run(
 
 def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Launch:
     """The launch of the kernel that suits the traversal."""
-    B, L, E = x.shape
+    B, L, E = x.shape[0], x.shape[1], int(x.shape[2])
     S = segments.num_segments
     direction, pools = B * S * E, segments.pools
     sizes, strides, flags = collapse(segments)
@@ -227,7 +227,7 @@ def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Lau
         R = max(group, PER_THREAD * WARPS * 32 // C)
         numbers = (
             scale, B, L, S, pieces, direction, x.stride(0), *n[1:], *m[:2],
-            E, m[2], x.stride(1), P, row % P == 0, row < 4, pools, pooling == "max", fast, AHEAD,
+            E, m[2], x.stride(1), P, row == pieces * P, row < 4, pools, pooling == "max", fast, AHEAD,
             R, group, C,
         )  # fmt: skip
         grid = (triton.cdiv(B * (L // row) * pieces, R), triton.cdiv(E, C))

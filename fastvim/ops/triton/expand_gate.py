@@ -108,7 +108,7 @@ def _run(
 
 def _plan(skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, eps: float) -> Launch:
     """The launch of the kernel."""
-    B, L, E = skip.shape
+    B, L, E = skip.shape[0], skip.shape[1], int(skip.shape[2])
     n, m, s = (
         pad_axes(values, fill)
         for values, fill in (

@@ -71,7 +71,7 @@ def _run(
 
 def _plan(hidden: Tensor, has_residual: bool, has_bias: bool, rms: bool, eps: float) -> Launch:
     """The launch of the kernel."""
-    D = hidden.shape[-1]
+    D = int(hidden.shape[-1])
     M = hidden.numel() // D
     block = triton.next_power_of_2(D)
     rows = max(1, TILE // block)

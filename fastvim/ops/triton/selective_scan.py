@@ -62,9 +62,10 @@ def _select_kernel(
         inside = depth < E - k
         b_u = tl.load(p_u + k, mask=present & inside[None, :], other=0.0)
         mask = inside[:, None] & (ranks < R)[None, :]
-        dt = tl.dot(b_u, tl.load(p_dt + k, mask=mask, other=0.0), dt, input_precision=precision)
+        # Sums of sums: float32 would lose more in one long chain.
+        dt += tl.dot(b_u, tl.load(p_dt + k, mask=mask, other=0.0), input_precision=precision)
         mask = inside[:, None] & (states < 2 * N)[None, :]
-        bc = tl.dot(b_u, tl.load(p_states + k, mask=mask, other=0.0), bc, input_precision=precision)
+        bc += tl.dot(b_u, tl.load(p_states + k, mask=mask, other=0.0), input_precision=precision)
     if tl.program_id(2) == 0:
         mask = present & (states < 2 * N)[None, :]
         tl.store(p_BC + places * 2 * N + states[None, :], bc, mask=mask)
@@ -183,9 +184,9 @@ class _Scan:
     """The launches for one kind of input: one scan of whole sequences, or three over chunks."""
 
     def __init__(self, u: Tensor, x_proj: Tensor, A_log: Tensor) -> None:
-        _, batch, S, E = u.shape
-        G, N = 2 * batch, A_log.shape[2]
-        R = x_proj.shape[1] - 2 * N
+        batch, S, E = u.shape[1], u.shape[2], int(u.shape[3])
+        G, N = 2 * batch, int(A_log.shape[2])
+        R = int(x_proj.shape[1]) - 2 * N
         block = min(BLOCK, max(16, triton.next_power_of_2(E)))
         blocks = triton.cdiv(E, block)
         chunks = max(1, min(S // SHORTEST, FULL // (G * blocks)))
