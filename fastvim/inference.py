@@ -24,7 +24,7 @@ class Predictor:
 
     A small model on a fast GPU spends its time launching kernels. Here the forward pass is run
     once, recorded as one CUDA graph over fixed buffers, and replayed for every batch. Where that is
-    not possible (on a CPU, or for a model whose forward cannot be recorded) the same object runs
+    not possible (on a CPU, or for a model whose forward waits for the device) the same object runs
     the model eagerly: `captured` is False, `reason` says why, and the log has one line.
 
     The model is copied by default: the caller's module keeps its mode, dtype and device, and the
@@ -57,6 +57,8 @@ class Predictor:
 
     Raises:
         ValueError: a shape that is not four positive numbers, or no warm-up.
+        RuntimeError: the recording failed for another reason, which `capture=False` avoids; CUDA
+            in this process should then be given up.
     """
 
     model: nn.Module
@@ -174,36 +176,40 @@ class Predictor:
             return self._run(images)
 
     def _capture(self, warmup: int) -> None:
-        """Record one forward pass, after runs in which every kernel is built and tuned.
-
-        A failure of the warm-up is the model's own and is raised; one of the recording is not.
-        """
+        """Record one forward pass, after runs in which every kernel is built and tuned."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(warmup):
                 self._forward(self.images)
+            self.reason = self._synchronizes()
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # The outer region gives the stream back: the inner one does not after a failure.
-            # Other threads (loaders that pin memory) may go on: only this one is recorded.
-            with (
-                torch.cuda.stream(stream),
-                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-            ):
-                self._output = self._forward(self.images)
-        except RuntimeError as error:
-            # What went wrong first; ending the broken recording fails as well.
-            first = error.__context__ or error
-            if isinstance(first, torch.OutOfMemoryError):
-                raise first from None
-            message = str(first).strip().split("\n")[0]
-            self.reason = f"the forward pass cannot be captured: {message}"
-            self._output = None
+        if self.reason is not None:
             _logger.warning("running eagerly: %s", self.reason)
             return
-        self._graph, self.captured = graph, True
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads (loaders that pin memory) may go on: only this one is recorded.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._output = self._forward(self.images)
+        self.captured = True
+
+    def _synchronizes(self) -> str | None:
+        """Why the forward pass cannot be recorded: it waits for the device somewhere.
+
+        A recording that fails leaves torch's random state and allocator broken, so that the usual
+        reason is looked for beforehand.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._forward(self.images)
+        except RuntimeError as error:
+            if "synchronizing" not in str(error):
+                raise
+            return f"the forward pass waits for the device ({str(error).splitlines()[0]})"
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return None
 
     def _count(self, images: Tensor) -> int:
         """How many images there are, of the right shape."""

@@ -105,7 +105,8 @@ def collapse(segments: Segments) -> tuple[list[int], list[int], list[bool]]:
     sizes: list[int] = []
     strides: list[int] = []
     pooled: list[bool] = []
-    for size, stride, pool in zip(segments.sizes, segments.strides, segments.pooled, strict=True):
+    for axis, stride, pool in zip(segments.sizes, segments.strides, segments.pooled, strict=True):
+        size = int(axis)  # a symbol where sizes may change: kernels are compiled for each
         if size == 1 and segments.num_tokens > 1:
             continue
         if sizes and pooled[-1] == pool and strides[-1] == stride * size:

@@ -208,11 +208,11 @@ def _run(
 def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Launch:
     """The launch of the kernel that suits the traversal."""
     B, L, E = x.shape[0], x.shape[1], int(x.shape[2])
-    S = segments.num_segments
+    S, segment_size = segments.num_segments, int(segments.segment_size)
     direction, pools = B * S * E, segments.pools
     sizes, strides, flags = collapse(segments)
     n, m = pad_axes(sizes, 1), pad_axes(strides, 0)
-    scale = pool_scale / segments.segment_size if pools and pooling == "mean" else pool_scale
+    scale = pool_scale / segment_size if pools and pooling == "mean" else pool_scale
     fast = x.dtype != torch.float32 and not INTERPRETED
     row = n[2]
     longest = min(LONGEST, row)
@@ -236,7 +236,7 @@ def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Lau
     R = 16
     numbers = (
         scale, B, L, S, direction, x.stride(0), *n[1:], *m, *_scattered(sizes, flags),
-        segments.segment_size, E, x.stride(1), pooling == "max", fast, R, C,
+        segment_size, E, x.stride(1), pooling == "max", fast, R, C,
     )  # fmt: skip
     grid = (triton.cdiv(B * S, R), triton.cdiv(E, C))
     return Launch(_cells_kernel, x.device, grid, numbers, num_warps=4)
