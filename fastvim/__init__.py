@@ -6,9 +6,17 @@
 
 from fastvim import models
 from fastvim.errors import UserError
-from fastvim.models import FastVim, FeatureMaps
+from fastvim.models import FastVim, FeatureMaps, MaskedAutoencoder
 from fastvim.ops import use_engine
 
 __version__ = "0.1.0"
 
-__all__ = ["FastVim", "FeatureMaps", "UserError", "__version__", "models", "use_engine"]
+__all__ = [
+    "FastVim",
+    "FeatureMaps",
+    "MaskedAutoencoder",
+    "UserError",
+    "__version__",
+    "models",
+    "use_engine",
+]

@@ -10,13 +10,12 @@ import json
 import os
 import pickle
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,11 +23,13 @@ from torch import Tensor, nn
 from fastvim.errors import UserError
 from fastvim.models import (
     FastVim,
+    MaskedAutoencoder,
     checkpoint_filter_fn,
     create_model,
     from_published,
     to_published,
 )
+from fastvim.models.options import find_options, is_ours, model_of
 from fastvim.models.published import is_published, square_side, transpose_position
 
 METADATA_KEY = "fastvim"
@@ -46,14 +47,6 @@ _DAMAGE = (
     struct.error,
 )
 _PICKLED = (".ckpt", ".pth", ".pt")
-# Names whose shapes tell the options of a model.
-_TELLING = (
-    "patch_embed.proj.weight",
-    "pos_embed",
-    "blocks.0.mixer.A_log",
-    "blocks.0.mixer.conv_weight",
-    "blocks.0.mixer.dt_proj",
-)
 _HEAD = ("head.weight", "head.bias")
 
 
@@ -158,11 +151,12 @@ def load_weights(
     A position embedding of another grid is resized; published names are translated.
 
     Args:
-        model: any model; FastVim and Vim take published files too.
+        model: any model; those of this library take published files too, and a FastVim or Vim
+            takes the encoder of a masked autoencoder's file.
         path: see `read`.
         ema: take the averaged weights where the file has them.
-        new_head: keep the model's own head where the file has none or one of another size, to
-            train for other classes.
+        new_head: keep the model's own head where the file has none (a masked autoencoder's) or
+            one of another size, to train for other classes.
 
     Raises:
         UserError: the weights are another architecture's; says which names and shapes.
@@ -175,7 +169,7 @@ def load_weights(
 def load_state(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool = False) -> None:
     """`load_weights` from a file that is already read."""
     state = checkpoint.state
-    if isinstance(model, FastVim):
+    if isinstance(model, FastVim | MaskedAutoencoder):
         state = checkpoint_filter_fn(state, model)
     own = model.state_dict()
     if new_head:
@@ -208,73 +202,6 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list
 def _some(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def find_options(
-    state: Mapping[str, Tensor], img_size: int | Sequence[int] | None = None
-) -> dict[str, Any]:
-    """The options of a FastVim or Vim model that its weights give away, under our names.
-
-    `pooling`, `alternate`, `scan_path` and `pool_scale` leave no trace; weights with a class token
-    are taken for Vim's, others for FastVim's.
-
-    Args:
-        state: weights under our names.
-        img_size: side in pixels that the position embedding was made for. None: 224 where that
-            gives overlapping patches of whole strides to a model with a class token, as Vim's
-            fine-tuned models have; else a patch per cell.
-
-    Raises:
-        UserError: not weights of FastVim or Vim, or a position embedding of no square grid.
-    """
-    missing = [name for name in _TELLING if name not in state]
-    if missing or state[_TELLING[0]].ndim != 4:
-        raise UserError(f"not weights of a FastVim or Vim image model: {_some(missing)} missing")
-    patches, _, A_log, conv_weight, dt_proj = (state[name] for name in _TELLING)
-    embed_dim, in_chans, patch, _ = patches.shape
-    class_token = "cls_token" in state
-    size, stride = _find_stride(state, patch, img_size)
-    head = state.get("head.weight")
-    return {
-        "embed_dim": embed_dim,
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        "img_size": size,
-        "patch_size": patch,
-        "patch_stride": stride,
-        "in_chans": in_chans,
-        "num_classes": 0 if head is None else head.shape[0],
-        "class_token": class_token,
-        "global_pool": "token" if class_token else "avg",
-        "pooling": "none" if class_token else "mean",
-        "norm": "layer" if "blocks.0.norm.bias" in state else "rms",
-        "norm_after_ssm": "blocks.0.mixer.norm.weight" in state,
-        "init_layer_scale": 1.0 if "blocks.0.mixer.gamma" in state else None,
-        "d_state": A_log.shape[2],
-        "d_conv": conv_weight.shape[2],
-        "expand": A_log.shape[1] // embed_dim,
-        "dt_rank": dt_proj.shape[2],
-    }
-
-
-def _find_stride(
-    state: Mapping[str, Tensor], patch: int, img_size: int | Sequence[int] | None
-) -> tuple[int, int]:
-    """Side of the image and stride of the patches, from the position embedding's square grid."""
-    position, class_token = state["pos_embed"], "cls_token" in state
-    side = square_side(position.shape[1] - int(class_token))
-    if side is None:
-        raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid")
-    steps = max(1, side - 1)
-    if img_size is None:
-        stride, rest = divmod(224 - patch, steps)
-        overlapping = class_token and stride < patch and not rest
-        return (224, stride) if overlapping else (side * patch, patch)
-    sides = {img_size} if isinstance(img_size, int) else set(img_size)
-    size = sides.pop()
-    stride, rest = (patch, 0) if size == side * patch else divmod(size - patch, steps)
-    if sides or rest:
-        raise UserError(f"img_size={img_size} does not give the weights' {side} x {side} grid")
-    return size, stride
 
 
 def save(
@@ -350,7 +277,7 @@ def understand(
     """Weights under our names, and the metadata that `save` would write beside them.
 
     Args:
-        checkpoint: of FastVim or Vim, in our names or published ones.
+        checkpoint: of one of our models, in our names or published ones.
         model_args: what the weights cannot tell (see `convert`); it wins over what they tell.
     """
     state, metadata, given = checkpoint.state, checkpoint.metadata, dict(model_args or {})
@@ -361,28 +288,18 @@ def understand(
     if published:
         state = from_published(state)
     options = {**find_options(state, given.get("img_size")), **given}
+    model = model_of(options)
+    with torch.device("meta"):
+        create_model(model, **options)  # tells of an option that it does not take
     if published and options.get("scan_path") == "column":
         side = square_side(state["pos_embed"].shape[1])
         assert side is not None
         state["pos_embed"] = transpose_position(state["pos_embed"], (side, side))
     return state, {
-        "model": _model_of(options),
+        "model": model,
         "model_args": options,
         "weights": checkpoint.weights,
     }
-
-
-def _model_of(options: Mapping[str, Any]) -> str:
-    """The registered model with these sizes; else the family's smallest, for options to change."""
-    family = "vim" if options["pooling"] == "none" else "fastvim"
-    for name in timm.list_models(f"{family}_*"):
-        with torch.device("meta"):
-            model = create_model(name, num_classes=0)
-        assert isinstance(model, FastVim)
-        sizes = (model.embed_dim, len(model.blocks), model.patch_embed.patch_size)
-        if sizes == (options["embed_dim"], options["depth"], options["patch_size"]):
-            return name
-    return f"{family}_tiny_patch16_224"
 
 
 def load_model(
@@ -411,7 +328,7 @@ def load_model(
     state, written = checkpoint.state, checkpoint.metadata.get("model")
     if name is not None and written not in (None, name):
         raise UserError(f"{path} holds weights of {written}, not of {name}")
-    if "model" in checkpoint.metadata or is_published(state) or _TELLING[2] in state:
+    if "model" in checkpoint.metadata or is_published(state) or is_ours(state):
         metadata = understand(checkpoint, model_args)[1]
     elif name is not None:
         metadata = {"model": name, "model_args": model_args}

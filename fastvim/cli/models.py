@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fastvim.cli.arguments import Parser
-from fastvim.models import FastVim, create_model
+from fastvim.models import create_model
+from fastvim.models.masked import encoder_of
 from fastvim.ops import engine_name
 from fastvim.ops.dispatch import OPS
 
-FAMILIES = ("fastvim_*", "vim_*")
+FAMILIES = ("fastvim_*", "vim_*", "mae_fastvim_*", "mae_vim_*")
 
 
 def _parser() -> Parser:
@@ -36,14 +37,14 @@ def _models() -> Table:
     for name in timm.list_models(list(FAMILIES)):
         with torch.device("meta"):
             model = create_model(name)
-        assert isinstance(model, FastVim)
+        backbone = encoder_of(model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         table.add_row(
             name,
-            str(model.grid_size[0] * model.patch_embed.stride),
-            str(model.patch_embed.patch_size),
-            str(model.embed_dim),
-            str(len(model.blocks)),
+            str(backbone.grid_size[0] * backbone.patch_embed.stride),
+            str(backbone.patch_embed.patch_size),
+            str(backbone.embed_dim),
+            str(len(backbone.blocks)),
             f"{parameters:,}",
         )
     return table

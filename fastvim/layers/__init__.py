@@ -1,7 +1,7 @@
 """The modules that the models are built from: patch embedding, mixer, block."""
 
 from fastvim.layers.block import AddNorm, Block
-from fastvim.layers.embed import PatchEmbed, resize_grid
+from fastvim.layers.embed import PatchEmbed, resize_grid, sincos_grid
 from fastvim.layers.mixer import Mixer
 
-__all__ = ["AddNorm", "Block", "Mixer", "PatchEmbed", "resize_grid"]
+__all__ = ["AddNorm", "Block", "Mixer", "PatchEmbed", "resize_grid", "sincos_grid"]

@@ -1,10 +1,11 @@
-"""Patches of an image, and position embeddings on a grid of another size.
+"""Patches of an image, and position embeddings of a grid.
 
 B  batch, H W  image or token grid, d  model width
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from timm.layers import lecun_normal_
 from torch import Tensor, nn
@@ -86,3 +87,28 @@ def resize_grid(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -
     grid = embedding.mT.unflatten(2, old)
     resized = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)
     return resized.flatten(2).mT.to(embedding.dtype)
+
+
+def sincos_grid(
+    grid: tuple[int, int],
+    dim: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Fixed position embedding of a grid, (1, H·W, dim) (Masked Autoencoders, arXiv 2111.06377).
+
+    A quarter of the width each: sines and cosines of the column, then sines and cosines of the row,
+    at frequencies that fall from 1 towards 1e-4.
+
+    Raises:
+        UserError: a width that is no multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"width {dim}: sin-cos position embeddings need a multiple of 4")
+    height, width = grid
+    frequencies = 1e-4 ** (torch.arange(dim // 4, device=device) / (dim // 4))
+    rows, columns = (torch.arange(side, device=device) for side in grid)
+    down = (rows[:, None] * frequencies)[:, None].expand(height, width, -1)
+    across = (columns[:, None] * frequencies)[None].expand(height, width, -1)
+    parts = [across.sin(), across.cos(), down.sin(), down.cos()]
+    return torch.cat(parts, dim=-1).flatten(0, 1)[None].to(dtype)

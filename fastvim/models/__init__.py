@@ -5,13 +5,17 @@
 """
 
 from fastvim.models.dense import FeatureMaps
+from fastvim.models.masked import FastMaskVim, MaskedAutoencoder, MaskedOutput
 from fastvim.models.published import from_published, to_published
 from fastvim.models.registry import checkpoint_filter_fn, create_model
 from fastvim.models.vision import FastVim
 
 __all__ = [
+    "FastMaskVim",
     "FastVim",
     "FeatureMaps",
+    "MaskedAutoencoder",
+    "MaskedOutput",
     "checkpoint_filter_fn",
     "create_model",
     "from_published",

@@ -1,7 +1,9 @@
 """Names in published files and names in this library, both ways.
 
 Published files (FastVim's and the original Vim's) keep each parameter of the backward direction
-beside its forward twin, with the suffix `_b`; here the two are one tensor, direction first.
+beside its forward twin, with the suffix `_b`; here the two are one tensor, direction first. A
+published masked autoencoder names its encoder's parameters as a classifier does; here they begin
+with `encoder.`.
 """
 
 from __future__ import annotations
@@ -35,6 +37,23 @@ _RENAMED = (
     (r"\.mixer\.layernorm\.", r"\.mixer\.norm\.", r".mixer.norm.", r".mixer.layernorm."),
 )
 
+_ENCODER = "encoder."
+_DECODER = ("decoder_", "mask_token")
+
+
+def is_masked(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names, ours or published, are those of a masked autoencoder."""
+    return "mask_token" in state
+
+
+def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a masked autoencoder's weights, in our names, that a classifier takes."""
+    return {
+        name.removeprefix(_ENCODER): tensor
+        for name, tensor in state.items()
+        if name.startswith(_ENCODER)
+    }
+
 
 def is_published(state: Mapping[str, Tensor]) -> bool:
     """Whether the names are those of a published file."""
@@ -66,12 +85,14 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if target not in ours:
             pair = torch.stack([state[forward], state[backward]])
             ours[target] = pair.squeeze(2) if _PARTS[part] == "conv_weight" else pair
-    return ours
+    return _split_encoder(ours) if is_masked(ours) else ours
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names to published ones; see `from_published`."""
     published: dict[str, Tensor] = {}
+    if is_masked(state):
+        state = _join_encoder(state)
     for name, tensor in state.items():
         block, dot, part = name.rpartition("mixer.")
         if not dot or part not in _STACKED:
@@ -87,6 +108,42 @@ def _rename(name: str, *, published: bool) -> str:
     for theirs, ours, to_ours, to_theirs in _RENAMED:
         name = re.sub(theirs, to_ours, name) if published else re.sub(ours, to_theirs, name)
     return name
+
+
+def _split_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of a masked autoencoder; positions in the order of its tokens.
+
+    Published, the class token's position comes first. Here it stands where the token does: in the
+    middle of the encoder's, as a classifier has it, and at the end of the decoder's.
+    """
+    ours = {n if n.startswith(_DECODER) else _ENCODER + n: t for n, t in state.items()}
+    if "cls_token" in state:
+        for name in ("encoder.pos_embed", "decoder_pos_embed"):
+            if name in ours:
+                ours[name] = _move(ours[name], 0, _class_place(name, ours[name]))
+    return ours
+
+
+def _join_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`_split_encoder` undone."""
+    joined = dict(state)
+    if "encoder.cls_token" in state:
+        for name in ("encoder.pos_embed", "decoder_pos_embed"):
+            if name in joined:
+                joined[name] = _move(joined[name], _class_place(name, joined[name]), 0)
+    return {name.removeprefix(_ENCODER): tensor for name, tensor in joined.items()}
+
+
+def _class_place(name: str, position: Tensor) -> int:
+    last = position.shape[1] - 1
+    return last if name.startswith(_DECODER) else last // 2
+
+
+def _move(position: Tensor, source: int, target: int) -> Tensor:
+    """An embedding (1, L, d) with one of its vectors moved to another place."""
+    order = list(range(position.shape[1]))
+    order.insert(target, order.pop(source))
+    return position[:, order]
 
 
 def transpose_position(position: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from fastvim.errors import UserError, nearest
 from fastvim.layers import resize_grid
+from fastvim.models.masked import MaskedAutoencoder
 from fastvim.models.published import (
+    encoder_state,
     from_published,
+    is_masked,
     is_published,
     square_side,
     transpose_position,
@@ -41,28 +44,50 @@ def create_model(name: str, **model_args: Any) -> nn.Module:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
             raise
-        valid = inspect.signature(FastVim).parameters if _is_ours(name) else ()
-        hint = nearest(unknown[1], valid)
+        hint = nearest(unknown[1], _options_of(name))
         raise UserError(f"the model {name} has no option {unknown[1]!r}{hint}") from error
 
 
-def _is_ours(name: str) -> bool:
-    return timm.model_entrypoint(name).__module__ == __name__
+def _options_of(name: str) -> list[str]:
+    """What the constructor of one of our models takes; nothing for others."""
+    if timm.model_entrypoint(name).__module__ != __name__:
+        return []
+    model = MaskedAutoencoder if name.startswith("mae_") else FastVim
+    return list(inspect.signature(model).parameters)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: FastVim) -> dict[str, Tensor]:
-    """Fit a state dict to `model`: published names to ours, position embedding to its grid."""
+def checkpoint_filter_fn(
+    state_dict: dict[str, Tensor], model: FastVim | MaskedAutoencoder
+) -> dict[str, Tensor]:
+    """Fit a state dict to `model`: published names to ours, position embedding to its grid.
+
+    A FastVim takes the encoder of a masked autoencoder's weights.
+    """
+    if isinstance(model, MaskedAutoencoder):
+        return _fit_autoencoder(state_dict, model)
     if is_published(state_dict):
         state_dict = from_published(state_dict)
         if model.scan_path == "column" and "pos_embed" in state_dict:
             height, width = _grid_of(state_dict["pos_embed"].shape[1], model)
             rows_first = transpose_position(state_dict["pos_embed"], (width, height))
             state_dict = {**state_dict, "pos_embed": rows_first}
+    if is_masked(state_dict):
+        state_dict = encoder_state(state_dict)
     position = state_dict.get("pos_embed")
     if position is not None and position.shape != model.pos_embed.shape:
         resized = _resize_position(position, "cls_token" in state_dict, model)
         state_dict = {**state_dict, "pos_embed": resized}
     return state_dict
+
+
+def _fit_autoencoder(state_dict: dict[str, Tensor], model: MaskedAutoencoder) -> dict[str, Tensor]:
+    """Published names to ours; fixed positions of another grid give way to the model's own."""
+    state = from_published(state_dict) if is_published(state_dict) else dict(state_dict)
+    for name in ("encoder.pos_embed", "decoder_pos_embed"):
+        own = model.get_parameter(name)
+        if name in state and state[name].shape[1] != own.shape[1]:
+            state[name] = own.detach()
+    return state
 
 
 def _grid_of(cells: int, model: FastVim) -> tuple[int, int]:
@@ -110,6 +135,10 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _mae_cfg() -> dict[str, Any]:
+    return _cfg(num_classes=-1, first_conv="encoder.patch_embed.proj", classifier=None)
+
+
 # No weights are hosted: the published ones are CC-BY-NC-SA, and `fastvim convert` reads them.
 default_cfgs = generate_default_cfgs(
     {
@@ -123,6 +152,15 @@ default_cfgs = generate_default_cfgs(
         "vim_small_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
         "vim_base_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
         "vim_large_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
+        "mae_fastvim_tiny_patch16_224": _mae_cfg(),
+        "mae_fastvim_small_patch16_224": _mae_cfg(),
+        "mae_fastvim_base_patch16_224": _mae_cfg(),
+        "mae_fastvim_large_patch16_224": _mae_cfg(),
+        "mae_fastvim_huge_patch14_224": _mae_cfg(),
+        "mae_vim_tiny_patch16_224": _mae_cfg(),
+        "mae_vim_small_patch16_224": _mae_cfg(),
+        "mae_vim_base_patch16_224": _mae_cfg(),
+        "mae_vim_large_patch16_224": _mae_cfg(),
     }
 )
 
@@ -131,7 +169,8 @@ _SMALL = {"embed_dim": 384, "depth": 24}
 _BASE = {"embed_dim": 768, "depth": 24}
 _LARGE = {"embed_dim": 1024, "depth": 48}
 _HUGE = {"embed_dim": 1280, "depth": 64, "patch_size": 14}
-_VIM = {"pooling": "none", "class_token": True, "global_pool": "token"}
+_VIM_ENCODER = {"pooling": "none", "class_token": True}
+_VIM = {**_VIM_ENCODER, "global_pool": "token"}
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> FastVim:
@@ -203,3 +242,89 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
 def vim_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
     """Vim-L with the norm after the scan: width 1024, 48 blocks, class token in the middle."""
     return _create("vim_large_patch16_224", pretrained, {**_LARGE, **_VIM}, **kwargs)
+
+
+def _create_masked(
+    variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any
+) -> MaskedAutoencoder:
+    if kwargs.pop("features_only", False):
+        raise UserError(f"{variant} has no features_only: load its encoder into {variant[4:]}")
+    return build_model_with_cfg(
+        MaskedAutoencoder,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **{**defaults, **kwargs},
+    )
+
+
+@register_model
+def mae_fastvim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder of FastVim-T; its decoder is as wide as its encoder."""
+    return _create_masked(
+        "mae_fastvim_tiny_patch16_224", pretrained, {**_TINY, "decoder_embed_dim": 192}, **kwargs
+    )
+
+
+@register_model
+def mae_fastvim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder of FastVim-S; its decoder is as wide as its encoder."""
+    return _create_masked(
+        "mae_fastvim_small_patch16_224", pretrained, {**_SMALL, "decoder_embed_dim": 384}, **kwargs
+    )
+
+
+@register_model
+def mae_fastvim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder of FastVim-B; its decoder is 512 wide."""
+    return _create_masked("mae_fastvim_base_patch16_224", pretrained, _BASE, **kwargs)
+
+
+@register_model
+def mae_fastvim_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder of FastVim-L; its decoder is 512 wide."""
+    return _create_masked("mae_fastvim_large_patch16_224", pretrained, _LARGE, **kwargs)
+
+
+@register_model
+def mae_fastvim_huge_patch14_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder of FastVim-H; its decoder is 512 wide."""
+    return _create_masked("mae_fastvim_huge_patch14_224", pretrained, _HUGE, **kwargs)
+
+
+@register_model
+def mae_vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder of Vim-T; its decoder is as wide as its encoder."""
+    return _create_masked(
+        "mae_vim_tiny_patch16_224",
+        pretrained,
+        {**_TINY, **_VIM_ENCODER, "decoder_embed_dim": 192},
+        **kwargs,
+    )
+
+
+@register_model
+def mae_vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder of Vim-S; its decoder is as wide as its encoder."""
+    return _create_masked(
+        "mae_vim_small_patch16_224",
+        pretrained,
+        {**_SMALL, **_VIM_ENCODER, "decoder_embed_dim": 384},
+        **kwargs,
+    )
+
+
+@register_model
+def mae_vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder of Vim-B; its decoder is 512 wide."""
+    return _create_masked(
+        "mae_vim_base_patch16_224", pretrained, {**_BASE, **_VIM_ENCODER}, **kwargs
+    )
+
+
+@register_model
+def mae_vim_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
+    """Masked autoencoder of Vim-L; its decoder is 512 wide."""
+    return _create_masked(
+        "mae_vim_large_patch16_224", pretrained, {**_LARGE, **_VIM_ENCODER}, **kwargs
+    )

@@ -1,6 +1,7 @@
 """FastVim and Vim: the image backbones (sizes and registration: `fastvim.models.registry`).
 
 B  batch, L  tokens (with the class token, where there is one), d  model width
+n  cells kept of a masked image
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastvim.errors import UserError
 from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid
 from fastvim.ops import Segments, Traversal
 from fastvim.ops.norm import NormKind
+from fastvim.ops.traversal import Mirror
 
 Source = Literal["residual", "mixer"]
 
@@ -203,31 +205,44 @@ class FastVim(nn.Module):
 
     # Forward.
 
-    def _embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _cell_positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings of the cells of a grid, (1, H·W, d): all but the class token's."""
+        position: Tensor = self.pos_embed
+        if self.cls_token is not None:
+            middle = (position.shape[1] - 1) // 2
+            position = torch.cat([position[:, :middle], position[:, middle + 1 :]], dim=1)
+        return resize_grid(position, self.grid_size, grid)
+
+    def _embed(self, image: Tensor, kept: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         tokens, grid = self.patch_embed(image)
-        position = self.pos_embed
-        if self.cls_token is None:
-            tokens = tokens + resize_grid(position, self.grid_size, grid)
-        else:
+        tokens = tokens + self._cell_positions(grid)
+        if kept is not None:
+            tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+        if self.cls_token is not None:
             # The class token stands in the middle, and so does its position.
-            before = (position.shape[1] - 1) // 2
-            cells = torch.cat([position[:, :before], position[:, before + 1 :]], dim=1)
-            cells = tokens + resize_grid(cells, self.grid_size, grid)
-            token = (self.cls_token + position[:, before : before + 1]).expand(len(image), -1, -1)
-            middle = tokens.shape[1] // 2
-            tokens = torch.cat([cells[:, :middle], token, cells[:, middle:]], dim=1)
+            middle = (self.pos_embed.shape[1] - 1) // 2
+            token = self.cls_token + self.pos_embed[:, middle : middle + 1]
+            before, after = tokens.tensor_split([tokens.shape[1] // 2], dim=1)
+            tokens = torch.cat([before, token.expand(len(image), -1, -1), after], dim=1)
         return self.pos_drop(tokens), grid
 
-    def _walks(self, num_tokens: int, grid: tuple[int, int]) -> list[Segments]:
+    def _walks(
+        self,
+        num_tokens: int,
+        grid: tuple[int, int],
+        kept: Tensor | None = None,
+        mirror: Mirror = "published",
+    ) -> list[Segments]:
         """The segments of each layer in turn."""
-        sizes = {"l": num_tokens} if self.cls_token is not None else {"h": grid[0], "w": grid[1]}
-        return [traversal.over(sizes) for traversal in self.traversals]
+        if self.cls_token is not None:  # a line of tokens, whichever cells they are of
+            return [traversal.over({"l": num_tokens}) for traversal in self.traversals]
+        sizes = {"h": grid[0], "w": grid[1]}
+        return [traversal.over(sizes, kept, mirror) for traversal in self.traversals]
 
     def _run_blocks(
-        self, tokens: Tensor, grid: tuple[int, int], count: int
+        self, tokens: Tensor, walks: list[Segments], count: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What each of the first `count` blocks leaves: its mixer's output, the stream before."""
-        walks = self._walks(tokens.shape[1], grid)
         hidden, residual = tokens, None
         for i, block in enumerate(self.blocks[:count]):
             walk = walks[i % len(walks)]
@@ -237,11 +252,24 @@ class FastVim(nn.Module):
                 hidden, residual = block(hidden, residual, walk)
             yield hidden, residual
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) images to (B, L, d) tokens after the last norm."""
-        tokens, grid = self._embed(x)
+    def forward_features(
+        self, x: Tensor, kept: Tensor | None = None, mirror: Mirror = "published"
+    ) -> Tensor:
+        """Images to tokens after the last norm; of a masked image, to the kept tokens.
+
+        Args:
+            x: (B, in_chans, H, W).
+            kept: (B, n) int64, the cells that the blocks see, as row-major indices of the grid in
+                ascending order. None: all of them.
+            mirror: how the backward direction finds its segments under a mask (`ops.Traversal`).
+
+        Returns:
+            (B, L, d). The class token, where there is one, stands in the middle of the kept too.
+        """
+        tokens, grid = self._embed(x, kept)
+        walks = self._walks(tokens.shape[1], grid, kept, mirror)
         hidden, residual = tokens, None
-        for hidden, residual in self._run_blocks(tokens, grid, len(self.blocks)):  # noqa: B007
+        for hidden, residual in self._run_blocks(tokens, walks, len(self.blocks)):  # noqa: B007
             pass
         return self._finish(hidden, residual)
 
@@ -304,10 +332,11 @@ class FastVim(nn.Module):
             raise UserError(f"source={source!r}: expected 'residual' or 'mixer'")
         take, last = feature_take_indices(len(self.blocks), indices)
         tokens, grid = self._embed(x)
+        walks = self._walks(tokens.shape[1], grid)
         hidden, residual = tokens, None
         count = last + 1 if stop_early else len(self.blocks)
         features = []
-        for i, (hidden, residual) in enumerate(self._run_blocks(tokens, grid, count)):
+        for i, (hidden, residual) in enumerate(self._run_blocks(tokens, walks, count)):
             if i in take:
                 feature = hidden if source == "mixer" else residual + hidden
                 if norm:

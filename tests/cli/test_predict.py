@@ -143,6 +143,8 @@ def test_models_and_engines(capsys):
     output = capsys.readouterr().out
     assert "7,166,056" in output
     assert "vim_large_patch16_224" in output
+    assert "mae_fastvim_huge_patch14_224" in output
+    assert "705,817,164" in output
     assert main(["models", "--engines"]) == 0
     output = capsys.readouterr().out
     assert "selective_scan" in output

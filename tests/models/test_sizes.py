@@ -23,13 +23,25 @@ SIZES = {
     "vim_base_patch16_224": (768, 24, 16, 14, 97_672_168),
     "vim_large_patch16_224": (1024, 48, 16, 14, 340_231_144),
 }
+# Masked autoencoders: encoder as above, width of the decoder, and parameters with the fixed ones.
+MASKED = {
+    "mae_fastvim_tiny_patch16_224": (192, 24, 16, 14, 192, None),
+    "mae_fastvim_small_patch16_224": (384, 24, 16, 14, 384, None),
+    "mae_fastvim_base_patch16_224": (768, 24, 16, 14, 512, 101_428_992),
+    "mae_fastvim_large_patch16_224": (1024, 48, 16, 14, 512, 343_862_528),
+    "mae_fastvim_huge_patch14_224": (1280, 64, 14, 16, 512, 705_817_164),
+    "mae_vim_tiny_patch16_224": (192, 24, 16, 14, 192, None),
+    "mae_vim_small_patch16_224": (384, 24, 16, 14, 384, None),
+    "mae_vim_base_patch16_224": (768, 24, 16, 14, 512, 101_431_040),
+    "mae_vim_large_patch16_224": (1024, 48, 16, 14, 512, 343_865_088),
+}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_classes": 5}
 
 
 def test_every_size_is_registered():
-    names = timm.list_models("fastvim_*") + timm.list_models("vim_*")
+    names = timm.list_models(["fastvim_*", "vim_*", "mae_*"])
     ours = [n for n in names if timm.model_entrypoint(n).__module__.startswith("fastvim.")]
-    assert sorted(ours) == sorted(names) == sorted(SIZES)
+    assert sorted(ours) == sorted(names) == sorted([*SIZES, *MASKED])
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -48,6 +60,25 @@ def test_sizes(name):
     assert model.pos_embed.shape == (1, side**2 + class_token, dim)
     assert [t.pool for t in model.traversals] == ([""] if class_token else ["w", "h"])
     assert model.global_pool == ("token" if class_token else "avg")
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_sizes_of_masked_autoencoders(name):
+    dim, depth, patch, side, decoder, parameters = MASKED[name]
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    if parameters is not None:
+        assert sum(p.numel() for p in model.parameters()) == parameters
+    encoder = model.encoder
+    assert (encoder.embed_dim, len(encoder.blocks)) == (dim, depth)
+    assert (encoder.patch_embed.patch_size, encoder.grid_size) == (patch, (side, side))
+    class_token = "_vim_" in name
+    assert (encoder.cls_token is not None) == class_token
+    assert [t.pool for t in encoder.traversals] == ([""] if class_token else ["w", "h"])
+    assert encoder.pos_embed.shape == (1, side**2 + class_token, dim)
+    assert model.decoder_pos_embed.shape == (1, side**2 + class_token, decoder)
+    assert len(model.decoder_blocks) == 2
+    assert (model.mask_ratio, model.norm_pix_loss, model.mirror) == (0.75, True, "published")
 
 
 @pytest.mark.parametrize("name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224"])
@@ -102,6 +133,9 @@ def test_a_column_order_means_nothing_to_a_class_token():
         ("fastvim_tiny_patch16_224", {"drop_path": 0.1}, ("'drop_path'", "drop_path_rate")),
         ("vim_tiny_patch16_224", {"embed_dims": 8}, ("'embed_dims'", "embed_dim")),
         ("vim_tiny_patch16_224", {"zzz": 8}, ("'zzz'",)),
+        ("mae_fastvim_tiny_patch16_224", {"num_classes": 5}, ("'num_classes'",)),
+        ("mae_vim_tiny_patch16_224", {"decoder_dim": 8}, ("'decoder_dim'", "decoder_embed_dim")),
+        ("mae_vim_tiny_patch16_224", {"features_only": True}, ("features_only", "vim_tiny_")),
     ],
 )
 def test_mistyped_models_and_options(name, options, named):

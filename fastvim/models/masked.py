@@ -1,0 +1,408 @@
+"""Masked autoencoders: FastVim or Vim over the kept patches, and a Vim that predicts the rest.
+
+B  batch, C  channels of the image, d  model width, H W  token grid, L  cells of the grid
+n  cells kept, p  side of a patch
+
+Registration: `fastvim.models.registry`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from fastvim.errors import UserError
+from fastvim.layers import AddNorm, Block, Mixer, sincos_grid
+from fastvim.models.vision import FastVim
+from fastvim.ops import Traversal
+from fastvim.ops.norm import NormKind
+from fastvim.ops.traversal import Mirror
+
+
+class FastMaskVim(FastVim):
+    """The encoder: a FastVim or Vim without a head, whose position embeddings are fixed.
+
+    Its weights have the names and shapes of a FastVim's, and go into one as they are. An image of
+    another size than `img_size` gets the sin-cos embeddings of its own grid.
+
+    Args:
+        img_size, patch_size, in_chans, embed_dim: as `FastVim`'s.
+        **options: the rest of `FastVim`'s.
+
+    Raises:
+        UserError: see `FastVim`; a width that is no multiple of 4.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            img_size,
+            patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            num_classes=0,
+            global_pool="",
+            **options,
+        )
+        weight = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(weight.detach().flatten(1))
+        cells = self.grid_size[0] * self.grid_size[1]
+        middle = cells // 2 if self.cls_token is not None else None
+        self.pos_embed = _fixed_positions(self.grid_size, embed_dim, class_at=middle)
+
+    def _cell_positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.grid_size:
+            return super()._cell_positions(grid)
+        return sincos_grid(grid, self.embed_dim, self.pos_embed.device, self.pos_embed.dtype)
+
+
+class MaskedOutput(NamedTuple):
+    """What a masked autoencoder gives.
+
+    Attributes:
+        loss: scalar, the mean squared error of the masked patches.
+        prediction: (B, L, p·p·C) pixels of every patch; as `norm_pix_loss` normalises them.
+        mask: (B, L) float, 1 where a patch was masked.
+        latent: (B, n, d) tokens of the encoder after its last norm; with the class token, n + 1.
+        kept: (B, n) the cells that the encoder saw.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    mask: Tensor
+    latent: Tensor
+    kept: Tensor
+
+
+class MaskedAutoencoder(nn.Module):
+    """Masked autoencoder (arXiv 2111.06377) of FastVim or Vim (FastVim, section 4).
+
+    The encoder sees the kept patches alone. The decoder, always Vim blocks without pooling, sees
+    them and a learned token for each masked patch, and predicts pixels.
+
+    Args:
+        img_size: side, or (height, width), that the position embeddings are stored for; images of
+            any other size get those of their own grid.
+        patch_size: side of a patch, in pixels.
+        in_chans: channels of the image.
+        embed_dim: width of the encoder.
+        depth: blocks of the encoder.
+        pooling: of the encoder, "mean", "max", or "none" for Vim. A mean divides by the cells of a
+            row or column, kept or not: fine-tune with `pool_scale=1 - mask_ratio`.
+        alternate: rows and columns in turn; False keeps to rows.
+        class_token: a learned token in the middle of the kept ones (Vim only), the last one of
+            the decoder's.
+        norm: "rms" or "layer".
+        norm_after_ssm: the mixers' LayerNorm before their gate.
+        d_state, d_conv, expand: sizes of the mixers of encoder and decoder (`layers.Mixer`).
+        dt_rank: of the encoder's mixers; None for ceil(embed_dim / 16).
+        drop_path_rate: stochastic depth of the encoder's last block.
+        decoder_embed_dim: width of the decoder.
+        decoder_depth: blocks of the decoder.
+        mask_ratio: part of the patches that is masked.
+        norm_pix_loss: predict each patch less its mean, over its deviation.
+        mirror: how the backward direction of a masked FastVim layer pools: "published", or
+            "exact", the true mirror image of the forward direction (`ops.Traversal`).
+
+    Raises:
+        UserError: an option outside its choices, or two that contradict each other.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        depth: int = 24,
+        pooling: str = "mean",
+        alternate: bool = True,
+        class_token: bool = False,
+        norm: NormKind = "rms",
+        norm_after_ssm: bool = True,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        drop_path_rate: float = 0.0,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 2,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+        mirror: Mirror = "published",
+    ) -> None:
+        super().__init__()
+        if mirror not in ("published", "exact"):
+            raise UserError(f"mirror={mirror!r}: expected one of 'published', 'exact'")
+        if min(decoder_embed_dim, decoder_depth) < 1:
+            raise UserError(
+                f"decoder_embed_dim={decoder_embed_dim}, decoder_depth={decoder_depth}: "
+                "expected 1 or more"
+            )
+        _check_ratio(mask_ratio)
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.mirror: Mirror = mirror
+        self.grad_checkpointing = False
+
+        self.encoder = FastMaskVim(
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            depth=depth,
+            pooling=pooling,
+            alternate=alternate,
+            class_token=class_token,
+            norm=norm,
+            norm_after_ssm=norm_after_ssm,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dt_rank=dt_rank,
+            drop_path_rate=drop_path_rate,
+        )
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        grid = self.encoder.grid_size
+        end = grid[0] * grid[1] if class_token else None
+        self.decoder_pos_embed = _fixed_positions(grid, decoder_embed_dim, class_at=end)
+        self.decoder_blocks = nn.ModuleList(
+            Block(
+                AddNorm(decoder_embed_dim, norm),
+                Mixer(
+                    decoder_embed_dim,
+                    depth=decoder_depth,
+                    d_state=d_state,
+                    d_conv=d_conv,
+                    expand=expand,
+                    norm_after_ssm=norm_after_ssm,
+                ),
+            )
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = AddNorm(decoder_embed_dim, norm)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        trunc_normal_(self.mask_token, std=0.02)
+        nn.init.zeros_(self.decoder_embed.bias)
+        nn.init.zeros_(self.decoder_pred.bias)
+
+    # Training and transfer.
+
+    def no_weight_decay(self) -> set[str]:
+        """Vectors that are stored stacked in two dimensions; the rest follows from its shape."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {
+            f"decoder_blocks.{i}.mixer.{name}"
+            for i in range(len(self.decoder_blocks))
+            for name in Mixer.vectors
+        }
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise decay: the embeddings, each block of the encoder, the rest."""
+        return {
+            "stem": r"^encoder\.(?:cls_token|pos_embed|patch_embed)",
+            "blocks": [(r"^encoder\.blocks\.(\d+)", None)],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+        self.encoder.set_grad_checkpointing(enable)
+
+    def encoder_state_dict(self) -> dict[str, Tensor]:
+        """The encoder's weights under the names of a classifier: all of its weights but the head's.
+
+        Into a classifier of another image size they go by `checkpoint_filter_fn`.
+        """
+        return self.encoder.state_dict()
+
+    # Patches and masks.
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """(B, C, height, width) to patches (B, L, p·p·C), pixels in order (row, column, channel).
+
+        As the encoder does, zeros are added at the bottom and right up to whole patches.
+        """
+        p = self.encoder.patch_embed.patch_size
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % p, 0, -height % p))
+        cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, H, p, W, p)
+        return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, L, p·p·C) patches of a grid (H, W) to images (B, C, H·p, W·p).
+
+        Raises:
+            UserError: patches of another grid or of another size.
+        """
+        p, channels = self.encoder.patch_embed.patch_size, self.encoder.in_chans
+        if patches.shape[1:] != (grid[0] * grid[1], p * p * channels):
+            raise UserError(
+                f"patches {tuple(patches.shape)}: expected "
+                f"(batch, {grid[0]} * {grid[1]}, {p * p * channels})"
+            )
+        cells = patches.unflatten(2, (p, p, channels)).unflatten(1, grid)  # (B, H, W, p, p, C)
+        return cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def random_mask(
+        self,
+        batch: int,
+        tokens: int,
+        *,
+        mask_ratio: float | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Cells to keep of each image, those of the smallest noise.
+
+        Args:
+            batch: number of images, B.
+            tokens: cells of an image, L.
+            mask_ratio: None for the model's.
+            noise: (B, L); None draws it uniformly.
+            generator: what draws the noise, on its own device.
+            device: of the result; None for the noise's, or the default one.
+
+        Returns:
+            (B, n) int64 in ascending order, n = int(L · (1 - mask_ratio)).
+
+        Raises:
+            UserError: a ratio outside [0, 1) or one that keeps nothing, noise of another shape.
+        """
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        _check_ratio(ratio)
+        count = int(tokens * (1 - ratio))
+        if count == 0:
+            raise UserError(f"mask_ratio={ratio} keeps none of {tokens} patches")
+        if noise is None:
+            source = device if generator is None else generator.device
+            noise = torch.rand(batch, tokens, generator=generator, device=source)
+        if noise.shape != (batch, tokens):
+            raise UserError(f"noise {tuple(noise.shape)}: expected ({batch}, {tokens})")
+        kept = noise.argsort(dim=1, stable=True)[:, :count]
+        return kept.sort(dim=1).values.to(device)
+
+    # Forward.
+
+    def forward_encoder(self, images: Tensor, kept: Tensor) -> Tensor:
+        """Images and the cells to keep, (B, n) in ascending order, to tokens after the last norm.
+
+        (B, n, d); with a class token (B, n + 1, d), the token at n // 2.
+        """
+        return self.encoder.forward_features(images, kept, self.mirror)
+
+    def forward_decoder(self, latent: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The encoder's tokens to the pixels of every patch of the grid, (B, L, p·p·C)."""
+        tokens, cells = self.decoder_embed(latent), grid[0] * grid[1]
+        if self.encoder.cls_token is not None:
+            middle = kept.shape[1] // 2
+            before, token, after = tokens.tensor_split([middle, middle + 1], dim=1)
+            tokens = torch.cat([before, after], dim=1)
+        blank = self.mask_token.to(tokens.dtype).expand(len(tokens), cells, -1)
+        tokens = blank.scatter(1, kept[:, :, None].expand_as(tokens), tokens)
+        if self.encoder.cls_token is not None:
+            tokens = torch.cat([tokens, token], dim=1)
+
+        hidden, residual = tokens + self._decoder_positions(grid), None
+        walk = Traversal("l").over({"l": tokens.shape[1]})
+        for block in self.decoder_blocks:
+            if self.grad_checkpointing:
+                hidden, residual = checkpoint(block, hidden, residual, walk)
+            else:
+                hidden, residual = block(hidden, residual, walk)
+        prediction: Tensor = self.decoder_pred(self.decoder_norm(hidden, residual)[0])
+        return prediction[:, :cells]
+
+    def _decoder_positions(self, grid: tuple[int, int]) -> Tensor:
+        stored = self.decoder_pos_embed
+        if grid == self.encoder.grid_size:
+            return stored
+        positions = sincos_grid(grid, stored.shape[2], stored.device, stored.dtype)
+        count = self.encoder.grid_size[0] * self.encoder.grid_size[1]
+        return torch.cat([positions, stored[:, count:]], dim=1)
+
+    def forward_loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error over the pixels of masked patches; 0 where nothing is masked.
+
+        Args:
+            images: (B, C, height, width).
+            prediction: (B, L, p·p·C).
+            mask: (B, L), 1 where masked.
+
+        Returns:
+            A scalar, in float32 at least.
+        """
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        target = self.patchify(images).to(dtype)
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        error = (prediction.to(dtype) - target).square().mean(dim=-1)
+        return (error * mask).sum() / mask.sum().clamp(min=1)
+
+    def forward(
+        self,
+        images: Tensor,
+        noise: Tensor | None = None,
+        mask_ratio: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MaskedOutput:
+        """Mask, encode, decode, compare.
+
+        Args:
+            images: (B, C, height, width).
+            noise: (B, L) that says what is masked; None draws it.
+            mask_ratio: None for the model's.
+            generator: what draws the noise.
+
+        Raises:
+            UserError: see `random_mask`; images of other channels or smaller than a patch.
+        """
+        grid = self.encoder.patch_embed.grid_size(*images.shape[-2:])
+        batch, cells = len(images), grid[0] * grid[1]
+        kept = self.random_mask(
+            batch,
+            cells,
+            mask_ratio=mask_ratio,
+            noise=noise,
+            generator=generator,
+            device=images.device,
+        )
+        latent = self.forward_encoder(images, kept)
+        prediction = self.forward_decoder(latent, kept, grid)
+        mask = torch.ones(batch, cells, device=images.device).scatter(1, kept, 0.0)
+        loss = self.forward_loss(images, prediction, mask)
+        return MaskedOutput(loss, prediction, mask, latent, kept)
+
+
+def encoder_of(model: nn.Module) -> FastVim:
+    """The backbone of a model of this library: a FastVim itself, a masked autoencoder's encoder."""
+    backbone = model.encoder if isinstance(model, MaskedAutoencoder) else model
+    assert isinstance(backbone, FastVim)
+    return backbone
+
+
+def _fixed_positions(grid: tuple[int, int], dim: int, class_at: int | None) -> nn.Parameter:
+    """Sin-cos positions of a grid, and zeros for a class token at that index of the sequence."""
+    positions = sincos_grid(grid, dim)
+    if class_at is not None:
+        before, after = positions.tensor_split([class_at], dim=1)
+        positions = torch.cat([before, positions.new_zeros(1, 1, dim), after], dim=1)
+    return nn.Parameter(positions, requires_grad=False)
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 <= ratio < 1:
+        raise UserError(f"mask_ratio={ratio}: expected at least 0, below 1")

@@ -1,0 +1,132 @@
+"""The options of a model that its weights give away, and the registered model of those sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from fastvim.errors import UserError
+from fastvim.models.masked import encoder_of
+from fastvim.models.published import encoder_state, is_masked, square_side
+from fastvim.models.registry import create_model
+
+# Names whose shapes tell the options of a model.
+_TELLING = (
+    "patch_embed.proj.weight",
+    "pos_embed",
+    "blocks.0.mixer.A_log",
+    "blocks.0.mixer.conv_weight",
+    "blocks.0.mixer.dt_proj",
+)
+
+
+def is_ours(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names are ours, of any of our models."""
+    return _TELLING[2] in (encoder_state(state) if is_masked(state) else state)
+
+
+def find_options(
+    state: Mapping[str, Tensor], img_size: int | Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The options of a FastVim or Vim model, or of a masked autoencoder, that its weights tell.
+
+    `pooling`, `alternate`, `scan_path` and `pool_scale` leave no trace, nor do a masked
+    autoencoder's `mask_ratio`, `norm_pix_loss` and `mirror`; weights with a class token are taken
+    for Vim's, others for FastVim's.
+
+    Args:
+        state: weights under our names.
+        img_size: side in pixels that the position embedding was made for. None: 224 where that
+            gives overlapping patches of whole strides to a model with a class token, as Vim's
+            fine-tuned models have; else a patch per cell.
+
+    Raises:
+        UserError: not weights of FastVim or Vim, or a position embedding of no square grid.
+    """
+    if not is_masked(state):
+        return _backbone_options(state, img_size, overlaps="cls_token" in state)
+    if missing := {"decoder_embed.weight", "decoder_pred.weight"} - state.keys():
+        raise UserError(f"not weights of a masked autoencoder: {min(missing)} missing")
+    options = _backbone_options(encoder_state(state), img_size, overlaps=False)
+    if options["patch_stride"] != options["patch_size"]:
+        raise UserError(f"img_size={img_size}: expected {options['patch_size']} pixels per patch")
+    for option in ("patch_stride", "num_classes", "global_pool", "init_layer_scale"):
+        del options[option]
+    blocks = {name.split(".")[1] for name in state if name.startswith("decoder_blocks.")}
+    return {
+        **options,
+        "decoder_embed_dim": state["decoder_embed.weight"].shape[0],
+        "decoder_depth": len(blocks),
+    }
+
+
+def _backbone_options(
+    state: Mapping[str, Tensor], img_size: int | Sequence[int] | None, overlaps: bool
+) -> dict[str, Any]:
+    missing = [name for name in _TELLING if name not in state]
+    if missing or state[_TELLING[0]].ndim != 4:
+        names = ", ".join(missing[:3])
+        raise UserError(f"not weights of a FastVim or Vim image model: {names} missing")
+    patches, _, A_log, conv_weight, dt_proj = (state[name] for name in _TELLING)
+    embed_dim, in_chans, patch, _ = patches.shape
+    class_token = "cls_token" in state
+    size, stride = _find_stride(state, patch, img_size, overlaps)
+    head = state.get("head.weight")
+    return {
+        "embed_dim": embed_dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "img_size": size,
+        "patch_size": patch,
+        "patch_stride": stride,
+        "in_chans": in_chans,
+        "num_classes": 0 if head is None else head.shape[0],
+        "class_token": class_token,
+        "global_pool": "token" if class_token else "avg",
+        "pooling": "none" if class_token else "mean",
+        "norm": "layer" if "blocks.0.norm.bias" in state else "rms",
+        "norm_after_ssm": "blocks.0.mixer.norm.weight" in state,
+        "init_layer_scale": 1.0 if "blocks.0.mixer.gamma" in state else None,
+        "d_state": A_log.shape[2],
+        "d_conv": conv_weight.shape[2],
+        "expand": A_log.shape[1] // embed_dim,
+        "dt_rank": dt_proj.shape[2],
+    }
+
+
+def _find_stride(
+    state: Mapping[str, Tensor], patch: int, img_size: int | Sequence[int] | None, overlaps: bool
+) -> tuple[int, int]:
+    """Side of the image and stride of the patches, from the position embedding's square grid."""
+    position = state["pos_embed"]
+    side = square_side(position.shape[1] - int("cls_token" in state))
+    if side is None:
+        raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid")
+    steps = max(1, side - 1)
+    if img_size is None:
+        stride, rest = divmod(224 - patch, steps)
+        overlapping = overlaps and stride < patch and not rest
+        return (224, stride) if overlapping else (side * patch, patch)
+    sides = {img_size} if isinstance(img_size, int) else set(img_size)
+    size = sides.pop()
+    stride, rest = (patch, 0) if size == side * patch else divmod(size - patch, steps)
+    if sides or rest:
+        raise UserError(f"img_size={img_size} does not give the weights' {side} x {side} grid")
+    return size, stride
+
+
+def model_of(options: Mapping[str, Any]) -> str:
+    """The registered model with these sizes; else the family's smallest, for options to change."""
+    family = "vim" if options["pooling"] == "none" else "fastvim"
+    if "decoder_depth" in options:
+        family = f"mae_{family}"
+    for name in timm.list_models(f"{family}_*"):
+        with torch.device("meta"):
+            model = encoder_of(create_model(name))
+        sizes = (model.embed_dim, len(model.blocks), model.patch_embed.patch_size)
+        if sizes == (options["embed_dim"], options["depth"], options["patch_size"]):
+            return name
+    return f"{family}_tiny_patch16_224"
