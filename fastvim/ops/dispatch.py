@@ -35,9 +35,9 @@ class Engine:
         device: the type of device whose tensors it serves.
         dtypes: the dtypes it serves; others fall to the definition.
         load: imports and returns the implementation.
-        trains: whether it has gradients; without them it serves where autograd is off.
         masks: whether it takes traversals over kept indices.
-        default: whether it serves without being asked for by `use_engine`.
+        trains: whether it serves where gradients are recorded without being asked for by
+            `use_engine`.
     """
 
     name: str
@@ -45,18 +45,12 @@ class Engine:
     device: str
     dtypes: tuple[torch.dtype, ...]
     load: Callable[[], Callable[..., Any]]
-    trains: bool = True
     masks: bool = True
-    default: bool = True
+    trains: bool = True
 
-    def serves(self, device: str, dtype: torch.dtype, grad: bool, masked: bool) -> bool:
+    def serves(self, device: str, dtype: torch.dtype, masked: bool) -> bool:
         """Whether it can compute for such tensors."""
-        return (
-            device == self.device
-            and dtype in self.dtypes
-            and (self.trains or not grad)
-            and (self.masks or not masked)
-        )
+        return device == self.device and dtype in self.dtypes and (self.masks or not masked)
 
 
 def _numba_conv_pool() -> Callable[..., Any]:
@@ -137,8 +131,8 @@ def _candidates(
     return tuple(
         engine
         for engine in engines
-        if (engine.default if chosen is None else engine.name == chosen)
-        and engine.serves(device, dtype, grad, masked)
+        if (engine.trains or not grad if chosen is None else engine.name == chosen)
+        and engine.serves(device, dtype, masked)
     )
 
 

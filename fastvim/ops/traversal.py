@@ -186,6 +186,13 @@ class Segments:
         grid: Tensor = x.unflatten(1, self.sizes)
         return grid.permute(0, *axes, -1).flatten(1, -2)
 
+    def sum_of_path(self, x: Tensor) -> Tensor:
+        """(B, L, E) in path order to sums over each segment, (B, S, E); for an unmasked walk."""
+        assert self.index is None
+        axes = [1 + axis for axis, pooled in enumerate(self.pooled) if pooled]
+        grid: Tensor = x.unflatten(1, self.sizes)
+        return grid.sum(axes).reshape(x.shape[0], self.num_segments, x.shape[-1])
+
     def reduce(self, x: Tensor, pooling: Pooling) -> Tensor:
         """(2, B, n, E) in path order to one value per segment, (2, B, S, E).
 

@@ -40,6 +40,20 @@ def near(i, start, L, base, before, after, n1, n2, m0, m1, m2, SHORT: tl.constex
 
 
 @triton.jit
+def load_taps(weight, bias, D, columns, E):
+    """Taps, bias and skip of one direction; taps and bias halved, as `silu_twice` asks."""
+    mask = columns < E
+    w0 = 0.5 * tl.load(weight + columns * 4, mask=mask, other=0.0).to(tl.float32)
+    w1 = 0.5 * tl.load(weight + columns * 4 + 1, mask=mask, other=0.0).to(tl.float32)
+    w2 = 0.5 * tl.load(weight + columns * 4 + 2, mask=mask, other=0.0).to(tl.float32)
+    w3 = 0.5 * tl.load(weight + columns * 4 + 3, mask=mask, other=0.0).to(tl.float32)
+    b = 0.5 * tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+    # The mean over the two directions is in the skip's factor.
+    d = 0.5 * tl.load(D + columns, mask=mask, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, b, d
+
+
+@triton.jit
 def silu_twice(half, FAST: tl.constexpr):
     """silu(2 · half); FAST takes one special function instead of two, with an error of 2**-11."""
     if FAST:
@@ -48,6 +62,17 @@ def silu_twice(half, FAST: tl.constexpr):
         )
         return half * tanh + half
     return 2.0 * half / (1.0 + tl.exp(-2.0 * half))
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    """1 / (1 + exp(-x)); FAST as in `silu_twice`."""
+    if FAST:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 * tanh + 0.5
+    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -91,12 +116,13 @@ def four_taps(weight: Tensor) -> Tensor:
     return F.pad(weight, (missing, 0)).contiguous() if missing else weight.contiguous()
 
 
-def row_pieces(width: int) -> tuple[int, int]:
-    """Size and number of the pieces that a row is held in: powers of two that waste no thread."""
+def row_pieces(width: int, most: int) -> tuple[int, int]:
+    """Size, `most` at most, and number of the pieces that a row is held in: powers of two that
+    waste no thread."""
     piece = width & -width  # the largest power of two that divides it
     if piece < 64:
         piece = triton.next_power_of_2(width)
-    piece = min(piece, 256)
+    piece = min(piece, most)
     return piece, triton.cdiv(width, piece)
 
 

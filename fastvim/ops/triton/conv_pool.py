@@ -8,6 +8,8 @@ token is loaded once. Rows longer than a run are several runs of the same progra
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,12 +20,14 @@ from fastvim.ops.triton.common import (
     INTERPRETED,
     collapse,
     four_taps,
+    load_taps,
     near,
     pad_axes,
     silu_twice,
     token_at,
 )
-from fastvim.ops.triton.launch import Launch, Launches, must_register, register
+from fastvim.ops.triton.conv_pool_backward import conv_pool_backward
+from fastvim.ops.triton.launch import Launch, Launches, Op
 
 CHANNELS = 64  # of a program
 PER_THREAD = 2  # channels
@@ -34,20 +38,6 @@ MOST_RUNS = 64  # of a program
 
 
 _launches: Launches[Launch] = Launches()
-
-
-@triton.jit
-def _taps(weight, bias, D, columns, E):
-    """Taps, bias and skip of one direction; taps and bias halved, as `silu_twice` asks."""
-    mask = columns < E
-    w0 = 0.5 * tl.load(weight + columns * 4, mask=mask, other=0.0).to(tl.float32)
-    w1 = 0.5 * tl.load(weight + columns * 4 + 1, mask=mask, other=0.0).to(tl.float32)
-    w2 = 0.5 * tl.load(weight + columns * 4 + 2, mask=mask, other=0.0).to(tl.float32)
-    w3 = 0.5 * tl.load(weight + columns * 4 + 3, mask=mask, other=0.0).to(tl.float32)
-    b = 0.5 * tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    # The mean over the two directions is in the skip's factor.
-    d = 0.5 * tl.load(D + columns, mask=mask, other=0.0).to(tl.float32)
-    return w0, w1, w2, w3, b, d
 
 
 @triton.jit
@@ -75,8 +65,8 @@ def _runs_kernel(
     p_first = p_x + ((base + first * m2) * stride_token)[:, None]
     p_skip = skip + ((batch * L + base + first * m2) * E)[:, None] + columns[None, :]
     p_step = pooled + ((batch * S + start + first) * E)[:, None] + columns[None, :]
-    f0, f1, f2, f3, fb, fd = _taps(weight, bias, D, columns, E)
-    g0, g1, g2, g3, gb, gd = _taps(weight + E * 4, bias + E, D + E, columns, E)
+    f0, f1, f2, f3, fb, fd = load_taps(weight, bias, D, columns, E)
+    g0, g1, g2, g3, gb, gd = load_taps(weight + E * 4, bias + E, D + E, columns, E)
 
     forward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
     backward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
@@ -152,8 +142,8 @@ def _cells_kernel(
     mask = (batch < B)[:, None] & (columns < E)[None, :]
     p_x = x + (batch * stride_batch)[:, None] + columns[None, :]
     p_skip = skip + (batch * L * E)[:, None] + columns[None, :]
-    f0, f1, f2, f3, fb, fd = _taps(weight, bias, D, columns, E)
-    g0, g1, g2, g3, gb, gd = _taps(weight + E * 4, bias + E, D + E, columns, E)
+    f0, f1, f2, f3, fb, fd = load_taps(weight, bias, D, columns, E)
+    g0, g1, g2, g3, gb, gd = load_taps(weight + E * 4, bias + E, D + E, columns, E)
     forward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
     backward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
     for j in range(P):
@@ -184,7 +174,9 @@ def _run(
     weight: Tensor,
     bias: Tensor,
     D: Tensor,
-    segments: Segments,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
     pooling: str,
     pool_scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -192,17 +184,18 @@ def _run(
         x = x.contiguous()
     weight, bias, D = four_taps(weight), bias.contiguous(), D.contiguous()
     B, L, E = x.shape
-    pooled = torch.empty(2, B, segments.num_segments, E, dtype=x.dtype, device=x.device)
+    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
+    steps = torch.empty(2, B, segments.num_segments, E, dtype=x.dtype, device=x.device)
     skip = torch.empty(B, L, E, dtype=x.dtype, device=x.device)
     if skip.numel() == 0:
-        return pooled, skip
+        return steps, skip
     launch = _launches.get(
         (x, weight, bias, D),
         (segments, pooling, pool_scale),
         lambda: _plan(x, segments, pooling, pool_scale),
     )
-    launch(x, weight, bias, D, pooled, skip)
-    return pooled, skip
+    launch(x, weight, bias, D, steps, skip)
+    return steps, skip
 
 
 def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Launch:
@@ -227,8 +220,8 @@ def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Lau
         R = max(group, PER_THREAD * WARPS * 32 // C)
         numbers = (
             scale, B, L, S, pieces, direction, x.stride(0), *n[1:], *m[:2],
-            E, m[2], x.stride(1), P, row == pieces * P, row < 4, pools, pooling == "max", fast, AHEAD,
-            R, group, C,
+            E, m[2], x.stride(1), P, row == pieces * P, row < 4, pools, pooling == "max", fast,
+            AHEAD, R, group, C,
         )  # fmt: skip
         grid = (triton.cdiv(B * (L // row) * pieces, R), triton.cdiv(E, C))
         warps = max(1, R * C // (PER_THREAD * 32))
@@ -259,21 +252,6 @@ def _scattered(sizes: list[int], pooled: list[bool]) -> tuple[int, ...]:
     return (*two(False), *two(True))
 
 
-def _flat(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    D: Tensor,
-    sizes: list[int],
-    strides: list[int],
-    pooled: list[bool],
-    pooling: str,
-    pool_scale: float,
-) -> tuple[Tensor, Tensor]:
-    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
-    return _run(x, weight, bias, D, segments, pooling, pool_scale)
-
-
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -290,8 +268,17 @@ def _fake(
     return x.new_empty(2, B, steps, E), x.new_empty(B, L, E)
 
 
-register("fastvim::conv_pool_triton", _flat, _fake)
-_registered = torch.ops.fastvim.conv_pool_triton.default
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _gradients(ctx: Any, dpooled: Tensor, dskip: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = conv_pool_backward(*ctx.saved_tensors, *ctx.options, dpooled, dskip)
+    return (*gradients, None, None, None, None, None)
+
+
+_op = Op("fastvim::conv_pool_triton", _run, _fake, _keep, _gradients)
 
 
 def conv_pool_triton(
@@ -304,9 +291,7 @@ def conv_pool_triton(
     pooling: Pooling = "mean",
     pool_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`fastvim.ops.conv_pool` for GPU tensors of at most 32 bits, forward, without a mask."""
-    if not must_register(x):
-        return _run(x, weight, bias, D, segments, pooling, pool_scale)
-    walk = [list(values) for values in (segments.sizes, segments.strides, segments.pooled)]
-    out: tuple[Tensor, Tensor] = _registered(x, weight, bias, D, *walk, pooling, pool_scale)
+    """`fastvim.ops.conv_pool` for GPU tensors of at most 32 bits, without a mask."""
+    walk = (segments.sizes, segments.strides, segments.pooled)
+    out: tuple[Tensor, Tensor] = _op(x, weight, bias, D, *walk, pooling, pool_scale)
     return out

@@ -8,19 +8,25 @@ thread idle where E is no power of two.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastvim.ops.traversal import Segments
-from fastvim.ops.triton.common import INTERPRETED, pad_axes, row_pieces, silu_twice
-from fastvim.ops.triton.launch import Launch, Launches, must_register, register
+from fastvim.ops.triton.common import INTERPRETED, pad_axes, row_pieces, sigmoid, silu_twice
+from fastvim.ops.triton.launch import Launch, Launches, Op
 
+PIECE = 256  # channels at most; of the backward pass, which holds three times as much:
+BACKWARD_PIECE = 512
 PER_THREAD = 8  # channels of a piece
 WARPS = 4
+PROGRAMS = 528  # of the backward pass at most, each with a row of partial sums
 
 _launches: Launches[Launch] = Launches()
+_backward_launches: Launches[Launch] = Launches()
 
 
 @triton.jit
@@ -81,52 +87,128 @@ def _expand_gate_kernel(
         tl.store(p_out + c * C, value, mask=present[:, None] & in_row)
 
 
+@triton.jit
+def _expand_gate_backward_kernel(
+    skip, z, y, norm_weight, norm_bias, dout, dskip, dz, dy, sums,
+    eps, M, L, S, direction, skip_batch, z_batch, n1, n2, m0, m1, m2, s0, s1, s2, programs,
+    E: tl.constexpr, skip_token: tl.constexpr, z_token: tl.constexpr,
+    NORM: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
+    RUN: tl.constexpr, POOLED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of skip, gate and one direction of y, and in sums (programs, 2, E) those of the
+    norm's parameters. Runs of RUN tokens of the path; POOLED: each is a segment, with a row of dy.
+    """
+    columns = tl.arange(0, C)
+    sum_weight = ()
+    sum_bias = ()
+    for _ in tl.static_range(PIECES):
+        sum_weight = sum_weight + (tl.zeros((ROWS, C), tl.float32),)
+        sum_bias = sum_bias + (tl.zeros((ROWS, C), tl.float32),)
+    for run in range(tl.program_id(0), (M + RUN - 1) // RUN, programs):
+        sum_y = ()
+        for _ in tl.static_range(PIECES if POOLED else 0):
+            sum_y = sum_y + (tl.zeros((ROWS, C), tl.float32),)
+        for first in range(0, RUN, ROWS):
+            place = run * RUN + first + tl.arange(0, ROWS)
+            present = (first + tl.arange(0, ROWS) < RUN) & (place < M)
+            batch = (place // L).to(tl.int64)
+            position = place % L
+            i2 = position % n2
+            i1 = position // n2 % n1
+            i0 = position // n2 // n1
+            token = i0 * m0 + i1 * m1 + i2 * m2
+            p_skip = skip + (batch * skip_batch + token * skip_token)[:, None] + columns[None, :]
+            p_z = z + (batch * z_batch + token * z_token)[:, None] + columns[None, :]
+            p_y = y + ((batch * S + i0 * s0 + i1 * s1 + i2 * s2) * E)[:, None] + columns[None, :]
+            o_out = ((batch * L + token) * E)[:, None] + columns[None, :]
+            o_y = (place.to(tl.int64) * E)[:, None] + columns[None, :]
+
+            mixed = ()
+            mean = tl.zeros((ROWS,), tl.float32)
+            scale = mean + 1.0
+            total = tl.zeros((ROWS, C), tl.float32)
+            for c in tl.static_range(PIECES):
+                mask = present[:, None] & (columns < E - c * C)[None, :]
+                value = tl.load(p_y + c * C, mask=mask, other=0.0).to(tl.float32)
+                value += tl.load(p_y + c * C + direction, mask=mask, other=0.0).to(tl.float32)
+                value = 0.5 * value + tl.load(p_skip + c * C, mask=mask, other=0.0).to(tl.float32)
+                mixed = mixed + (value,)
+                total += value
+            if NORM:
+                mean = tl.sum(total, axis=1) / E
+                total = tl.zeros((ROWS, C), tl.float32)
+                for c in tl.static_range(PIECES):
+                    centred = mixed[c] - mean[:, None]
+                    if (c + 1) * C > E:
+                        centred = tl.where((columns < E - c * C)[None, :], centred, 0.0)
+                    total += centred * centred
+                scale = tl.rsqrt(tl.sum(total, axis=1) / E + eps)
+
+            along = tl.zeros((ROWS, C), tl.float32)
+            total = tl.zeros((ROWS, C), tl.float32)
+            gradients = ()
+            after_weight = ()
+            after_bias = ()
+            for c in tl.static_range(PIECES):
+                in_row = (columns < E - c * C)[None, :]
+                mask = present[:, None] & in_row
+                b_z = tl.load(p_z + c * C, mask=mask, other=0.0).to(tl.float32)
+                b_dout = tl.load(dout + o_out + c * C, mask=mask, other=0.0).to(tl.float32)
+                gate = sigmoid(b_z, FAST)
+                unit = mixed[c]
+                value = unit
+                gradient = b_dout * b_z * gate
+                if NORM:
+                    # A row of them for each token, as in the forward pass.
+                    places = c * C + columns[None, :] + tl.zeros((ROWS, C), tl.int32)
+                    weight = tl.load(norm_weight + places, mask=in_row, other=0.0).to(tl.float32)
+                    bias = tl.load(norm_bias + places, mask=in_row, other=0.0).to(tl.float32)
+                    unit = (unit - mean[:, None]) * scale[:, None]
+                    value = unit * weight + bias
+                    after_weight = after_weight + (sum_weight[c] + gradient * unit,)
+                    after_bias = after_bias + (sum_bias[c] + gradient,)
+                    gradient *= weight
+                    along += gradient * unit
+                    total += gradient
+                else:
+                    after_weight = after_weight + (sum_weight[c],)
+                    after_bias = after_bias + (sum_bias[c],)
+                b_dz = b_dout * value * gate * (1.0 + b_z * (1.0 - gate))
+                tl.store(dz + o_out + c * C, b_dz, mask=mask)
+                gradients = gradients + (gradient,)
+            sum_weight = after_weight
+            sum_bias = after_bias
+            project = tl.sum(along, axis=1) / E
+            shift = tl.sum(total, axis=1) / E
+            after = ()
+            for c in tl.static_range(PIECES):
+                mask = present[:, None] & (columns < E - c * C)[None, :]
+                gradient = gradients[c]
+                if NORM:
+                    unit = (mixed[c] - mean[:, None]) * scale[:, None]
+                    gradient = (gradient - shift[:, None] - unit * project[:, None]) * scale[
+                        :, None
+                    ]
+                tl.store(dskip + o_out + c * C, gradient, mask=mask)
+                if POOLED:
+                    after = after + (sum_y[c] + gradient,)
+                else:
+                    tl.store(dy + o_y + c * C, 0.5 * gradient, mask=mask)
+            if POOLED:
+                sum_y = after
+        for c in tl.static_range(PIECES if POOLED else 0):
+            p_dy = dy + (run + tl.zeros((C,), tl.int64)) * E + c * C + columns
+            tl.store(p_dy, 0.5 * tl.sum(sum_y[c], axis=0), mask=columns < E - c * C)
+    if NORM:
+        p_sums = sums + tl.program_id(0) * 2 * E + columns
+        for c in tl.static_range(PIECES):
+            mask = columns < E - c * C
+            tl.store(p_sums + c * C, tl.sum(sum_weight[c], axis=0), mask=mask)
+            tl.store(p_sums + E + c * C, tl.sum(sum_bias[c], axis=0), mask=mask)
+
+
 def _run(
-    skip: Tensor,
-    z: Tensor,
-    y: Tensor,
-    segments: Segments,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    skip, z = (t if t.stride(2) == 1 else t.contiguous() for t in (skip, z))
-    y = y.contiguous()
-    out = torch.empty(skip.shape, dtype=skip.dtype, device=skip.device)
-    if out.numel() == 0:
-        return out
-    if norm_weight is not None and norm_bias is None:
-        norm_bias = torch.zeros_like(norm_weight)
-    launch = _launches.get(
-        (skip, z, y, norm_weight, norm_bias),
-        (segments, eps),
-        lambda: _plan(skip, z, y, segments, norm_weight is not None, eps),
-    )
-    launch(skip, z, y, norm_weight, norm_bias, out)
-    return out
-
-
-def _plan(skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, eps: float) -> Launch:
-    """The launch of the kernel."""
-    B, L, E = skip.shape[0], skip.shape[1], int(skip.shape[2])
-    n, m, s = (
-        pad_axes(values, fill)
-        for values, fill in (
-            (segments.sizes, 1), (segments.strides, 0), (segments.segment_strides, 0),
-        )
-    )  # fmt: skip
-    C, pieces = row_pieces(E)
-    rows = max(1, PER_THREAD * WARPS * 32 // C)
-    numbers = (
-        eps, B * L, L, segments.num_segments, y.stride(0), skip.stride(0), z.stride(0),
-        *n[1:], *m, *s, E, skip.stride(1), z.stride(1),
-        norm, skip.dtype != torch.float32 and not INTERPRETED, rows, C, pieces,
-    )  # fmt: skip
-    grid = (triton.cdiv(B * L, rows),)
-    return Launch(_expand_gate_kernel, skip.device, grid, numbers, num_warps=WARPS)
-
-
-def _flat(
     skip: Tensor,
     z: Tensor,
     y: Tensor,
@@ -137,8 +219,117 @@ def _flat(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
-    return _run(skip, z, y, segments, norm_weight, norm_bias, eps)
+    skip, z, y, norm_bias = _prepared(skip, z, y, norm_weight, norm_bias)
+    out = torch.empty(skip.shape, dtype=skip.dtype, device=skip.device)
+    if out.numel() == 0:
+        return out
+    walk = (tuple(sizes), tuple(strides), tuple(pooled))
+    launch = _launches.get(
+        (skip, z, y, norm_weight, norm_bias),
+        (walk, eps),
+        lambda: _plan(skip, z, y, Segments(*walk), norm_weight is not None, eps),
+    )
+    launch(skip, z, y, norm_weight, norm_bias, out)
+    return out
+
+
+def _run_backward(
+    skip: Tensor,
+    z: Tensor,
+    y: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of skip, z, one direction of y, and of the norm's weight and bias."""
+    skip, z, y, norm_bias = _prepared(skip, z, y, norm_weight, norm_bias)
+    dout = dout.contiguous()
+    E = int(skip.shape[2])
+    dskip = torch.empty(skip.shape, dtype=skip.dtype, device=skip.device)
+    dz = torch.empty(skip.shape, dtype=z.dtype, device=skip.device)
+    walk = (tuple(sizes), tuple(strides), tuple(pooled))
+    segments = Segments(*walk)
+    rows_pooled = _rows_pooled(segments)
+    scattered = segments.pools and not rows_pooled
+    # Segments that are no runs of the path: one value for each of their tokens, to be summed below.
+    steps = skip.shape[1] if scattered else segments.num_segments
+    dtype = torch.float32 if scattered else y.dtype
+    dy = torch.empty((skip.shape[0], steps, E), dtype=dtype, device=skip.device)
+    C, _ = row_pieces(E, BACKWARD_PIECE)
+    rows = max(1, PER_THREAD * WARPS * 32 // C)
+    run = int(segments.sizes[-1]) if rows_pooled else rows
+    programs = min(PROGRAMS, triton.cdiv(skip.shape[0] * skip.shape[1], run))
+    sums = torch.empty((programs, 2, E), dtype=torch.float32, device=skip.device)
+    if dskip.numel():
+        launch = _backward_launches.get(
+            (skip, z, y, norm_weight, norm_bias, dout),
+            (walk, eps),
+            lambda: _plan(skip, z, y, segments, norm_weight is not None, eps, programs),
+        )
+        launch(skip, z, y, norm_weight, norm_bias, dout, dskip, dz, dy, sums)
+    if scattered:
+        dy = segments.sum_of_path(dy).to(y.dtype)
+    none = skip.new_empty(0)
+    if norm_weight is None:
+        return dskip, dz, dy, none, none
+    dweight, dbias = sums.sum(0).to(norm_weight.dtype).unbind()
+    return dskip, dz, dy, dweight.clone(), dbias.clone()
+
+
+def _rows_pooled(segments: Segments) -> bool:
+    """Whether the segments are the path's rows."""
+    return segments.pooled[-1] and not any(segments.pooled[:-1])
+
+
+def _prepared(
+    skip: Tensor, z: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The inputs with the strides that the kernels ask for, and a bias where there is a norm."""
+    skip, z = (t if t.stride(2) == 1 else t.contiguous() for t in (skip, z))
+    if weight is not None and bias is None:
+        bias = torch.zeros_like(weight)
+    return skip, z, y.contiguous(), bias
+
+
+def _plan(
+    skip: Tensor,
+    z: Tensor,
+    y: Tensor,
+    segments: Segments,
+    norm: bool,
+    eps: float,
+    programs: int | None = None,
+) -> Launch:
+    """The launch of the forward pass, or of the backward pass on so many programs."""
+    B, L, E = skip.shape[0], skip.shape[1], int(skip.shape[2])
+    n, m, s = (
+        pad_axes(values, fill)
+        for values, fill in (
+            (segments.sizes, 1), (segments.strides, 0), (segments.segment_strides, 0),
+        )
+    )  # fmt: skip
+    C, pieces = row_pieces(E, PIECE if programs is None else BACKWARD_PIECE)
+    rows = max(1, PER_THREAD * WARPS * 32 // C)
+    sizes = (
+        eps, B * L, L, segments.num_segments, y.stride(0), skip.stride(0), z.stride(0),
+        *n[1:], *m, *s,
+    )  # fmt: skip
+    constants = (
+        E, skip.stride(1), z.stride(1),
+        norm, skip.dtype != torch.float32 and not INTERPRETED, rows, C, pieces,
+    )  # fmt: skip
+    if programs is None:
+        grid = (triton.cdiv(B * L, rows),)
+        numbers = (*sizes, *constants)
+        return Launch(_expand_gate_kernel, skip.device, grid, numbers, num_warps=WARPS)
+    rows_pooled = _rows_pooled(segments)
+    run = n[2] if rows_pooled else rows
+    numbers = (*sizes, programs, *constants, run, rows_pooled)
+    return Launch(_expand_gate_backward_kernel, skip.device, (programs,), numbers, num_warps=WARPS)
 
 
 def _fake(
@@ -155,8 +346,49 @@ def _fake(
     return skip.new_empty(skip.shape)
 
 
-register("fastvim::expand_gate_triton", _flat, _fake)
-_registered = torch.ops.fastvim.expand_gate_triton.default
+def _fake_backward(
+    skip: Tensor,
+    z: Tensor,
+    y: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    none = skip.new_empty(0)
+    weight = none if norm_weight is None else torch.empty_like(norm_weight)
+    dz = z.new_empty(skip.shape)
+    return skip.new_empty(skip.shape), dz, y.new_empty(y.shape[1:]), weight, weight.clone()
+
+
+_backward = Op("fastvim::expand_gate_triton_backward", _run_backward, _fake_backward)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    skip, z, y, *ctx.walk, norm_weight, norm_bias, ctx.eps = inputs
+    ctx.save_for_backward(skip, z, y, norm_weight, norm_bias)
+
+
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    skip, z, y, weight, bias = ctx.saved_tensors
+    dskip, dz, dy, dweight, dbias = _backward(skip, z, y, *ctx.walk, weight, bias, ctx.eps, dout)
+    return (
+        dskip,
+        dz,
+        dy.expand(y.shape),  # the directions are averaged: both have the same gradient
+        None,
+        None,
+        None,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        None,
+    )
+
+
+_op = Op("fastvim::expand_gate_triton", _run, _fake, _keep, _gradients)
 
 
 def expand_gate_triton(
@@ -169,9 +401,7 @@ def expand_gate_triton(
     *,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`fastvim.ops.expand_gate` for GPU tensors of at most 32 bits, forward, without a mask."""
-    if not must_register(skip):
-        return _run(skip, z, y, segments, norm_weight, norm_bias, eps)
-    walk = [list(values) for values in (segments.sizes, segments.strides, segments.pooled)]
-    out: Tensor = _registered(skip, z, y, *walk, norm_weight, norm_bias, eps)
+    """`fastvim.ops.expand_gate` for GPU tensors of at most 32 bits, without a mask."""
+    walk = (segments.sizes, segments.strides, segments.pooled)
+    out: Tensor = _op(skip, z, y, *walk, norm_weight, norm_bias, eps)
     return out

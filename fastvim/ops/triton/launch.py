@@ -106,25 +106,60 @@ class Launches(Generic[_T]):
         return launch
 
 
-def must_register(x: Tensor) -> bool:
-    """Whether an op has to be a node of a graph: under `torch.compile`, export, fake tensors.
+class Op:
+    """A function of tensors as an op of torch, called as it is where nothing asks for the op.
 
-    Elsewhere its function is called as it is: a registered op costs tens of microseconds a call.
-    """
-    return torch.compiler.is_compiling() or is_traced(x)
-
-
-def register(qualified: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Make `run` an op of torch.
+    A registered op costs tens of microseconds a call, so that it is used where it has to be a node
+    of a graph alone: under `torch.compile`, in export, for tensors without data.
 
     Args:
         qualified: its name, as in "fastvim::add_norm_triton".
-        run: annotated with types that an op may have; the schema is read from them.
+        run: annotated with types that an op may have; the schema is read from them. The first
+            argument is a tensor.
         fake: of the same signature, for tensors without data, where `run` cannot be traced.
+        keep: (context, inputs, output), saves what `gradients` needs; None: no gradients.
+        gradients: (context, *gradients of the outputs) to one for each argument.
     """
-    if not INTERPRETED:
-        torch.library.triton_op(qualified, run, mutates_args=())
-        return
-    torch.library.define(qualified, torch.library.infer_schema(run, mutates_args=()))
-    torch.library.impl(qualified, "cpu", run)
-    torch.library.register_fake(qualified, fake)
+
+    def __init__(
+        self,
+        qualified: str,
+        run: Callable[..., Any],
+        fake: Callable[..., Any],
+        keep: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+        gradients: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.run, self.keep, self.gradients = run, keep, gradients
+        if INTERPRETED:
+            torch.library.define(qualified, torch.library.infer_schema(run, mutates_args=()))
+            torch.library.impl(qualified, "cpu", run)
+            torch.library.register_fake(qualified, fake)
+        else:
+            torch.library.triton_op(qualified, run, mutates_args=())
+        if gradients is not None:
+            torch.library.register_autograd(qualified, gradients, setup_context=keep)
+        self.registered: Callable[..., Any] = torch._library.utils.lookup_op(qualified)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or is_traced(arguments[0]):
+            return self.registered(*arguments)
+        if self.gradients is not None and torch.is_grad_enabled():
+            return _Differentiable.apply(self, *arguments)
+        return self.run(*arguments)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The gradients of an `Op` that is called as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, *arguments: Any) -> Any:
+        assert op.keep is not None
+        output = op.run(*arguments)
+        ctx.op = op
+        op.keep(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        return (None, *ctx.op.gradients(ctx, *gradients))

@@ -1,9 +1,13 @@
-"""add_norm on GPUs: residual sum and norm in one pass.
+"""add_norm on GPUs: residual sum and norm in one pass, and their gradients in one.
 
 M  rows (batch x tokens), D  model width
+The backward pass starts from the sum, which the forward pass gives anyway. Gradients of the weights
+are summed over the rows of each program first, then over the programs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -11,12 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvim.ops.norm import NormKind
-from fastvim.ops.triton.launch import Launch, Launches, must_register, register
+from fastvim.ops.triton.launch import Launch, Launches, Op
 
 TILE = 1024  # values of a program
 WARPS = 4
+PROGRAMS = 528  # of the backward pass at most, each with a row of partial sums
 
 _launches: Launches[Launch] = Launches()
+_backward_launches: Launches[Launch] = Launches()
 
 
 @triton.jit
@@ -44,6 +50,47 @@ def _add_norm_kernel(
         b_bias = tl.load(bias + columns, mask=columns < D, other=0.0).to(tl.float32)
         b_normed += b_bias[None, :]
     tl.store(normed + offsets, b_normed, mask=mask)
+
+
+@triton.jit
+def _add_norm_backward_kernel(
+    total, weight, dnormed, dtotal, dresidual, dhidden, dweight, dbias, M, D, eps, programs,
+    HAS_DTOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, RMS: tl.constexpr, APART: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dresidual is the gradient of the sum; dhidden the same in another dtype (APART)."""
+    columns = tl.arange(0, BLOCK_D)
+    b_weight = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    sum_weight = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    sum_bias = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, M, programs * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        mask = (rows < M)[:, None] & (columns < D)[None, :]
+        offsets = rows[:, None].to(tl.int64) * D + columns[None, :]
+        b_total = tl.load(total + offsets, mask=mask, other=0.0)
+        gradient = tl.load(dnormed + offsets, mask=mask, other=0.0).to(tl.float32)
+        if not RMS:
+            mean = tl.sum(b_total, axis=1) / D
+            b_total = tl.where(mask, b_total - mean[:, None], 0.0)
+        scale = tl.rsqrt(tl.sum(b_total * b_total, axis=1) / D + eps)[:, None]
+        unit = b_total * scale
+        sum_weight += gradient * unit
+        if HAS_BIAS:
+            sum_bias += gradient
+        gradient *= b_weight
+        b_dtotal = gradient - unit * (tl.sum(gradient * unit, axis=1) / D)[:, None]
+        if not RMS:
+            b_dtotal -= (tl.sum(gradient, axis=1) / D)[:, None]
+        b_dtotal *= scale
+        if HAS_DTOTAL:
+            b_dtotal += tl.load(dtotal + offsets, mask=mask, other=0.0)
+        tl.store(dresidual + offsets, b_dtotal, mask=mask)
+        if APART:
+            tl.store(dhidden + offsets, b_dtotal, mask=mask)
+    place = tl.program_id(0) * D + columns
+    tl.store(dweight + place, tl.sum(sum_weight, axis=0), mask=columns < D)
+    if HAS_BIAS:
+        tl.store(dbias + place, tl.sum(sum_bias, axis=0), mask=columns < D)
 
 
 def _run(
@@ -80,6 +127,60 @@ def _plan(hidden: Tensor, has_residual: bool, has_bias: bool, rms: bool, eps: fl
     return Launch(_add_norm_kernel, hidden.device, grid, numbers, num_warps=WARPS)
 
 
+def _run_backward(
+    total: Tensor,
+    weight: Tensor,
+    dnormed: Tensor,
+    dtotal: Tensor | None,
+    has_bias: bool,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the sum in float32 and in the dtype of `dnormed`, of the weight and the bias."""
+    total, dnormed = total.contiguous(), dnormed.contiguous()
+    dtotal = None if dtotal is None else dtotal.contiguous()
+    D = int(total.shape[-1])
+    M = total.numel() // D
+    block = triton.next_power_of_2(D)
+    rows = max(1, TILE // block)
+    programs = min(triton.cdiv(M, rows), PROGRAMS)
+    dresidual = torch.empty(total.shape, dtype=torch.float32, device=total.device)
+    apart = dnormed.dtype != torch.float32
+    dhidden = torch.empty(total.shape if apart else 0, dtype=dnormed.dtype, device=total.device)
+    sums = torch.empty(2, programs, D, dtype=torch.float32, device=total.device)
+    if M:
+        numbers = (M, D, eps, programs, dtotal is not None, has_bias, rms, apart, rows, block)
+        launch = _backward_launches.get(
+            (total, weight, dnormed, dtotal),
+            (has_bias, rms, eps),
+            lambda: Launch(
+                _add_norm_backward_kernel, total.device, (programs,), numbers, num_warps=WARPS
+            ),
+        )
+        launch(total, weight, dnormed, dtotal, dresidual, dhidden, sums[0], sums[1])
+    dweight = sums[0].sum(0).to(weight.dtype)
+    dbias = sums[1].sum(0).to(weight.dtype) if has_bias else dweight.new_empty(0)
+    return dresidual, dhidden, dweight, dbias
+
+
+def _fake_backward(
+    total: Tensor,
+    weight: Tensor,
+    dnormed: Tensor,
+    dtotal: Tensor | None,
+    has_bias: bool,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    apart = dnormed.dtype != torch.float32
+    dhidden = dnormed.new_empty(total.shape if apart else 0)
+    bias = weight.shape if has_bias else 0
+    return torch.empty_like(total), dhidden, torch.empty_like(weight), weight.new_empty(bias)
+
+
+_backward = Op("fastvim::add_norm_triton_backward", _run_backward, _fake_backward)
+
+
 def _fake(
     hidden: Tensor,
     residual: Tensor | None,
@@ -91,8 +192,33 @@ def _fake(
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape, dtype=torch.float32)
 
 
-register("fastvim::add_norm_triton", _run, _fake)
-_registered = torch.ops.fastvim.add_norm_triton.default
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, residual, weight, bias, ctx.rms, ctx.eps = inputs
+    ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+    ctx.save_for_backward(output[1], weight)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, dnormed: Tensor | None, dtotal: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    total, weight = ctx.saved_tensors
+    if dnormed is None:
+        dnormed = torch.zeros_like(total)
+    dresidual, dhidden, dweight, dbias = _backward(
+        total, weight, dnormed, dtotal, ctx.has_bias, ctx.rms, ctx.eps
+    )
+    return (
+        dhidden if dhidden.numel() else dresidual,
+        dresidual if ctx.has_residual else None,
+        dweight,
+        dbias if ctx.has_bias else None,
+        None,
+        None,
+    )
+
+
+_op = Op("fastvim::add_norm_triton", _run, _fake, _keep, _gradients)
 
 
 def add_norm_triton(
@@ -104,7 +230,6 @@ def add_norm_triton(
     kind: NormKind = "rms",
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`fastvim.ops.add_norm` for GPU tensors of at most 32 bits, forward."""
-    run = _registered if must_register(hidden) else _run
-    out: tuple[Tensor, Tensor] = run(hidden, residual, weight, bias, kind == "rms", eps)
+    """`fastvim.ops.add_norm` for GPU tensors of at most 32 bits."""
+    out: tuple[Tensor, Tensor] = _op(hidden, residual, weight, bias, kind == "rms", eps)
     return out

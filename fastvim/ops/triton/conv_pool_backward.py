@@ -1,0 +1,279 @@
+"""Gradients of conv_pool on GPUs: the convolutions again, and all gradients in one pass.
+
+B  batch, L  tokens, E  inner width, S  segments, P  tokens of a run
+Runs are those of the forward pass. The gradient of a token comes from the convolutions of the
+tokens three before to three behind it, so that each run computes those of its neighbours as well.
+Gradients of taps, bias and skip are summed over the runs of each program first, then over programs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvim.ops.conv_pool import conv_pool_reference
+from fastvim.ops.traversal import Pooling, Segments
+from fastvim.ops.triton.common import (
+    INTERPRETED,
+    collapse,
+    four_taps,
+    load_taps,
+    near,
+    pad_axes,
+    sigmoid,
+)
+from fastvim.ops.triton.launch import Launch, Launches, Op
+
+CHANNELS = 64  # of a program
+PER_THREAD = 2  # channels
+WARPS = 4
+LONGEST = 16  # tokens of a run, all unrolled
+AHEAD = 4  # tokens loaded ahead of use
+MOST_RUNS = 64  # of a program at a time
+PROGRAMS = 1056
+SUMS = tl.constexpr(12)  # four taps each way, two biases, two skips
+
+_launches: Launches[Launch] = Launches()
+
+
+@triton.jit
+def _slope(half, FAST: tl.constexpr):
+    """silu(2 · half) and its derivative."""
+    gate = sigmoid(2.0 * half, FAST)
+    value = 2.0 * half * gate
+    return value, gate + value * (1.0 - gate)
+
+
+@triton.jit
+def _runs_backward_kernel(
+    x, weight, bias, D, dpooled, dskip, dx, sums,
+    scale, B, L, S, pieces, direction, stride_batch, n1, n2, m0, m1, groups, programs,
+    E: tl.constexpr, m2: tl.constexpr, stride_token: tl.constexpr,
+    P: tl.constexpr, EVEN: tl.constexpr, SHORT: tl.constexpr, POOLED: tl.constexpr,
+    FAST: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    rows = L // n2
+    columns = tl.program_id(1) * C + tl.arange(0, C)
+    in_row = (columns < E)[None, :]
+    f0, f1, f2, f3, fb, fd = load_taps(weight, bias, D, columns, E)
+    g0, g1, g2, g3, gb, gd = load_taps(weight + E * 4, bias + E, D + E, columns, E)
+    zero = tl.zeros((R, C), tl.float32)
+    df0, df1, df2, df3, dfb, dfd = zero, zero, zero, zero, zero, zero
+    dg0, dg1, dg2, dg3, dgb, dgd = zero, zero, zero, zero, zero, zero
+    for group in range(tl.program_id(0), groups, programs):
+        run = group * R + tl.arange(0, R)
+        batch = (run // (pieces * rows)).to(tl.int64)
+        row = (run // pieces) % rows
+        first = (run % pieces) * P
+        start = row * n2
+        base = (row // n1) * m0 + (row % n1) * m1
+        before = ((row - 1) // n1) * m0 + ((row - 1) % n1) * m1
+        after = ((row + 1) // n1) * m0 + ((row + 1) % n1) * m1
+        mask = (batch < B)[:, None] & in_row
+        p_x = x + (batch * stride_batch)[:, None] + columns[None, :]
+        p_dskip = dskip + (batch * L * E)[:, None] + columns[None, :]
+        p_dpooled = dpooled + (batch * S * E)[:, None] + columns[None, :]
+        p_dx = dx + ((batch * L + base + first * m2) * E)[:, None] + columns[None, :]
+        own_forward = zero
+        own_backward = zero
+        if POOLED and EVEN:
+            own = p_dpooled + (row * E)[:, None]
+            own_forward = scale * tl.load(own, mask=mask, other=0.0).to(tl.float32)
+            own_backward = scale * tl.load(own + direction, mask=mask, other=0.0).to(tl.float32)
+
+        tokens = ()  # of the run from -3 on, and their dskip
+        upstream = ()
+        back = ()  # gradients of the convolutions before silu: of the run from -3 on,
+        there = ()  # and from 0 on
+        for j in tl.static_range(-3, P + 3 + AHEAD):
+            if j < P + 3:
+                token, inside = near(
+                    first + j, start, L, base, before, after, n1, n2, m0, m1, m2, SHORT
+                )
+                present = mask & inside[:, None]
+                value = tl.load(p_x + (token * stride_token)[:, None], mask=present, other=0.0)
+                tokens = tokens + (value,)
+                value = tl.load(p_dskip + (token * E)[:, None], mask=present, other=0.0)
+                upstream = upstream + (value,)
+            if j >= AHEAD:  # token i = j - AHEAD; entry i + 3
+                i0 = tokens[j - AHEAD].to(tl.float32)  # i - 3
+                i1 = tokens[j - AHEAD + 1].to(tl.float32)
+                i2 = tokens[j - AHEAD + 2].to(tl.float32)
+                i3 = tokens[j - AHEAD + 3].to(tl.float32)
+                # Forward direction, around token i.
+                position = start + first + (j - AHEAD)
+                if POOLED and EVEN and j - AHEAD < P:
+                    gradient = own_forward
+                else:
+                    exists = mask & (position < L)[:, None]
+                    step = position // n2 if POOLED else position
+                    p_step = p_dpooled + (step * E)[:, None]
+                    gradient = scale * tl.load(p_step, mask=exists, other=0.0).to(tl.float32)
+                b_dskip = upstream[j - AHEAD + 3].to(tl.float32)
+                value, slope = _slope(fb + f0 * i0 + f1 * i1 + f2 * i2 + f3 * i3, FAST)
+                gradient = (gradient + fd * b_dskip) * slope
+                there = there + (gradient,)
+                if j - AHEAD < P:
+                    if not EVEN:
+                        own = mask & (first + (j - AHEAD) < n2)[:, None]
+                        gradient = tl.where(own, gradient, 0.0)
+                        b_dskip = tl.where(own, b_dskip, 0.0)
+                    df0 += gradient * i0
+                    df1 += gradient * i1
+                    df2 += gradient * i2
+                    df3 += gradient * i3
+                    dfb += gradient
+                    dfd += b_dskip * value
+                # Backward direction, around token i - 3.
+                position = start + first + (j - AHEAD - 3)
+                if POOLED and EVEN and j - AHEAD >= 3:
+                    gradient = own_backward
+                else:
+                    exists = mask & ((position >= 0) & (position < L))[:, None]
+                    step = position // n2 if POOLED else position
+                    p_step = p_dpooled + direction + (step * E)[:, None]
+                    gradient = scale * tl.load(p_step, mask=exists, other=0.0).to(tl.float32)
+                b_dskip = upstream[j - AHEAD].to(tl.float32)
+                value, slope = _slope(gb + g3 * i0 + g2 * i1 + g1 * i2 + g0 * i3, FAST)
+                gradient = (gradient + gd * b_dskip) * slope
+                back = back + (gradient,)
+                if j - AHEAD >= 3:
+                    own = mask
+                    if not EVEN:
+                        own = mask & (first + (j - AHEAD - 3) < n2)[:, None]
+                        gradient = tl.where(own, gradient, 0.0)
+                        b_dskip = tl.where(own, b_dskip, 0.0)
+                    dg3 += gradient * i0
+                    dg2 += gradient * i1
+                    dg1 += gradient * i2
+                    dg0 += gradient * i3
+                    dgb += gradient
+                    dgd += b_dskip * value
+                    b_dx = f3 * there[j - AHEAD - 3] + f2 * there[j - AHEAD - 2]
+                    b_dx += f1 * there[j - AHEAD - 1] + f0 * there[j - AHEAD]
+                    b_dx += g3 * back[j - AHEAD] + g2 * back[j - AHEAD - 1]
+                    b_dx += g1 * back[j - AHEAD - 2] + g0 * back[j - AHEAD - 3]
+                    # The taps are halved, as the convolutions ask.
+                    tl.store(p_dx + (j - AHEAD - 3) * m2 * E, 2.0 * b_dx, mask=own)
+    p_sums = sums + tl.program_id(0) * SUMS * E + columns
+    parts = (df0, df1, df2, df3, dg0, dg1, dg2, dg3, dfb, dgb, 0.5 * dfd, 0.5 * dgd)
+    for k in tl.static_range(SUMS):
+        tl.store(p_sums + k * E, tl.sum(parts[k], axis=0), mask=columns < E)
+
+
+def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> tuple[Launch, int]:
+    """The launch for a traversal of rows, and the programs that sum apart."""
+    B, L, E = x.shape[0], x.shape[1], int(x.shape[2])
+    S, pools = segments.num_segments, segments.pools
+    sizes, strides, _ = collapse(segments)
+    n, m = pad_axes(sizes, 1), pad_axes(strides, 0)
+    scale = pool_scale / int(segments.segment_size) if pools else pool_scale
+    row = n[2]
+    pieces = triton.cdiv(row, min(LONGEST, row))
+    P = triton.cdiv(row, pieces)
+    C = min(CHANNELS, triton.next_power_of_2(E))
+    R = max(1, PER_THREAD * WARPS * 32 // C)
+    groups = triton.cdiv(B * (L // row) * pieces, R)
+    blocks = triton.cdiv(E, C)
+    programs = min(groups, triton.cdiv(PROGRAMS, blocks))
+    numbers = (
+        scale, B, L, S, pieces, B * S * E, x.stride(0), *n[1:], *m[:2], groups, programs,
+        E, m[2], x.stride(1), P, row == pieces * P, row < 4, pools,
+        x.dtype != torch.float32 and not INTERPRETED, AHEAD, R, C,
+    )  # fmt: skip
+    grid = (programs, blocks)
+    return Launch(_runs_backward_kernel, x.device, grid, numbers, num_warps=WARPS), programs
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
+    pooling: str,
+    pool_scale: float,
+    dpooled: Tensor,
+    dskip: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and D."""
+    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
+    _, _, flags = collapse(segments)
+    if pooling == "max" or (segments.pools and (not flags[-1] or any(flags[:-1]))):
+        by: Pooling = "max" if pooling == "max" else "mean"
+        return _by_definition(x, weight, bias, D, segments, by, pool_scale, dpooled, dskip)
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    taps, bias, D = four_taps(weight), bias.contiguous(), D.contiguous()
+    dpooled, dskip = dpooled.contiguous(), dskip.contiguous()
+    E = int(x.shape[2])
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    plan = _plan(x, segments, pooling, pool_scale)
+    sums = torch.empty((plan[1], SUMS.value, E), dtype=torch.float32, device=x.device)
+    if dx.numel():
+        key = (segments, pooling, pool_scale)
+        launch = _launches.get((x, taps, bias, D, dpooled, dskip), key, lambda: plan[0])
+        launch(x, taps, bias, D, dpooled, dskip, dx, sums)
+    total = sums.sum(0)
+    dweight = total[:8].unflatten(0, (2, 4)).mT[..., 4 - weight.shape[2] :]
+    return (
+        dx,
+        dweight.to(weight.dtype).contiguous(),
+        total[8:10].to(bias.dtype).clone(),
+        total[10:12].to(D.dtype).clone(),
+    )
+
+
+def _by_definition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    segments: Segments,
+    pooling: Pooling,
+    pool_scale: float,
+    dpooled: Tensor,
+    dskip: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same where no kernel has them: for maxima, and segments that are no rows of the path."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias, D)]
+    with torch.enable_grad():
+        outputs = conv_pool_reference(
+            leaves[0],
+            leaves[1],
+            leaves[2],
+            leaves[3],
+            segments,
+            pooling=pooling,
+            pool_scale=pool_scale,
+        )
+    dx, dweight, dbias, dD = torch.autograd.grad(outputs, leaves, (dpooled, dskip))
+    return dx, dweight, dbias, dD
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
+    pooling: str,
+    pool_scale: float,
+    dpooled: Tensor,
+    dskip: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        torch.empty_like(weight),
+        torch.empty_like(bias),
+        torch.empty_like(D),
+    )
+
+
+conv_pool_backward = Op("fastvim::conv_pool_triton_backward", _run, _fake)
