@@ -24,6 +24,19 @@ def token_at(position, n1, n2, m0, m1, m2):
 
 
 @triton.jit
+def row_of(run, pieces, rows, P, n1, n2, m0, m1):
+    """Of a run of P tokens, one of `pieces` of a row of the path: its sequence, its row, its first
+    token in the row, the row's first path position, and the memory tokens at which the row and its
+    neighbours begin."""
+    batch = (run // (pieces * rows)).to(tl.int64)
+    row = (run // pieces) % rows
+    base = (row // n1) * m0 + (row % n1) * m1
+    before = ((row - 1) // n1) * m0 + ((row - 1) % n1) * m1
+    after = ((row + 1) // n1) * m0 + ((row + 1) % n1) * m1
+    return batch, row, (run % pieces) * P, row * n2, base, before, after
+
+
+@triton.jit
 def near(i, start, L, base, before, after, n1, n2, m0, m1, m2, SHORT: tl.constexpr):
     """Memory index of token i of the path's row that begins at position `start`, and whether the
     path has it; i may lie in a neighbouring row.

@@ -23,6 +23,7 @@ from fastvim.ops.triton.common import (
     load_taps,
     near,
     pad_axes,
+    row_of,
     silu_twice,
     token_at,
 )
@@ -53,13 +54,7 @@ def _runs_kernel(
     rows = L // n2
     run = tl.program_id(0) * R + tl.arange(0, R)
     columns = tl.program_id(1) * C + tl.arange(0, C)
-    batch = (run // (pieces * rows)).to(tl.int64)
-    row = (run // pieces) % rows
-    first = (run % pieces) * P
-    start = row * n2
-    base = (row // n1) * m0 + (row % n1) * m1
-    before = ((row - 1) // n1) * m0 + ((row - 1) % n1) * m1
-    after = ((row + 1) // n1) * m0 + ((row + 1) % n1) * m1
+    batch, _, first, start, base, before, after = row_of(run, pieces, rows, P, n1, n2, m0, m1)
     mask = (batch < B)[:, None] & (columns < E)[None, :]
     p_x = x + (batch * stride_batch)[:, None] + columns[None, :]
     p_first = p_x + ((base + first * m2) * stride_token)[:, None]

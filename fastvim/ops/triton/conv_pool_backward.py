@@ -22,6 +22,7 @@ from fastvim.ops.triton.common import (
     load_taps,
     near,
     pad_axes,
+    row_of,
     sigmoid,
 )
 from fastvim.ops.triton.launch import Launch, Launches, Op
@@ -64,13 +65,7 @@ def _runs_backward_kernel(
     dg0, dg1, dg2, dg3, dgb, dgd = zero, zero, zero, zero, zero, zero
     for group in range(tl.program_id(0), groups, programs):
         run = group * R + tl.arange(0, R)
-        batch = (run // (pieces * rows)).to(tl.int64)
-        row = (run // pieces) % rows
-        first = (run % pieces) * P
-        start = row * n2
-        base = (row // n1) * m0 + (row % n1) * m1
-        before = ((row - 1) // n1) * m0 + ((row - 1) % n1) * m1
-        after = ((row + 1) // n1) * m0 + ((row + 1) % n1) * m1
+        batch, row, first, start, base, before, after = row_of(run, pieces, rows, P, n1, n2, m0, m1)
         mask = (batch < B)[:, None] & in_row
         p_x = x + (batch * stride_batch)[:, None] + columns[None, :]
         p_dskip = dskip + (batch * L * E)[:, None] + columns[None, :]

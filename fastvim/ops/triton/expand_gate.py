@@ -30,6 +30,46 @@ _backward_launches: Launches[Launch] = Launches()
 
 
 @triton.jit
+def _place(place, L, S, n1, n2, m0, m1, m2, s0, s1, s2):
+    """Sequence, token in memory, and step in y, of places on the paths of all sequences."""
+    batch = (place // L).to(tl.int64)
+    position = place % L
+    i2 = position % n2
+    i1 = position // n2 % n1
+    i0 = position // n2 // n1
+    return batch, i0 * m0 + i1 * m1 + i2 * m2, batch * S + i0 * s0 + i1 * s1 + i2 * s2
+
+
+@triton.jit
+def _mix(
+    p_skip, p_y, direction, present, columns, eps, E: tl.constexpr, NORM: tl.constexpr,
+    ROWS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Skip and scan of a few tokens, in pieces of the row, and the row's mean and 1 / deviation."""
+    mixed = ()
+    total = tl.zeros((ROWS, C), tl.float32)
+    for c in tl.static_range(PIECES):
+        mask = present[:, None] & (columns < E - c * C)[None, :]
+        value = tl.load(p_y + c * C, mask=mask, other=0.0).to(tl.float32)
+        value += tl.load(p_y + c * C + direction, mask=mask, other=0.0).to(tl.float32)
+        value = 0.5 * value + tl.load(p_skip + c * C, mask=mask, other=0.0).to(tl.float32)
+        mixed = mixed + (value,)
+        total += value
+    mean = tl.zeros((ROWS,), tl.float32)
+    scale = mean + 1.0
+    if NORM:
+        mean = tl.sum(total, axis=1) / E
+        total = tl.zeros((ROWS, C), tl.float32)
+        for c in tl.static_range(PIECES):
+            centred = mixed[c] - mean[:, None]
+            if (c + 1) * C > E:
+                centred = tl.where((columns < E - c * C)[None, :], centred, 0.0)
+            total += centred * centred
+        scale = tl.rsqrt(tl.sum(total, axis=1) / E + eps)
+    return mixed, mean[:, None], scale[:, None]
+
+
+@triton.jit
 def _expand_gate_kernel(
     skip, z, y, norm_weight, norm_bias, out,
     eps, M, L, S, direction, skip_batch, z_batch, n1, n2, m0, m1, m2, s0, s1, s2,
@@ -39,41 +79,19 @@ def _expand_gate_kernel(
 ):  # fmt: skip
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = place < M
-    batch = (place // L).to(tl.int64)
-    position = place % L
-    i2 = position % n2
-    i1 = position // n2 % n1
-    i0 = position // n2 // n1
-    token = i0 * m0 + i1 * m1 + i2 * m2
+    batch, token, step = _place(place, L, S, n1, n2, m0, m1, m2, s0, s1, s2)
     columns = tl.arange(0, C)
     p_skip = skip + (batch * skip_batch + token * skip_token)[:, None] + columns[None, :]
     p_z = z + (batch * z_batch + token * z_token)[:, None] + columns[None, :]
-    p_y = y + ((batch * S + i0 * s0 + i1 * s1 + i2 * s2) * E)[:, None] + columns[None, :]
+    p_y = y + (step * E)[:, None] + columns[None, :]
     p_out = out + ((batch * L + token) * E)[:, None] + columns[None, :]
-
-    mixed = ()
     gates = ()
     for c in tl.static_range(PIECES):
         mask = present[:, None] & (columns < E - c * C)[None, :]
-        value = tl.load(p_y + c * C, mask=mask, other=0.0).to(tl.float32)
-        value += tl.load(p_y + c * C + direction, mask=mask, other=0.0).to(tl.float32)
-        value = 0.5 * value + tl.load(p_skip + c * C, mask=mask, other=0.0).to(tl.float32)
-        mixed = mixed + (value,)
         gates = gates + (tl.load(p_z + c * C, mask=mask, other=0.0),)
-    mean = tl.zeros((ROWS,), tl.float32)
-    scale = mean
-    if NORM:
-        total = tl.zeros((ROWS, C), tl.float32)
-        for c in tl.static_range(PIECES):
-            total += mixed[c]
-        mean = tl.sum(total, axis=1) / E
-        total = tl.zeros((ROWS, C), tl.float32)
-        for c in tl.static_range(PIECES):
-            centred = mixed[c] - mean[:, None]
-            if (c + 1) * C > E:
-                centred = tl.where((columns < E - c * C)[None, :], centred, 0.0)
-            total += centred * centred
-        scale = tl.rsqrt(tl.sum(total, axis=1) / E + eps)
+    mixed, mean, scale = _mix(
+        p_skip, p_y, direction, present, columns, eps, E, NORM, ROWS, C, PIECES
+    )
     for c in tl.static_range(PIECES):
         in_row = (columns < E - c * C)[None, :]
         value = mixed[c]
@@ -82,7 +100,7 @@ def _expand_gate_kernel(
             places = c * C + columns[None, :] + tl.zeros((ROWS, C), tl.int32)
             weight = tl.load(norm_weight + places, mask=in_row, other=0.0).to(tl.float32)
             bias = tl.load(norm_bias + places, mask=in_row, other=0.0).to(tl.float32)
-            value = (value - mean[:, None]) * scale[:, None] * weight + bias
+            value = (value - mean) * scale * weight + bias
         value *= silu_twice(0.5 * gates[c].to(tl.float32), FAST)
         tl.store(p_out + c * C, value, mask=present[:, None] & in_row)
 
@@ -112,39 +130,15 @@ def _expand_gate_backward_kernel(
         for first in range(0, RUN, ROWS):
             place = run * RUN + first + tl.arange(0, ROWS)
             present = (first + tl.arange(0, ROWS) < RUN) & (place < M)
-            batch = (place // L).to(tl.int64)
-            position = place % L
-            i2 = position % n2
-            i1 = position // n2 % n1
-            i0 = position // n2 // n1
-            token = i0 * m0 + i1 * m1 + i2 * m2
+            batch, token, step = _place(place, L, S, n1, n2, m0, m1, m2, s0, s1, s2)
             p_skip = skip + (batch * skip_batch + token * skip_token)[:, None] + columns[None, :]
             p_z = z + (batch * z_batch + token * z_token)[:, None] + columns[None, :]
-            p_y = y + ((batch * S + i0 * s0 + i1 * s1 + i2 * s2) * E)[:, None] + columns[None, :]
+            p_y = y + (step * E)[:, None] + columns[None, :]
             o_out = ((batch * L + token) * E)[:, None] + columns[None, :]
             o_y = (place.to(tl.int64) * E)[:, None] + columns[None, :]
-
-            mixed = ()
-            mean = tl.zeros((ROWS,), tl.float32)
-            scale = mean + 1.0
-            total = tl.zeros((ROWS, C), tl.float32)
-            for c in tl.static_range(PIECES):
-                mask = present[:, None] & (columns < E - c * C)[None, :]
-                value = tl.load(p_y + c * C, mask=mask, other=0.0).to(tl.float32)
-                value += tl.load(p_y + c * C + direction, mask=mask, other=0.0).to(tl.float32)
-                value = 0.5 * value + tl.load(p_skip + c * C, mask=mask, other=0.0).to(tl.float32)
-                mixed = mixed + (value,)
-                total += value
-            if NORM:
-                mean = tl.sum(total, axis=1) / E
-                total = tl.zeros((ROWS, C), tl.float32)
-                for c in tl.static_range(PIECES):
-                    centred = mixed[c] - mean[:, None]
-                    if (c + 1) * C > E:
-                        centred = tl.where((columns < E - c * C)[None, :], centred, 0.0)
-                    total += centred * centred
-                scale = tl.rsqrt(tl.sum(total, axis=1) / E + eps)
-
+            mixed, mean, scale = _mix(
+                p_skip, p_y, direction, present, columns, eps, E, NORM, ROWS, C, PIECES
+            )
             along = tl.zeros((ROWS, C), tl.float32)
             total = tl.zeros((ROWS, C), tl.float32)
             gradients = ()
@@ -164,7 +158,7 @@ def _expand_gate_backward_kernel(
                     places = c * C + columns[None, :] + tl.zeros((ROWS, C), tl.int32)
                     weight = tl.load(norm_weight + places, mask=in_row, other=0.0).to(tl.float32)
                     bias = tl.load(norm_bias + places, mask=in_row, other=0.0).to(tl.float32)
-                    unit = (unit - mean[:, None]) * scale[:, None]
+                    unit = (unit - mean) * scale
                     value = unit * weight + bias
                     after_weight = after_weight + (sum_weight[c] + gradient * unit,)
                     after_bias = after_bias + (sum_bias[c] + gradient,)
@@ -179,17 +173,15 @@ def _expand_gate_backward_kernel(
                 gradients = gradients + (gradient,)
             sum_weight = after_weight
             sum_bias = after_bias
-            project = tl.sum(along, axis=1) / E
-            shift = tl.sum(total, axis=1) / E
+            project = (tl.sum(along, axis=1) / E)[:, None]
+            shift = (tl.sum(total, axis=1) / E)[:, None]
             after = ()
             for c in tl.static_range(PIECES):
                 mask = present[:, None] & (columns < E - c * C)[None, :]
                 gradient = gradients[c]
                 if NORM:
-                    unit = (mixed[c] - mean[:, None]) * scale[:, None]
-                    gradient = (gradient - shift[:, None] - unit * project[:, None]) * scale[
-                        :, None
-                    ]
+                    unit = (mixed[c] - mean) * scale
+                    gradient = (gradient - shift - unit * project) * scale
                 tl.store(dskip + o_out + c * C, gradient, mask=mask)
                 if POOLED:
                     after = after + (sum_y[c] + gradient,)
