@@ -15,6 +15,7 @@ from inputs import (
     gate_inputs,
     normal,
     outputs_of,
+    probe_backward,
     run_with_gradients,
     scan_inputs,
     to,
@@ -215,8 +216,11 @@ def engine_of(op: str):
 @pytest.mark.parametrize("op", OPS)
 def test_two_runs_give_the_same_bits(op):
     _, inputs = on_device(op)
-    arguments = call_of(op, list(inputs.values()))
-    first, second = (outputs_of(engine_of(op)(*arguments)) for _ in range(2))
+    engine = engine_of(op)
+    first, second = (
+        run_with_gradients(lambda *t: engine(*call_of(op, list(t))), inputs.values(), torch.float32)
+        for _ in range(2)
+    )
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
@@ -236,31 +240,53 @@ SCHEMAS = {
 }
 
 
+REGISTERED = {
+    "add_norm": lambda: torch.ops.fastvim.add_norm_triton,
+    "conv_pool": lambda: torch.ops.fastvim.conv_pool_triton,
+    "selective_scan": lambda: torch.ops.fastvim.selective_scan_triton,
+    "expand_gate": lambda: torch.ops.fastvim.expand_gate_triton,
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("op", OPS)
-def test_registration(op):
+def test_registration(op, grad):
     engine_of(op)
     _, inputs = on_device(op)
-    registered = {
-        "add_norm": torch.ops.fastvim.add_norm_triton,
-        "conv_pool": torch.ops.fastvim.conv_pool_triton,
-        "selective_scan": torch.ops.fastvim.selective_scan_triton,
-        "expand_gate": torch.ops.fastvim.expand_gate_triton,
-    }[op]
-    opcheck(registered.default, SCHEMAS[op](list(inputs.values())))
+    inputs = to(inputs.values(), torch.float32, grad)
+    opcheck(REGISTERED[op]().default, SCHEMAS[op](inputs))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("op", OPS)
 def test_compiled_whole(op, dynamic):
     _, inputs = on_device(op)
-    arguments = call_of(op, list(inputs.values()))
     engine = engine_of(op)
     backend = "inductor" if ON_GPU else "aot_eager"
     compiled = torch.compile(engine, fullgraph=True, dynamic=dynamic, backend=backend)
-    with torch.no_grad():
-        actual, expected = outputs_of(compiled(*arguments)), outputs_of(engine(*arguments))
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
+
+    def run(function):
+        def with_walk(*tensors):
+            return function(*call_of(op, list(tensors)))
+
+        return run_with_gradients(with_walk, inputs.values(), torch.float32)
+
+    for actual, expected in zip(run(compiled), run(engine), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "wanted"), [(op, name) for op in OPS for name in cases()[op][1]])
+def test_a_gradient_of_one_input_alone(op, wanted):
+    _, inputs = on_device(op)
+    engine = engine_of(op)
+
+    def run(names):
+        leaves = {n: t.clone().requires_grad_(n in names) for n, t in inputs.items()}
+        outputs = outputs_of(engine(*call_of(op, list(leaves.values()))))
+        probe_backward(outputs)
+        return leaves[wanted].grad
+
+    assert torch.equal(run([wanted]), run(list(inputs)))
 
 
 @pytest.mark.parametrize("op", OPS)
