@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from fastvim.benchmark.cases import size_name
 from fastvim.benchmark.record import device_name, environment, rate_text
 from fastvim.cli.arguments import Parser
 from fastvim.errors import UserError
-from fastvim.ops import engine_name
+from fastvim.ops import engine_name, use_engine
 from fastvim.ops.dispatch import OPS
 
 EXIT_WRONG = 1
@@ -85,6 +86,7 @@ def _parser() -> Parser:
     add("--train", action="store_true", help="time forward and backward")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, metavar="DEVICE", help=f"default: {device}")
+    add("--engine", metavar="NAME", help="serve our operations by this engine, as use_engine does")
     add("--channels-last", action="store_true", help="memory format for convolutional models")
     add("--warmup", type=int, default=10, metavar="N", help="untimed calls (default: 10)")
     add("--repeats", type=int, default=10, metavar="N", help="timed groups of calls (default: 10)")
@@ -116,8 +118,9 @@ def run(argv: list[str]) -> None:
         bench.validate(case)
     record = _record(arguments, settings)
     command = shlex.join(["fastvim", "benchmark", *argv])
-    record.runs.append(environment(command, _engines(settings)))
-    rows = _measure(bench, cases, record, arguments.out, console)
+    with _engine(arguments.engine):
+        record.runs.append(environment(command, _engines(settings)))
+        rows = _measure(bench, cases, record, arguments.out, console)
     _show(console, record, rows, arguments)
     if any(row.wrong for row in rows):
         raise SystemExit(EXIT_WRONG)
@@ -187,6 +190,18 @@ def _record(arguments: argparse.Namespace, settings: Settings) -> Record:
     if record.device != device:
         raise UserError(f"{arguments.out} was measured on {record.device}, this is {device}")
     return record
+
+
+@contextmanager
+def _engine(name: str | None) -> Iterator[None]:
+    """That engine, or with None whichever serves by itself."""
+    with ExitStack() as stack:
+        if name is not None:
+            try:
+                stack.enter_context(use_engine(name))
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        yield
 
 
 def _engines(settings: Settings) -> dict[str, str]:

@@ -55,6 +55,15 @@ def test_models_may_follow_options(capsys):
     assert [line.split()[1] for line in lines[2:]] == [OURS, CONV]
 
 
+def test_an_engine_on_request(capsys):
+    words = [OURS, "--size", "32", "--batch", "2", "--out", "results.json", "--engine"]
+    assert benchmark(*words, "reference") == 0
+    (run,) = json.loads(Path("results.json").read_text())["runs"]
+    assert set(run["engines"].values()) == {"reference"}
+    assert benchmark(*words, "numbra") == 2
+    assert "engine 'numbra'" in capsys.readouterr().err
+
+
 def test_training(capsys):
     assert benchmark(OURS, "--train", "--size", "32", "--batch", "2") == 0
     assert "float32, training step" in capsys.readouterr().out
