@@ -138,7 +138,8 @@ class Op:
             torch.library.triton_op(qualified, run, mutates_args=())
         if gradients is not None:
             torch.library.register_autograd(qualified, gradients, setup_context=keep)
-        self.registered: Callable[..., Any] = torch._library.utils.lookup_op(qualified)
+        namespace, name = qualified.split("::")
+        self.registered = getattr(getattr(torch.ops, namespace), name).default
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or is_traced(arguments[0]):
