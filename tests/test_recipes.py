@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from fastvim.cli.train import TrainingCLI
+from fastvim.tasks import LinearProbe
 from fastvim.tasks.optim import parameter_groups
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 IMAGENET = [file for file in RECIPES if file.parent.name == "imagenet"]
+PRETRAINING = [file for file in RECIPES if file.stem.startswith("pretrain_")]
+FINETUNING = [file for file in RECIPES if file.stem.startswith("finetune_")]
 
 
 def build(recipe: Path, command: str = "fit") -> TrainingCLI:
@@ -29,6 +32,18 @@ def test_there_are_recipes():
         "fastvim_small",
         "fastvim_base",
         "vim_base",
+        "pretrain_fastvim_base",
+        "pretrain_fastvim_large",
+        "pretrain_fastvim_huge",
+        "pretrain_vim_base",
+        "pretrain_vim_large",
+        "finetune_fastvim_base",
+        "finetune_fastvim_large",
+        "finetune_fastvim_huge",
+        "finetune_fastvim_huge_448",
+        "finetune_vim_base",
+        "finetune_vim_large",
+        "probe_fastvim_base",
     }
 
 
@@ -36,15 +51,17 @@ def test_there_are_recipes():
 def test_recipe_builds(recipe):
     cli = build(recipe)
     task = cli.model
-    task.num_classes = task.num_classes or 10  # else the data's
+    task.num_classes = 10  # else the data's
+    task.checkpoint = None  # another recipe writes it
     with torch.device("meta"):
         task.configure_model()
     decaying, exempt = sorted(
-        parameter_groups(task.model, task.weight_decay), key=lambda group: -group["weight_decay"]
+        parameter_groups(task.model, task.weight_decay),
+        key=lambda group: (-group["weight_decay"], -group["params"][0].ndim),
     )
-    assert decaying["weight_decay"] == 0.05
+    assert decaying["weight_decay"] == (0 if isinstance(task, LinearProbe) else 0.05)
     assert exempt["weight_decay"] == 0
-    count = sum(1 for _ in task.model.parameters())
+    count = sum(parameter.requires_grad for parameter in task.model.parameters())
     assert len(decaying["params"]) + len(exempt["params"]) == count
 
 
@@ -65,3 +82,54 @@ def test_imagenet_recipes_are_the_published_one(recipe):
     assert task.ema_decay == 0.9999
     assert cli.trainer.max_epochs == 300
     assert cli.config.trainer.precision == "bf16-mixed"
+
+
+def global_batch(cli: TrainingCLI) -> int:
+    """On eight GPUs."""
+    return cli.datamodule.batch_size * 8 * cli.trainer.accumulate_grad_batches
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda file: file.stem)
+def test_pretraining_recipes_are_the_published_one(recipe):
+    cli = build(recipe)
+    task, trainer = cli.model, cli.trainer
+    assert global_batch(cli) == 4096
+    assert (task.lr, task.lr_batch, task.min_lr) == (1.5e-4, 256, 0)
+    assert (task.warmup_epochs, trainer.max_epochs) == (40, 1600)
+    assert (task.betas, task.ema_decay) == ((0.9, 0.95), None)
+    assert task.model_args["mask_ratio"] == 0.75
+    assert task.model_args["norm_pix_loss"]
+    assert cli.config.data.init_args.scale == (0.2, 1.0)
+    assert not cli.config.data.init_args.auto_augment
+    assert trainer.gradient_clip_val is None
+
+
+@pytest.mark.parametrize("recipe", FINETUNING, ids=lambda file: file.stem)
+def test_finetuning_recipes_are_the_published_one(recipe):
+    cli = build(recipe)
+    task, trainer = cli.model, cli.trainer
+    base = "base" in recipe.stem
+    assert global_batch(cli) == 1024
+    assert (task.lr, task.lr_batch, task.min_lr) == (5e-4 if base else 1e-3, 256, 1e-5)
+    assert (task.warmup_epochs, trainer.max_epochs) == (5, 100 if base else 50)
+    assert (task.layer_decay, task.blocks_per_decay) == (0.65 if base else 0.75, 2)
+    assert task.no_decay == ["pos_embed"]
+    assert task.model_args["drop_path_rate"] == 0.3
+    assert task.model_args.get("pool_scale", 1) == (1 if "_vim_" in recipe.stem else 0.25)
+    assert trainer.gradient_clip_val == (3.0 if "448" in recipe.stem else None)
+    assert task.ema_decay is None
+    # It starts from what the pre-training recipe of that size writes.
+    source = recipe.stem.replace("finetune", "pretrain").removesuffix("_448")
+    assert task.checkpoint == f"runs/mae/{source}/model.safetensors"
+    pretraining = build(recipe.with_stem(source))
+    assert pretraining.config.trainer.default_root_dir == f"runs/mae/{source}"
+
+
+def test_probing_recipe_is_the_published_one():
+    cli = build(ROOT / "recipes" / "mae" / "probe_fastvim_base.yaml")
+    task = cli.model
+    assert global_batch(cli) == 4096
+    assert (task.lr, task.lr_batch, task.min_lr) == (0.1, 256, 0)
+    assert (task.warmup_epochs, cli.trainer.max_epochs) == (10, 90)
+    assert (task.momentum, task.weight_decay, task.trust_coefficient) == (0.9, 0, 0.001)
+    assert task.model_args["pool_scale"] == 0.25

@@ -34,6 +34,12 @@ def _predict() -> Run:
     return run
 
 
+def _reconstruct() -> Run:
+    from fastvim.cli.reconstruct import run
+
+    return run
+
+
 def _convert() -> Run:
     from fastvim.cli.convert import run
 
@@ -58,6 +64,7 @@ COMMANDS = {
     "validate": Command("evaluate a checkpoint on the validation images", _train),
     "test": Command("evaluate a checkpoint on the test images", _train),
     "predict": Command("classify image files and folders", _predict),
+    "reconstruct": Command("draw what a masked autoencoder makes of images", _reconstruct),
     "convert": Command("turn published weights into a safetensors file", _convert),
     "benchmark": Command("time models, each checked for correctness first", _benchmark),
     "models": Command("list the models and the engines that compute them", _models),
@@ -111,7 +118,7 @@ def _dispatch(words: list[str]) -> None:
 
 
 def _help_page() -> str:
-    lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12} {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fastvim COMMAND [ARGUMENT …]",

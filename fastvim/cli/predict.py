@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import glob
 import json
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timm.data import ImageNetInfo, get_img_extensions, resolve_model_data_config
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from fastvim.checkpoint import load_model
 from fastvim.cli.arguments import Parser
-from fastvim.data.files import UNREADABLE
-from fastvim.data.transforms import Transform, evaluation_transform
+from fastvim.cli.images import (
+    Failure,
+    find_images,
+    image_settings,
+    read_batches,
+    report_failures,
+    usable_device,
+)
+from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError
+from fastvim.models import MaskedAutoencoder
 from fastvim.tasks.report import Prediction, draw_predictions
 
 SHEET_IMAGES = 100  # pictures on the contact sheet at most
 TOP = 5  # classes written for each image
-
-
-class Failure(NamedTuple):
-    """A file that gave no image, and why."""
-
-    path: Path
-    reason: str
 
 
 def _parser() -> Parser:
@@ -60,15 +57,20 @@ def run(argv: list[str]) -> None:
         raise UserError(f"--batch-size {arguments.batch_size}: expected at least 1")
     paths, failures = find_images(arguments.images)
     model, metadata = load_model(arguments.model, arguments.checkpoint)
+    if isinstance(model, MaskedAutoencoder):
+        raise UserError(
+            f"{arguments.checkpoint or arguments.model} is a masked autoencoder, which has no "
+            "classes: see fastvim reconstruct"
+        )
     if arguments.checkpoint is None:
         errors.print("no --checkpoint: the weights are the initial ones, the classes are random")
     settings = image_settings(model, metadata)
     names = class_names(model, metadata)
-    model = model.to(_device(arguments.device)).eval()
+    model = model.to(usable_device(arguments.device)).eval()
 
     lines: list[dict[str, Any]] = []
     shown: list[Prediction] = []
-    batches = _batches(paths, evaluation_transform(**settings), arguments.batch_size, failures)
+    batches = read_batches(paths, evaluation_transform(**settings), arguments.batch_size, failures)
     total = -(-len(paths) // arguments.batch_size)
     quiet = not errors.is_terminal
     for files, images in track(
@@ -86,10 +88,7 @@ def run(argv: list[str]) -> None:
                 best = top[0]
                 shown.append(Prediction(images[i], best["index"], None, best["probability"]))
 
-    for failure in failures:
-        errors.print(f"skipped {failure.path}: {failure.reason}", markup=False, soft_wrap=True)
-    if not lines:
-        raise UserError(f"no image among {len(failures)} files could be read")
+    report_failures(failures, errors, read=len(lines))
     console.print(_table(lines))
     if arguments.out is not None:
         _write(arguments.out, lines, failures)
@@ -97,46 +96,6 @@ def run(argv: list[str]) -> None:
         figure = draw_predictions(shown, names, settings["mean"], settings["std"], title)
         figure.savefig(arguments.out / "predictions.png", dpi=110)
         console.print(f"written to {arguments.out}/predictions.jsonl and predictions.png")
-
-
-def find_images(patterns: list[str]) -> tuple[list[Path], list[Failure]]:
-    """Image files that files, folders (with all below them) and globs name, each once.
-
-    A name that leads to nothing is a failure among the others, not the end.
-    """
-    found: dict[Path, None] = {}
-    failures = []
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in get_img_extensions()]
-            reason = "a folder without images"
-        elif path.exists():
-            files, reason = [path], ""
-        else:
-            files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-            reason = "no such file"
-        if not files:
-            failures.append(Failure(path, reason))
-        found.update(dict.fromkeys(files))
-    return list(found), failures
-
-
-def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
-    """How to prepare an image: as the checkpoint says, else as the model's configuration does."""
-    config = resolve_model_data_config(model)
-    channels, *size = config["input_size"]
-    default = {
-        "img_size": tuple(size),
-        "in_chans": channels,
-        "mean": config["mean"],
-        "std": config["std"],
-        "crop_pct": config["crop_pct"],
-        "interpolation": config["interpolation"],
-    }
-    settings = {key: metadata.get(key, value) for key, value in default.items()}
-    settings["mean"], settings["std"] = tuple(settings["mean"]), tuple(settings["std"])
-    return settings
 
 
 def class_names(model: nn.Module, metadata: dict[str, Any]) -> list[str]:
@@ -151,33 +110,6 @@ def class_names(model: nn.Module, metadata: dict[str, Any]) -> list[str]:
         info = ImageNetInfo()
         return [info.index_to_description(i) for i in range(count)]
     return [f"class {i}" for i in range(count)]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not usable on this machine") from error
-
-
-def _batches(
-    paths: list[Path], transform: Transform, size: int, failures: list[Failure]
-) -> Iterator[tuple[list[Path], Tensor]]:
-    """Files that could be read and their images (B, C, H, W); the others join `failures`."""
-    remaining = iter(paths)
-    while chunk := list(islice(remaining, size)):
-        files, images = [], []
-        for path in chunk:
-            try:
-                with Image.open(path) as image:
-                    images.append(transform(image))
-                files.append(path)
-            except UnidentifiedImageError:
-                failures.append(Failure(path, "not an image"))
-            except UNREADABLE as error:
-                failures.append(Failure(path, f"damaged: {error}"))
-        if files:
-            yield files, torch.stack(images)
 
 
 @torch.inference_mode()

@@ -33,6 +33,7 @@ from fastvim.tasks.checkpointing import (
 )
 from fastvim.tasks.curves import LearningCurves
 from fastvim.tasks.report import Report
+from fastvim.tasks.task import Task
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -61,8 +62,8 @@ class ProgressBar(RichProgressBar):
 class TrainingCLI(LightningCLI):
     """LightningCLI for one command, without Lightning's subcommands.
 
-    A task, beside being a LightningModule, has `monitor` (the metric, higher is better, that
-    chooses `best.ckpt`) and what `ExportWeights` asks for.
+    `model` is a `fastvim.tasks.Task`: a LightningModule that says what chooses `best.ckpt` and
+    what is exported.
 
     Args:
         command: "fit", "validate" or "test".
@@ -72,7 +73,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
         super().__init__(
-            model_class=L.LightningModule,
+            model_class=Task,
             datamodule_class=L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -158,7 +159,9 @@ class TrainingCLI(LightningCLI):
         if settings.enable_checkpointing is not False:
             folder = str(self.root / "checkpoints")
             callbacks += [
-                ModelCheckpoint(folder, "best", monitor=self.model.monitor, mode="max"),
+                ModelCheckpoint(
+                    folder, "best", monitor=self.model.monitor, mode=self.model.monitor_mode
+                ),
                 # The last: its file then holds the other's state of the same moment.
                 LastCheckpoint(folder, self.config.checkpoint_every_n_steps),
             ]
@@ -173,15 +176,16 @@ class TrainingCLI(LightningCLI):
         """
         console = get_console()
         inputs = {"model": self.model, "datamodule": self.datamodule}
-        checkpoint = self._checkpoint()
+        # Not an argument of `fit` and the others: the task should know when it builds its model.
+        self.trainer.ckpt_path = self._checkpoint()
         results: Mapping[str, float] = {}
         try:
             if self.command == "fit":
-                self.trainer.fit(**inputs, ckpt_path=checkpoint)
+                self.trainer.fit(**inputs)
             elif self.command == "validate":
-                (results,) = self.trainer.validate(**inputs, ckpt_path=checkpoint, verbose=False)
+                (results,) = self.trainer.validate(**inputs, verbose=False)
             else:
-                (results,) = self.trainer.test(**inputs, ckpt_path=checkpoint, verbose=False)
+                (results,) = self.trainer.test(**inputs, verbose=False)
         except MisconfigurationException as error:
             raise UserError(str(error)) from error
         except SystemExit:

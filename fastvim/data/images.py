@@ -114,6 +114,7 @@ class ImageData(L.LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.mean, self.std = tuple(mean), tuple(std)
         self._check_arguments()
         common: dict[str, Any] = {"img_size": img_size, "mean": mean, "std": std}
         common |= {"interpolation": interpolation, "in_chans": in_chans}

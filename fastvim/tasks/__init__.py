@@ -1,5 +1,8 @@
 """What a model is trained and evaluated on: losses, metrics, optimisers, schedules."""
 
 from fastvim.tasks.classification import Classification
+from fastvim.tasks.pretraining import Pretraining
+from fastvim.tasks.probe import LinearProbe
+from fastvim.tasks.task import Task
 
-__all__ = ["Classification"]
+__all__ = ["Classification", "LinearProbe", "Pretraining", "Task"]

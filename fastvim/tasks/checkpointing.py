@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvim.checkpoint import METADATA_KEY, save
 from fastvim.errors import UserError
+from fastvim.tasks.task import Task
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -150,8 +151,7 @@ class ExportWeights(L.Callback):
     """Writes `model.safetensors` at the end of training: the averaged weights if there are any.
 
     Its metadata, and that of every checkpoint, says how to build the model and how to prepare its
-    images, so that one file is all that prediction needs. The task must have `model`,
-    `model_name`, `model_args` and `ema_decay`; its data, `class_names`.
+    images, so that one file is all that prediction needs.
 
     Args:
         path: of the file.
@@ -164,23 +164,16 @@ class ExportWeights(L.Callback):
         self._images = images
 
     def on_save_checkpoint(
-        self, trainer: Any, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[METADATA_KEY] = self._metadata(trainer, pl_module)
+        assert isinstance(pl_module, Task)
+        checkpoint[METADATA_KEY] = {**pl_module.exported_metadata(), **self._images}
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         # Here and not at an earlier hook: the averages are in the module only now.
         fitted = stage == TrainerFn.FITTING and not trainer.fast_dev_run
         if fitted and trainer.is_global_zero:
-            metadata = self._metadata(trainer, pl_module)
-            metadata["weights"] = "only" if pl_module.ema_decay is None else "EMA"
-            save(self._path, pl_module.model.state_dict(), metadata)
-
-    def _metadata(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        """All values are JSON's and plain Python's: checkpoints load with `weights_only`."""
-        return {
-            "model": pl_module.model_name,
-            "model_args": {**pl_module.model_args, "num_classes": pl_module.model.num_classes},
-            "class_names": list(trainer.datamodule.class_names),
-            **self._images,
-        }
+            assert isinstance(pl_module, Task)
+            weights = "only" if pl_module.ema_decay is None else "EMA"
+            metadata = {**pl_module.exported_metadata(), **self._images, "weights": weights}
+            save(self._path, pl_module.exported_weights(), metadata)

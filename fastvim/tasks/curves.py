@@ -87,27 +87,32 @@ def draw_curves(rows: Sequence[dict[str, float]], steps_per_epoch: int) -> Figur
         found = [(row["step"], row[name]) for row in rows if name in row]
         return [(step + 1) / steps_per_epoch for step, _ in found], [v * scale for _, v in found]
 
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
+    accuracies = [
+        (name, label, color)
+        for name, label, color in (("val/acc1", "top-1", ORANGE), ("val/acc5", "top-5", GREEN))
+        if any(name in row for row in rows)
+    ]
+    panels = 3 if accuracies else 2  # a masked autoencoder's run has none
+    figure = Figure(figsize=(13 / 3 * panels, 3.8), layout="constrained")
+    loss, *middle, rate = figure.subplots(1, panels)
     loss.plot(*points("train/loss"), color=BLUE, alpha=0.25, linewidth=1)
     loss.plot(*points("train/loss_epoch"), color=BLUE, label="training", linewidth=2)
     loss.plot(*points("val/loss"), color=ORANGE, label="validation", linewidth=2)
     loss.set_title("Loss")
     loss.legend(frameon=False)
 
-    for name, label, color in (("val/acc1", "top-1", ORANGE), ("val/acc5", "top-5", GREEN)):
+    for name, label, color in accuracies:
         epochs, values = points(name, scale=100)
-        if values:
-            label = f"{label}, at the end {values[-1]:.1f}"
-            accuracy.plot(epochs, values, color=color, label=label, linewidth=2)
-    accuracy.set_title("Validation accuracy (%)")
-    if accuracy.lines:
-        accuracy.legend(frameon=False, loc="lower right")
+        label = f"{label}, at the end {values[-1]:.1f}"
+        middle[0].plot(epochs, values, color=color, label=label, linewidth=2)
+    for axes in middle:
+        axes.set_title("Validation accuracy (%)")
+        axes.legend(frameon=False, loc="lower right")
 
     rate.plot(*points("train/lr"), color=GREY, linewidth=2)
     rate.set_title("Learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (loss, accuracy, rate):
+    for axes in (loss, *middle, rate):
         _tidy(axes)
     return figure
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the callbacks in stops.py
+from fastvim.data.images import ImageData
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the callbacks in stops.py, and harness.py
+
+
+@pytest.fixture
+def data(image_folder) -> ImageData:
+    """96 training and 36 validation images, in batches of 8."""
+    return ImageData(str(image_folder), img_size=32, batch_size=8, num_workers=0)
 
 
 def recipe(root: Path, images: Path) -> dict:

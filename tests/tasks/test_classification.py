@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from harness import MODEL_ARGS, ONE_EPOCH, last, trainer
 from safetensors.torch import load_file
 
 from fastvim.cli import main
@@ -18,37 +18,10 @@ from fastvim.data.images import ImageData
 from fastvim.errors import UserError
 from fastvim.tasks import Classification
 
-MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}
-ONE_EPOCH = {"trainer.max_epochs": 1, "model.init_args.warmup_epochs": 0}
-
-
-@pytest.fixture
-def data(image_folder):
-    return ImageData(str(image_folder), img_size=32, batch_size=8, num_workers=0)
-
-
-def trainer(tmp_path, *callbacks, **settings) -> L.Trainer:
-    defaults = {
-        "default_root_dir": tmp_path,
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "callbacks": list(callbacks),
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    return L.Trainer(**{**defaults, **settings})
-
 
 def task(**settings) -> Classification:
     defaults = {"model_args": MODEL_ARGS, "warmup_epochs": 0}
     return Classification("fastvim_tiny_patch16_224", **{**defaults, **settings})
-
-
-def last(config: Path) -> dict:
-    return torch.load(config.with_suffix("") / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def test_the_rate_scales_with_the_true_global_batch(tmp_path, data):

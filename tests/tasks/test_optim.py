@@ -69,20 +69,26 @@ def test_layers_learn_at_their_own_rates_all_along_the_schedule(model):
         assert rates["pos_embed"] == pytest.approx(rate * 0.5 ** (DEPTH + 1))
 
 
-@pytest.mark.parametrize("depth", [3, 4])
-def test_pairs_of_blocks_share_a_rate_as_published(depth):
-    model = timm.create_model(
-        "fastvim_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=16, depth=depth
-    )
-    scale = setting(model, parameter_groups(model, 0.05, 0.7, blocks_per_decay=2), "lr_scale")
+@pytest.mark.parametrize("name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224"])
+@pytest.mark.parametrize("depth", [3, 4, 24])
+def test_pairs_of_blocks_share_a_rate_as_published(name, depth):
+    model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=16, depth=depth)
+    groups = parameter_groups(model, 0.05, 0.65, blocks_per_decay=2, no_decay=["pos_embed"])
+    scale, decay = (setting(model, groups, key) for key in ("lr_scale", "weight_decay"))
 
     n = depth + 1
-    assert scale["patch_embed.proj.weight"] == pytest.approx(0.7 ** (n // 2 + n % 2))
-    for block in range(depth):
-        g = block + 1
-        expected = 0.7 ** ((n - g) // 2 + (n - g) % 2)
-        assert scale[f"blocks.{block}.mixer.in_proj.weight"] == pytest.approx(expected)
-    assert scale["head.weight"] == 1
+    for parameter in scale:
+        if parameter.startswith(("patch_embed.", "pos_embed", "cls_token")):
+            assert scale[parameter] == 0.65 ** (n // 2 + n % 2)
+        elif parameter.startswith("blocks."):
+            g = int(parameter.split(".")[1]) + 1
+            assert scale[parameter] == 0.65 ** ((n - g) // 2 + (n - g) % 2)
+        else:
+            assert parameter in {"norm.weight", "head.weight", "head.bias"}
+            assert scale[parameter] == 1
+    assert set(scale) == {parameter for parameter, _ in model.named_parameters()}
+    assert decay["pos_embed"] == 0
+    assert decay["patch_embed.proj.weight"] == 0.05
 
 
 def test_warm_up_is_linear_and_the_cosine_starts_after_it():

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from harness import PRETRAINING, PROBE, fit, last
 from safetensors.torch import load_file
 
 from fastvim.cli import main
 from fastvim.tasks.checkpointing import AtomicCheckpointIO
 from fastvim.tasks.curves import join
-
-HERE = Path(__file__).parent
-
-
-def fit(config: Path, *arguments: str) -> int:
-    """Run the command line in a process of its own; its exit code."""
-    command = [sys.executable, "-m", "fastvim.cli", "fit", "--config", str(config), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
-
-
-def last(config: Path) -> dict:
-    return torch.load(config.with_suffix("") / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def stop(kind: str, **init_args) -> dict:
@@ -36,25 +21,28 @@ def stop(kind: str, **init_args) -> dict:
 
 def assert_same_training_state(one: dict, other: dict) -> None:
     """Trained and averaged weights, optimiser, schedule and counters, bit for bit."""
-    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
+    assert one.keys() == other.keys()
+    tensors = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "probe")
+    for key in one.keys() & set(tensors):
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
     assert one["lr_schedulers"] == other["lr_schedulers"]
     assert (one["epoch"], one["global_step"]) == (other["epoch"], other["global_step"])
 
 
-def test_killed_twice_and_resumed(write_recipe):
-    whole = write_recipe(name="whole")
+@pytest.mark.parametrize("task", [{}, {"model": PRETRAINING}], ids=["classifier", "autoencoder"])
+def test_killed_twice_and_resumed(write_recipe, task):
+    whole = write_recipe(task, name="whole")
     assert main(["fit", "--config", str(whole)]) == 0
 
     # The first kill is in the middle of an epoch and of an accumulation, the second in a
     # validation, before the epoch's checkpoint.
-    killed = write_recipe(stop("KillAt", batch=7), name="killed")
+    killed = write_recipe({**task, **stop("KillAt", batch=7)}, name="killed")
     assert fit(killed) == -signal.SIGKILL
     assert last(killed)["global_step"] == 2
-    write_recipe(stop("KillAt", batch=20, validation=True), name="killed")
+    write_recipe({**task, **stop("KillAt", batch=20, validation=True)}, name="killed")
     assert fit(killed, "--ckpt_path", "last") == -signal.SIGKILL
     assert last(killed)["global_step"] == 10
-    write_recipe(name="killed")
+    write_recipe(task, name="killed")
     assert main(["fit", "--config", str(killed), "--ckpt_path", "last"]) == 0
 
     assert_same_training_state(last(whole), last(killed))
@@ -97,6 +85,17 @@ def test_resumes_from_any_batch(write_recipe, accumulate, batches):
         write_recipe(changes, name=name)
         assert main(["fit", "--config", str(stopped), "--ckpt_path", "last"]) == 0
         assert_same_training_state(last(whole), last(stopped))
+
+
+def test_a_probe_resumes_with_what_is_folded_into_its_weights(write_recipe):
+    whole = write_recipe({"model": PROBE}, name="whole")
+    assert main(["fit", "--config", str(whole)]) == 0
+    stopped = write_recipe({"model": PROBE, **stop("StopAt", batch=7)}, name="stopped")
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        main(["fit", "--config", str(stopped)])
+    write_recipe({"model": PROBE}, name="stopped")
+    assert main(["fit", "--config", str(stopped), "--ckpt_path", "last"]) == 0
+    assert_same_training_state(last(whole), last(stopped))
 
 
 def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):

@@ -1,0 +1,106 @@
+"""Image files that a command is given: finding, reading and preparing them."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from timm.data import get_img_extensions, resolve_model_data_config
+from torch import Tensor, nn
+
+from fastvim.data.files import UNREADABLE
+from fastvim.data.transforms import Transform
+from fastvim.errors import UserError
+
+
+class Failure(NamedTuple):
+    """A file that gave no image, and why."""
+
+    path: Path
+    reason: str
+
+
+def find_images(patterns: list[str]) -> tuple[list[Path], list[Failure]]:
+    """Image files that files, folders (with all below them) and globs name, each once.
+
+    A name that leads to nothing is a failure among the others, not the end.
+    """
+    found: dict[Path, None] = {}
+    failures = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in get_img_extensions()]
+            reason = "a folder without images"
+        elif path.exists():
+            files, reason = [path], ""
+        else:
+            files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+            reason = "no such file"
+        if not files:
+            failures.append(Failure(path, reason))
+        found.update(dict.fromkeys(files))
+    return list(found), failures
+
+
+def read_batches(
+    paths: list[Path], transform: Transform, size: int, failures: list[Failure]
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Files that could be read and their images (B, C, H, W); the others join `failures`."""
+    remaining = iter(paths)
+    while chunk := list(islice(remaining, size)):
+        files, images = [], []
+        for path in chunk:
+            try:
+                with Image.open(path) as image:
+                    images.append(transform(image))
+                files.append(path)
+            except UnidentifiedImageError:
+                failures.append(Failure(path, "not an image"))
+            except UNREADABLE as error:
+                failures.append(Failure(path, f"damaged: {error}"))
+        if files:
+            yield files, torch.stack(images)
+
+
+def report_failures(failures: list[Failure], errors: Console, *, read: int) -> None:
+    """A line for each file that gave no image.
+
+    Raises:
+        UserError: none was read.
+    """
+    for failure in failures:
+        errors.print(f"skipped {failure.path}: {failure.reason}", markup=False, soft_wrap=True)
+    if not read:
+        raise UserError(f"no image among {len(failures)} files could be read")
+
+
+def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    """How to prepare an image: as the checkpoint says, else as the model's configuration does."""
+    config = resolve_model_data_config(model)
+    channels, *size = config["input_size"]
+    default = {
+        "img_size": tuple(size),
+        "in_chans": channels,
+        "mean": config["mean"],
+        "std": config["std"],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+    }
+    settings = {key: metadata.get(key, value) for key, value in default.items()}
+    settings["mean"], settings["std"] = tuple(settings["mean"]), tuple(settings["std"])
+    return settings
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name, or a UserError where this machine has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable on this machine") from error

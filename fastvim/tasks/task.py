@@ -1,0 +1,188 @@
+"""What every task shares: its network and weights, its schedule, what its checkpoints hold."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn, optim
+
+from fastvim.checkpoint import load_weights
+from fastvim.errors import UserError
+from fastvim.models import create_model
+from fastvim.tasks.ema import EMA
+from fastvim.tasks.optim import count_steps, warmup_cosine
+
+_logger = logging.getLogger(__name__)
+
+
+class Task(L.LightningModule):
+    """Trains a timm model on a schedule of optimiser steps: warm-up, then a cosine.
+
+    A subclass sets `monitor` and `monitor_mode`, builds `self.model` in `configure_model`, and
+    gives the steps and `make_optimizer`. The data module must have `batch_size` (images per
+    process).
+
+    Args:
+        model: name of a timm model.
+        model_args: options of that model.
+        checkpoint: file of weights to start from; None starts from random ones.
+        lr: peak learning rate for `lr_batch` images a step. The rate used is
+            `lr * global batch / lr_batch`, the global batch being images per process times
+            processes times `accumulate_grad_batches`.
+        lr_batch: see `lr`.
+        min_lr: where the cosine ends.
+        warmup_lr: where the linear warm-up starts.
+        warmup_epochs: length of the warm-up; the cosine starts after it.
+        ema_decay: decay of the averaged weights, which are validated and exported; None trains
+            without them.
+        grad_checkpointing: recompute each block in the backward pass, for memory.
+
+    Raises:
+        UserError: unknown model or model option; checkpoint that does not fit the model; warm-up
+            as long as the run.
+    """
+
+    monitor: str  # the metric that the best checkpoint is chosen by
+    monitor_mode: str  # "max" if higher is better, "min" if lower is
+
+    def __init__(
+        self,
+        model: str,
+        model_args: dict[str, Any] | None,
+        checkpoint: str | None,
+        *,
+        lr: float,
+        lr_batch: int,
+        min_lr: float,
+        warmup_lr: float,
+        warmup_epochs: float,
+        ema_decay: float | None = None,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model_name = model
+        self.model_args = model_args or {}
+        self.checkpoint = checkpoint
+        self.lr, self.lr_batch, self.min_lr = lr, lr_batch, min_lr
+        self.warmup_lr, self.warmup_epochs = warmup_lr, warmup_epochs
+        self.ema_decay = ema_decay
+        self.grad_checkpointing = grad_checkpointing
+        self.model: nn.Module | None = None
+
+    # The network and its weights.
+
+    def build_model(self, **options: Any) -> nn.Module:
+        """The network, with the weights to start from.
+
+        Those are left out where the run goes on from a checkpoint of its own
+        (`trainer.ckpt_path`), which holds all weights. Training makes a new head if the file has
+        none, or one for another number of classes.
+        """
+        model = create_model(self.model_name, **options, **self.model_args)
+        if self.grad_checkpointing:
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        if self.checkpoint is not None and not self.trainer.ckpt_path:
+            load_weights(model, self.checkpoint, new_head=self.fitting)
+        return model
+
+    def exported_weights(self) -> dict[str, Tensor]:
+        """Weights of the trained model, as `fastvim.checkpoint.save` takes them."""
+        assert self.model is not None
+        return self.model.state_dict()
+
+    def exported_metadata(self) -> dict[str, Any]:
+        """How to build the trained model again; JSON's values, and plain Python's."""
+        return {"model": self.model_name, "model_args": self.model_args}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, theirs = self.state_dict(), checkpoint["state_dict"]
+        wrong = [
+            f"{name} {_shape(theirs.get(name))} for {_shape(own.get(name))}"
+            for name in sorted(own.keys() | theirs.keys())
+            if _shape(theirs.get(name)) != _shape(own.get(name))
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise UserError(
+                f"the checkpoint does not fit {self.model_name} as configured: "
+                f"{', '.join(wrong[:3])}{more}"
+            )
+
+    # The schedule.
+
+    def make_optimizer(self) -> optim.Optimizer:
+        """The optimiser of the trainable parameters, at the peak rate."""
+        raise NotImplementedError
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [] if self.ema_decay is None else [EMA(self.ema_decay)]
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        steps_per_epoch, total_steps = count_steps(self.trainer)
+        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warmup_steps = 0
+        else:
+            self._check_averaging(total_steps)
+        if warmup_steps >= total_steps:
+            raise UserError(
+                f"warmup_epochs is {self.warmup_epochs:g} ({warmup_steps} steps) but the whole "
+                f"run is {total_steps} steps: shorten the warm-up or train longer"
+            )
+        optimizer = self.make_optimizer()
+        scheduler = warmup_cosine(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _check_averaging(self, total_steps: int) -> None:
+        """Warn of an average that has not forgotten the initial weights when the run ends."""
+        initial = 0.0 if self.ema_decay is None else self.ema_decay**total_steps
+        if initial > 0.05 and self.trainer.is_global_zero:
+            _logger.warning(
+                "%.0f %% of the averaged weights will still be the initial ones after %d steps: "
+                "lower ema_decay from %g, say to %.3g",
+                100 * initial,
+                total_steps,
+                self.ema_decay,
+                max(0.0, 1 - 30 / total_steps),
+            )
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        # Optimiser steps done so far: a resumed run continues the curve from the loop's counter.
+        scheduler.step_update(num_updates=self.trainer.global_step)
+
+    def log_training(self, loss: Tensor) -> None:
+        """Log a training step's loss, and the highest rate of any group."""
+        rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
+        self.log("train/lr", rate, on_step=True, on_epoch=False)
+        self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, sync_dist=True)
+
+    @property
+    def fitting(self) -> bool:
+        """Whether this is training, with its validations, and not an evaluation."""
+        return bool(self.trainer.state.fn == TrainerFn.FITTING)
+
+    @property
+    def global_batch(self) -> int:
+        """Images of one optimiser step over all processes."""
+        trainer = self.trainer
+        return self._data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the end of the warm-up, scaled to the global batch."""
+        return self.lr * self.global_batch / self.lr_batch
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _shape(weight: Tensor | None) -> str:
+    return "absent" if weight is None else str(tuple(weight.shape))

@@ -1,0 +1,64 @@
+"""Small runs of a task, in this process or in one of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+
+HERE = Path(__file__).parent
+# Of every small model: 16 patches of 8 pixels.
+MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1}
+ONE_EPOCH = {"trainer.max_epochs": 1, "model.init_args.warmup_epochs": 0}
+
+# Sections `model` of a configuration.
+PRETRAINING = {
+    "class_path": "fastvim.tasks.Pretraining",
+    "init_args": {
+        "model": "mae_fastvim_tiny_patch16_224",
+        "model_args": {**MODEL_ARGS, **DECODER, "drop_path_rate": 0.2},
+        "lr": 0.02,
+        "warmup_epochs": 1,
+    },
+}
+PROBE = {
+    "class_path": "fastvim.tasks.LinearProbe",
+    "init_args": {
+        "model": "fastvim_tiny_patch16_224",
+        "model_args": MODEL_ARGS,
+        "warmup_epochs": 1,
+    },
+}
+
+
+def trainer(tmp_path: Path, *callbacks: L.Callback, **settings) -> L.Trainer:
+    """A trainer for one epoch that writes nothing of its own."""
+    defaults = {
+        "default_root_dir": tmp_path,
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "callbacks": list(callbacks),
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**{**defaults, **settings})
+
+
+def fit(config: Path, *arguments: str) -> int:
+    """Run the command line in a process of its own; its exit code."""
+    command = [sys.executable, "-m", "fastvim.cli", "fit", "--config", str(config), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+
+
+def last(config: Path) -> dict:
+    """The last checkpoint of the run of a configuration."""
+    return torch.load(config.with_suffix("") / "checkpoints" / "last.ckpt", weights_only=True)
