@@ -1,9 +1,11 @@
-"""The argument parser of the commands that are not Lightning's."""
+"""Arguments of the commands that are not Lightning's."""
 
 from __future__ import annotations
 
 import argparse
 from typing import NoReturn
+
+import torch
 
 from fastvim.errors import UserError
 
@@ -13,3 +15,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name, or a UserError where this machine has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not usable on this machine") from error

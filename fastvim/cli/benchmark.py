@@ -36,7 +36,7 @@ from fastvim.benchmark import (
 )
 from fastvim.benchmark.cases import size_name
 from fastvim.benchmark.record import device_name, environment, rate_text
-from fastvim.cli.arguments import Parser
+from fastvim.cli.arguments import Parser, usable_device
 from fastvim.errors import UserError
 from fastvim.ops import engine_name, use_engine
 from fastvim.ops.dispatch import OPS
@@ -130,7 +130,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     for name, value in (("warmup", arguments.warmup), ("repeats", arguments.repeats)):
         if value < 1:
             raise UserError(f"--{name} {value}: expected 1 or more")
-    device = _device(arguments.device)
+    device = usable_device(arguments.device)
     default = "amp" if arguments.train else "bfloat16"
     return Settings(
         device=device,
@@ -142,13 +142,6 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         check=not arguments.no_check,
         floor=not arguments.no_floor,
     )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not usable on this machine") from error
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
@@ -167,7 +160,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
             f"{len(batches)} numbers for --batch, {len(sizes)} for --size: expected one for each "
             "size, or one for all"
         )
-    on_cuda = _device(arguments.device).type == "cuda"
+    on_cuda = usable_device(arguments.device).type == "cuda"
     modes = arguments.mode or ["graph" if on_cuda and not arguments.train else "eager"]
     return [
         Case(model, size, batch, mode)

@@ -96,11 +96,3 @@ def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]
     settings = {key: metadata.get(key, value) for key, value in default.items()}
     settings["mean"], settings["std"] = tuple(settings["mean"]), tuple(settings["std"])
     return settings
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name, or a UserError where this machine has none."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not usable on this machine") from error

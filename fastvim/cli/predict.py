@@ -14,14 +14,13 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from fastvim.checkpoint import load_model
-from fastvim.cli.arguments import Parser
+from fastvim.cli.arguments import Parser, usable_device
 from fastvim.cli.images import (
     Failure,
     find_images,
     image_settings,
     read_batches,
     report_failures,
-    usable_device,
 )
 from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError

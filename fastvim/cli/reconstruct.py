@@ -12,13 +12,12 @@ from rich.progress import track
 from torch import Tensor
 
 from fastvim.checkpoint import load_model
-from fastvim.cli.arguments import Parser
+from fastvim.cli.arguments import Parser, usable_device
 from fastvim.cli.images import (
     find_images,
     image_settings,
     read_batches,
     report_failures,
-    usable_device,
 )
 from fastvim.data.transforms import Transform, evaluation_transform
 from fastvim.errors import UserError

@@ -36,7 +36,7 @@ MOST_RUNS = 64  # of a program at a time
 PROGRAMS = 1056
 SUMS = tl.constexpr(12)  # four taps each way, two biases, two skips
 
-_launches: Launches[Launch] = Launches()
+_launches: Launches[tuple[Launch, int]] = Launches()
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def _runs_backward_kernel(
         tl.store(p_sums + k * E, tl.sum(parts[k], axis=0), mask=columns < E)
 
 
-def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> tuple[Launch, int]:
+def _plan(x: Tensor, segments: Segments, pool_scale: float) -> tuple[Launch, int]:
     """The launch for a traversal of rows, and the programs that sum apart."""
     B, L, E = x.shape[0], x.shape[1], int(x.shape[2])
     S, pools = segments.num_segments, segments.pools
@@ -207,11 +207,13 @@ def _run(
     dpooled, dskip = dpooled.contiguous(), dskip.contiguous()
     E = int(x.shape[2])
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    plan = _plan(x, segments, pooling, pool_scale)
-    sums = torch.empty((plan[1], SUMS.value, E), dtype=torch.float32, device=x.device)
+    launch, programs = _launches.get(
+        (x, taps, bias, D, dpooled, dskip),
+        (segments, pool_scale),
+        lambda: _plan(x, segments, pool_scale),
+    )
+    sums = torch.empty((programs, SUMS.value, E), dtype=torch.float32, device=x.device)
     if dx.numel():
-        key = (segments, pooling, pool_scale)
-        launch = _launches.get((x, taps, bias, D, dpooled, dskip), key, lambda: plan[0])
         launch(x, taps, bias, D, dpooled, dskip, dx, sums)
     total = sums.sum(0)
     dweight = total[:8].unflatten(0, (2, 4)).mT[..., 4 - weight.shape[2] :]
