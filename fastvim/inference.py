@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy as copying
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,7 +183,8 @@ class Predictor:
         with torch.cuda.stream(stream):
             for _ in range(warmup):
                 self._forward(self.images)
-            self.reason = self._synchronizes()
+            forward = partial(self._forward, self.images)
+            self.reason = why_not_captured(forward, "forward pass")
         torch.cuda.current_stream(self.device).wait_stream(stream)
         if self.reason is not None:
             _logger.warning("running eagerly: %s", self.reason)
@@ -193,24 +195,6 @@ class Predictor:
             self._output = self._forward(self.images)
         self.captured = True
 
-    def _synchronizes(self) -> str | None:
-        """Why the forward pass cannot be recorded: it waits for the device somewhere.
-
-        A recording that fails leaves torch's random state and allocator broken, so that the usual
-        reason is looked for beforehand.
-        """
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            self._forward(self.images)
-        except RuntimeError as error:
-            if "synchronizing" not in str(error):
-                raise
-            return f"the forward pass waits for the device ({str(error).splitlines()[0]})"
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-        return None
-
     def _count(self, images: Tensor) -> int:
         """How many images there are, of the right shape."""
         most, *shape = self.images.shape
@@ -218,6 +202,29 @@ class Predictor:
             expected = ", ".join(map(str, [f"1 to {most}" if most > 1 else 1, *shape]))
             raise ValueError(f"images {tuple(images.shape)}: expected ({expected})")
         return len(images)
+
+
+def why_not_captured(call: Callable[[], object], what: str) -> str | None:
+    """Why a call cannot be recorded as a CUDA graph, if it waits for the device somewhere, or None.
+
+    A recording that fails leaves torch's random state and allocator broken, so that the usual
+    reason is looked for beforehand.
+
+    Args:
+        call: made once.
+        what: names it in the answer, as in "forward pass".
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return f"the {what} waits for the device ({str(error).splitlines()[0]})"
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return None
 
 
 def _each(function: Callable[[Tensor], Tensor], output: Any) -> Any:

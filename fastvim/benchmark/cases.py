@@ -18,9 +18,9 @@ from fastvim.models import FastVim
 
 Size = tuple[int, int]
 
-# "graph" replays one captured CUDA graph; "compiled-graph" captures what torch.compile made.
+# "graph" replays one captured CUDA graph, in training of a forward and backward pass;
+# "compiled-graph" captures what torch.compile made.
 MODES = ("eager", "compiled", "graph", "compiled-graph")
-TRAINING_MODES = ("eager", "compiled")
 
 
 @dataclass(frozen=True)

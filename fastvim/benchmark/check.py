@@ -10,10 +10,10 @@ import copy
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvim.benchmark.cases import Precision, Settings, Size, random_images
+from fastvim.benchmark.training import TrainingStep
 from fastvim.inference import Predictor
 from fastvim.ops import use_engine
 
@@ -23,49 +23,6 @@ IMAGES = 2
 MOST_PIXELS = {False: 512, True: 224}
 PART = 16  # images at a time in the eager run beside a captured one
 _EXACT = Precision(torch.float32, None, 0.0)
-
-
-class TrainingStep:
-    """Forward and backward of a classification, without an optimizer.
-
-    One call: gradients set to None, the forward pass (under autocast if the precision says so),
-    cross entropy in float32 against random classes, the backward pass.
-
-    Args:
-        model: gives logits (B, classes).
-        images: (B, C, H, W).
-        precision: dtypes.
-        compile: run the forward and backward passes through torch.compile.
-    """
-
-    def __init__(
-        self, model: nn.Module, images: Tensor, precision: Precision, compile: bool = False
-    ) -> None:
-        self.model = model
-        self.images = images
-        self.autocast = precision.autocast
-        self._run = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
-        self._classes: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        """The logits (B, classes), detached; gradients are in the model's parameters."""
-        self.model.zero_grad(set_to_none=True)
-        device = self.images.device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
-            logits = self._run(self.images)
-        if self._classes is None:
-            count, classes = logits.shape
-            self._classes = torch.randint(classes, (count,), device=self.images.device)
-        F.cross_entropy(logits.float(), self._classes).backward()
-        return logits.detach()
-
-    def results(self, classes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, all gradients in one vector, and the classes asked for, of one call."""
-        self._classes = classes
-        logits = self()
-        found = [p.grad.float().flatten() for p in self.model.parameters() if p.grad is not None]
-        assert self._classes is not None
-        return logits, torch.cat(found), self._classes
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -96,10 +53,12 @@ def engine_error(model: nn.Module, size: Size, settings: Settings) -> float:
     images = random_images(IMAGES, checked_size(size, settings.train), settings)
     exact = copy.deepcopy(model).float()
     if settings.train:
-        logits, gradient, classes = TrainingStep(model.eval(), images, settings.precision).results()
+        step = TrainingStep(model.eval(), images, settings.precision)
+        step.renew()
+        logits, gradient = step.results()
         with use_engine("reference"):
-            step = TrainingStep(exact.eval(), images.float(), _EXACT)
-            expected, slope, _ = step.results(classes)
+            defined = TrainingStep(exact.eval(), images.float(), _EXACT, classes=step.classes)
+            expected, slope = defined.results()
         model.zero_grad(set_to_none=True)
         return max(relative_error(logits, expected), relative_error(gradient, slope))
     actual = predictor(model, tuple(images.shape), "eager", settings)(images)
@@ -138,15 +97,19 @@ def mode_error(served: Predictor, settings: Settings) -> float:
 
 
 def step_error(step: TrainingStep, settings: Settings) -> float:
-    """The same of a training step: logits and gradients on fresh images, in eval mode.
+    """The same of a training step: logits and gradients on fresh images and classes, in eval mode.
 
-    In eval mode, since dropout draws other numbers when it is compiled.
+    In eval mode, since dropout draws other numbers when it is compiled. A captured step is recorded
+    in that mode for the check, and once more in the model's own mode by the call that follows. Its
+    memory is given up before the eager step needs as much.
     """
     was_training = step.model.training
     step.model.eval()
-    step.images.copy_(torch.randn_like(step.images))
-    logits, gradient, classes = step.results()
-    eager = TrainingStep(step.model, step.images, settings.precision)
-    expected, slope, _ = eager.results(classes)
+    step.release()
+    step.renew()
+    logits, gradient = step.results()
+    step.release()
+    eager = TrainingStep(step.model, step.images, settings.precision, classes=step.classes)
+    expected, slope = eager.results()
     step.model.train(was_training)
     return max(relative_error(logits, expected), relative_error(gradient, slope))

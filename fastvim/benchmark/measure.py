@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from fastvim.benchmark import check
-from fastvim.benchmark.cases import TRAINING_MODES, Case, Settings, create, is_ours, random_images
+from fastvim.benchmark.cases import Case, Settings, create, is_ours, random_images
 from fastvim.benchmark.floor import Blocks, copy_rate, product_seconds
 from fastvim.benchmark.record import OUT_OF_MEMORY, Row
 from fastvim.benchmark.timing import measure, peak_gib, reset_peak
+from fastvim.benchmark.training import TrainingStep, Uncapturable
 from fastvim.errors import UserError
 from fastvim.models import FastVim
 
@@ -43,10 +44,6 @@ class Bench:
     def validate(self, case: Case) -> None:
         """Raise UserError for a case that can never run."""
         settings = self.settings
-        if settings.train and case.mode not in TRAINING_MODES:
-            raise UserError(
-                f"mode {case.mode} with training: expected {' or '.join(TRAINING_MODES)}"
-            )
         if "graph" in case.mode and settings.device.type != "cuda":
             raise UserError(f"mode {case.mode} needs a CUDA device, not {settings.device.type}")
 
@@ -73,7 +70,7 @@ class Bench:
                 self._fill(row)
         except torch.OutOfMemoryError:
             row.failure = OUT_OF_MEMORY
-        except _Unusable as error:
+        except (_Unusable, Uncapturable) as error:
             row.failure = str(error)
         except Exception as error:
             # Any of a thousand models may fail at this size or mode; the others go on.
@@ -125,11 +122,16 @@ class Bench:
     def _time_training(self, row: Row, model: nn.Module) -> None:
         settings = self.settings
         images = random_images(row.batch, row.size, settings)
-        compiled = row.mode == "compiled"
         model.train()
         reset_peak(settings.device)
-        step = check.TrainingStep(model, images, settings.precision, compiled)
-        step()
+        step = TrainingStep(
+            model,
+            images,
+            settings.precision,
+            compile="compiled" in row.mode,
+            capture="graph" in row.mode,
+        )
+        step.renew()
         step()
         row.memory_gib = peak_gib(settings.device)
         if settings.check:

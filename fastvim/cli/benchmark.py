@@ -52,9 +52,11 @@ A row that fails is marked and not timed, and the exit code is then 1.
 
 Inference is the forward pass on images that lie on the device. A training step (--train) is the
 forward pass, cross entropy in float32 and the backward pass, with gradients set to None before; no
-optimizer. Times are medians over --repeats groups of calls, each of 50 ms or more (20 on a CPU).
-Memory is the most in live tensors, weights and a graph's own pool included. The floor of our models
-is the time of the blocks' large products and of moving the other bytes once.
+optimizer. As a graph it is captured whole, and a replay writes the gradients anew; it is checked as
+captured in eval mode, timed as captured in train mode. Times are medians over --repeats groups of
+calls, each of 50 ms or more (20 on a CPU). Memory is the most in live tensors, weights and a
+graph's own pool included. The floor of our models is the time of the blocks' large products and of
+moving the other bytes once.
 """
 EPILOGUE = """\
 example:
@@ -81,7 +83,7 @@ def _parser() -> Parser:
     )
     add("--dtype", choices=list(PRECISIONS), help=f"{help} elsewhere float32)")
     help = "graph: one captured CUDA graph; compiled-graph: torch.compile, then captured"
-    help += " (default: graph on CUDA, with --train and elsewhere eager)"
+    help += " (default: graph on CUDA, eager elsewhere)"
     add("--mode", nargs="+", choices=MODES, help=help)
     add("--train", action="store_true", help="time forward and backward")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,7 +163,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
             "size, or one for all"
         )
     on_cuda = usable_device(arguments.device).type == "cuda"
-    modes = arguments.mode or ["graph" if on_cuda and not arguments.train else "eager"]
+    modes = arguments.mode or ["graph" if on_cuda else "eager"]
     return [
         Case(model, size, batch, mode)
         for model in dict.fromkeys(arguments.models)

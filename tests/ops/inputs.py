@@ -71,20 +71,31 @@ def outputs_of(result) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def probe_backward(outputs) -> None:
+def probe_backward(outputs, exact: torch.dtype | None = None) -> None:
     """Gradients of the sum of all outputs, each times a probe of its own.
 
-    Outputs that depend on nothing with a gradient are left out.
+    Outputs that depend on nothing with a gradient are left out. The probes are numbers of the dtype
+    `exact` (default: of the outputs).
     """
     probed = [(out, normal(*out.shape, seed=99 + i)) for i, out in enumerate(outputs)]
-    probed = [(out, p.to(out.device, out.dtype)) for out, p in probed if out.requires_grad]
+    probed = [
+        (out, p.to(exact or out.dtype).to(out.device, out.dtype))
+        for out, p in probed
+        if out.requires_grad
+    ]
     torch.autograd.backward(*zip(*probed, strict=True))
 
 
-def run_with_gradients(function, tensors, dtype: torch.dtype, engine: str | None = None):
+def run_with_gradients(
+    function,
+    tensors,
+    dtype: torch.dtype,
+    engine: str | None = None,
+    exact: torch.dtype | None = None,
+):
     """Every output, then the gradient of every input that is not None, as computed in `dtype`.
 
-    In float64, for comparison.
+    In float64, for comparison. `exact` as in `probe_backward`.
     """
     leaves = to(tensors, dtype, grad=True)
     if engine is None:
@@ -94,7 +105,7 @@ def run_with_gradients(function, tensors, dtype: torch.dtype, engine: str | None
             outputs = outputs_of(function(*leaves))
     assert outputs[0].dtype == dtype
     assert all(out.requires_grad for out in outputs)
-    probe_backward(outputs)
+    probe_backward(outputs, exact)
     gradients = [leaf.grad for leaf in leaves if leaf is not None]
     return [tensor.detach().double() for tensor in (*outputs, *gradients)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -32,6 +34,8 @@ from fastvim.ops import (
     use_engine,
 )
 from fastvim.ops.dispatch import ENGINES, OPS
+from fastvim.ops.triton import selective_scan as selective_scan_module
+from fastvim.ops.triton import selective_scan_backward, selective_scan_kernels
 from fastvim.ops.triton.conv_pool import conv_pool_triton
 from fastvim.ops.triton.expand_gate import expand_gate_triton
 from fastvim.ops.triton.norm import add_norm_triton
@@ -54,7 +58,7 @@ WALKS = [
 ]
 # Rows shorter than the window, and of one, two and four runs that they are no multiple of.
 GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2), (2, 35, 1)]
-STEPS = [1, 7, 17]  # of the scan: one chunk, and several
+STEPS = [1, 7, 17]
 WIDTHS = [6, 72]
 if ON_GPU:  # the interpreter would take minutes
     GRIDS += [(1, 7, 1), (7, 1, 1), (7, 9, 1), (14, 14, 1), (197, 1, 1), (4, 49, 1), (3, 300, 1)]
@@ -73,7 +77,9 @@ def assert_as_exact(kernel, definition, inputs, dtype: torch.dtype, gradients=Tr
     """Rule 9: every output, and the gradient of every input, at most twice as far from float64 as
     plain PyTorch in the same dtype is."""
     inputs = [None if t is None else t.to(DEVICE) for t in to(inputs, dtype)]
-    run = run_with_gradients if gradients else run_without_gradients
+    run = run_without_gradients
+    if gradients:  # of sums with the same factors, to the bit
+        run = functools.partial(run_with_gradients, exact=dtype)
     with use_engine("reference"):
         exact = run(definition, inputs, torch.float64)
         plain = run(definition, inputs, dtype)
@@ -145,6 +151,24 @@ def check_expand_gate(segments, dtype, norm):
 def test_selective_scan(steps, width, dtype):
     inputs = scan_inputs(2, steps, width, rank=max(3, width // 32))
     assert_as_exact(selective_scan_triton, selective_scan, inputs, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("splits", [(1,), (4,)])
+def test_chunks_of_a_sequence(splits, dtype, monkeypatch):
+    """17 steps in chunks of 4 and a rest, by lanes that have all states of a channel or a part."""
+    monkeypatch.setattr(selective_scan_kernels, "SPLITS", splits)
+    monkeypatch.setattr(selective_scan_kernels, "LONG", 8)
+    monkeypatch.setattr(selective_scan_kernels, "SHORTEST", 4)
+    forget_launches()
+    inputs = scan_inputs(2, 17, 40)
+    assert_as_exact(selective_scan_triton, selective_scan, inputs, dtype)
+    forget_launches()
+
+
+def forget_launches():
+    selective_scan_module._launches.clear()
+    selective_scan_backward._launches.clear()
 
 
 @each_dtype

@@ -36,6 +36,7 @@ WARPS = 4
 LONGEST = 16  # tokens of a run, all unrolled
 AHEAD = 16  # tokens loaded ahead of use
 MOST_RUNS = 64  # of a program
+MOST_VALUES = 1024  # runs times channels
 
 
 _launches: Launches[Launch] = Launches()
@@ -44,7 +45,7 @@ _launches: Launches[Launch] = Launches()
 @triton.jit
 def _runs_kernel(
     x, weight, bias, D, pooled, skip,
-    scale, B, L, S, pieces, direction, stride_batch, n1, n2, m0, m1,
+    scale: tl.constexpr, B, L, S, pieces, direction, stride_batch, n1, n2, m0, m1,
     E: tl.constexpr, m2: tl.constexpr, stride_token: tl.constexpr,
     P: tl.constexpr, EVEN: tl.constexpr, SHORT: tl.constexpr, POOLED: tl.constexpr,
     MAX: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr,
@@ -120,7 +121,8 @@ def _runs_kernel(
 @triton.jit
 def _cells_kernel(
     x, weight, bias, D, pooled, skip,
-    scale, B, L, S, direction, stride_batch, n1, n2, m0, m1, m2, k1, s0, s1, q1, t0, t1, P,
+    scale: tl.constexpr, B, L, S, direction, stride_batch,
+    n1, n2, m0, m1, m2, k1, s0, s1, q1, t0, t1, P,
     E: tl.constexpr, stride_token: tl.constexpr,
     MAX: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -213,6 +215,7 @@ def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Lau
     if along_path:
         group = pieces if pools else 1
         R = max(group, PER_THREAD * WARPS * 32 // C)
+        C = min(C, MOST_VALUES // R)
         numbers = (
             scale, B, L, S, pieces, direction, x.stride(0), *n[1:], *m[:2],
             E, m[2], x.stride(1), P, row == pieces * P, row < 4, pools, pooling == "max", fast,

@@ -50,7 +50,7 @@ def _slope(half, FAST: tl.constexpr):
 @triton.jit
 def _runs_backward_kernel(
     x, weight, bias, D, dpooled, dskip, dx, sums,
-    scale, B, L, S, pieces, direction, stride_batch, n1, n2, m0, m1, groups, programs,
+    scale: tl.constexpr, B, L, S, pieces, direction, stride_batch, n1, n2, m0, m1, groups, programs,
     E: tl.constexpr, m2: tl.constexpr, stride_token: tl.constexpr,
     P: tl.constexpr, EVEN: tl.constexpr, SHORT: tl.constexpr, POOLED: tl.constexpr,
     FAST: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,

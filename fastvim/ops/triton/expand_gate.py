@@ -19,14 +19,17 @@ from fastvim.ops.traversal import Segments
 from fastvim.ops.triton.common import INTERPRETED, pad_axes, row_pieces, sigmoid, silu_twice
 from fastvim.ops.triton.launch import Launch, Launches, Op
 
-PIECE = 256  # channels at most; of the backward pass, which holds three times as much:
-BACKWARD_PIECE = 512
+PIECE = 256  # channels at most
 PER_THREAD = 8  # channels of a piece
 WARPS = 4
-PROGRAMS = 528  # of the backward pass at most, each with a row of partial sums
+# Of the backward pass, which holds three times as much:
+BACKWARD_PIECE = 512
+BACKWARD_PER_THREAD = 8
+BACKWARD_WARPS = 4
+PROGRAMS = 528  # at most, each with a row of partial sums
 
 _launches: Launches[Launch] = Launches()
-_backward_launches: Launches[Launch] = Launches()
+_backward_launches: Launches[tuple[Launch, int]] = Launches()
 
 
 @triton.jit
@@ -42,7 +45,8 @@ def _place(place, L, S, n1, n2, m0, m1, m2, s0, s1, s2):
 
 @triton.jit
 def _mix(
-    p_skip, p_y, direction, present, columns, eps, E: tl.constexpr, NORM: tl.constexpr,
+    p_skip, p_y, direction, present, columns,
+    eps: tl.constexpr, E: tl.constexpr, NORM: tl.constexpr,
     ROWS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Skip and scan of a few tokens, in pieces of the row, and the row's mean and 1 / deviation."""
@@ -72,7 +76,7 @@ def _mix(
 @triton.jit
 def _expand_gate_kernel(
     skip, z, y, norm_weight, norm_bias, out,
-    eps, M, L, S, direction, skip_batch, z_batch, n1, n2, m0, m1, m2, s0, s1, s2,
+    eps: tl.constexpr, M, L, S, direction, skip_batch, z_batch, n1, n2, m0, m1, m2, s0, s1, s2,
     E: tl.constexpr, skip_token: tl.constexpr, z_token: tl.constexpr,
     NORM: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
@@ -108,7 +112,8 @@ def _expand_gate_kernel(
 @triton.jit
 def _expand_gate_backward_kernel(
     skip, z, y, norm_weight, norm_bias, dout, dskip, dz, dy, sums,
-    eps, M, L, S, direction, skip_batch, z_batch, n1, n2, m0, m1, m2, s0, s1, s2, programs,
+    eps: tl.constexpr, M, L, S, direction, skip_batch, z_batch,
+    n1, n2, m0, m1, m2, s0, s1, s2, programs,
     E: tl.constexpr, skip_token: tl.constexpr, z_token: tl.constexpr,
     NORM: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
@@ -251,17 +256,13 @@ def _run_backward(
     steps = skip.shape[1] if scattered else segments.num_segments
     dtype = torch.float32 if scattered else y.dtype
     dy = torch.empty((skip.shape[0], steps, E), dtype=dtype, device=skip.device)
-    C, _ = row_pieces(E, BACKWARD_PIECE)
-    rows = max(1, PER_THREAD * WARPS * 32 // C)
-    run = int(segments.sizes[-1]) if rows_pooled else rows
-    programs = min(PROGRAMS, triton.cdiv(skip.shape[0] * skip.shape[1], run))
+    launch, programs = _backward_launches.get(
+        (skip, z, y, norm_weight, norm_bias, dout),
+        (walk, eps),
+        lambda: _plan_backward(skip, z, y, segments, norm_weight is not None, eps),
+    )
     sums = torch.empty((programs, 2, E), dtype=torch.float32, device=skip.device)
     if dskip.numel():
-        launch = _backward_launches.get(
-            (skip, z, y, norm_weight, norm_bias, dout),
-            (walk, eps),
-            lambda: _plan(skip, z, y, segments, norm_weight is not None, eps, programs),
-        )
         launch(skip, z, y, norm_weight, norm_bias, dout, dskip, dz, dy, sums)
     if scattered:
         dy = segments.sum_of_path(dy).to(y.dtype)
@@ -287,41 +288,47 @@ def _prepared(
     return skip, z, y.contiguous(), bias
 
 
-def _plan(
-    skip: Tensor,
-    z: Tensor,
-    y: Tensor,
-    segments: Segments,
-    norm: bool,
-    eps: float,
-    programs: int | None = None,
-) -> Launch:
-    """The launch of the forward pass, or of the backward pass on so many programs."""
-    B, L, E = skip.shape[0], skip.shape[1], int(skip.shape[2])
-    n, m, s = (
-        pad_axes(values, fill)
-        for values, fill in (
-            (segments.sizes, 1), (segments.strides, 0), (segments.segment_strides, 0),
-        )
-    )  # fmt: skip
-    C, pieces = row_pieces(E, PIECE if programs is None else BACKWARD_PIECE)
+def _plan(skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, eps: float) -> Launch:
+    """The launch of the forward pass."""
+    C, pieces = row_pieces(int(skip.shape[2]), PIECE)
     rows = max(1, PER_THREAD * WARPS * 32 // C)
-    sizes = (
-        eps, B * L, L, segments.num_segments, y.stride(0), skip.stride(0), z.stride(0),
-        *n[1:], *m, *s,
+    grid = (triton.cdiv(skip.shape[0] * skip.shape[1], rows),)
+    numbers = (*_sizes(skip, z, y, segments, eps), *_constants(skip, z, norm), rows, C, pieces)
+    return Launch(_expand_gate_kernel, skip.device, grid, numbers, num_warps=WARPS)
+
+
+def _plan_backward(
+    skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, eps: float
+) -> tuple[Launch, int]:
+    """The launch of the backward pass, and the programs that sum apart."""
+    C, pieces = row_pieces(int(skip.shape[2]), BACKWARD_PIECE)
+    rows = max(1, BACKWARD_PER_THREAD * BACKWARD_WARPS * 32 // C)
+    pooled = _rows_pooled(segments)
+    run = int(segments.sizes[-1]) if pooled else rows
+    programs = min(PROGRAMS, triton.cdiv(skip.shape[0] * skip.shape[1], run))
+    numbers = (
+        *_sizes(skip, z, y, segments, eps), programs, *_constants(skip, z, norm),
+        rows, C, pieces, run, pooled,
     )  # fmt: skip
-    constants = (
-        E, skip.stride(1), z.stride(1),
-        norm, skip.dtype != torch.float32 and not INTERPRETED, rows, C, pieces,
+    kernel, warps = _expand_gate_backward_kernel, BACKWARD_WARPS
+    return Launch(kernel, skip.device, (programs,), numbers, num_warps=warps), programs
+
+
+def _sizes(
+    skip: Tensor, z: Tensor, y: Tensor, segments: Segments, eps: float
+) -> tuple[int | float, ...]:
+    """The kernels' numbers from eps to s2."""
+    n, m = pad_axes(segments.sizes, 1), pad_axes(segments.strides, 0)
+    return (
+        eps, skip.shape[0] * skip.shape[1], skip.shape[1], segments.num_segments, y.stride(0),
+        skip.stride(0), z.stride(0), *n[1:], *m, *pad_axes(segments.segment_strides, 0),
     )  # fmt: skip
-    if programs is None:
-        grid = (triton.cdiv(B * L, rows),)
-        numbers = (*sizes, *constants)
-        return Launch(_expand_gate_kernel, skip.device, grid, numbers, num_warps=WARPS)
-    rows_pooled = _rows_pooled(segments)
-    run = n[2] if rows_pooled else rows
-    numbers = (*sizes, programs, *constants, run, rows_pooled)
-    return Launch(_expand_gate_backward_kernel, skip.device, (programs,), numbers, num_warps=WARPS)
+
+
+def _constants(skip: Tensor, z: Tensor, norm: bool) -> tuple[int | bool, ...]:
+    """The kernels' numbers from E to FAST."""
+    fast = skip.dtype != torch.float32 and not INTERPRETED
+    return int(skip.shape[2]), skip.stride(1), z.stride(1), norm, fast
 
 
 def _fake(

@@ -27,7 +27,7 @@ _backward_launches: Launches[Launch] = Launches()
 
 @triton.jit
 def _add_norm_kernel(
-    hidden, residual, weight, bias, normed, total, M, D, eps,
+    hidden, residual, weight, bias, normed, total, M, D, eps: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, RMS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,8 @@ def _add_norm_kernel(
 
 @triton.jit
 def _add_norm_backward_kernel(
-    total, weight, dnormed, dtotal, dresidual, dhidden, dweight, dbias, M, D, eps, programs,
+    total, weight, dnormed, dtotal, dresidual, dhidden, dweight, dbias,
+    M, D, eps: tl.constexpr, programs,
     HAS_DTOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, RMS: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip

@@ -1,9 +1,11 @@
-"""Kernels of selective_scan: two matrix products select, a thread walks the steps of a channel.
+"""Kernels of selective_scan: two matrix products select, lanes walk the steps of a channel.
 
 G  2 x batch sequences (directions outer), S  steps, E  inner width, N  state size, R  rank of dt
-Where there are few sequences, each is cut into chunks so that the GPU is full. A first launch finds
-what every chunk adds to a state of 0, a second one carries the states from chunk to chunk, and the
-last one scans every chunk from its true state.
+NP  N filled up to a power of two
+Where there are few sequences, several lanes share a channel's states; where these are long too,
+each is cut into chunks so that the GPU is full. A first launch then finds what every chunk but the
+last adds to a state of 0, a second one carries the states from chunk to chunk, and the last one
+scans every chunk from its true state.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ from fastvim.ops.triton.common import INTERPRETED, exp2, softplus
 from fastvim.ops.triton.launch import Launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-BLOCK = 64  # channels of a program of the scan: two for each thread of a warp
-FULL = 2048  # programs that fill a GPU
-SHORTEST = 8  # steps of a chunk at least
+LANES = 32  # of a program of the scan: a warp
+SPLITS = (1, 4)  # lanes that share the states of a channel: the first that gives
+ENOUGH = 384  # programs
+LONG = 512  # steps from which on a sequence may be cut
+FULL = 2112  # programs that it is cut into: four for each scheduler
+SHORTEST = 64  # steps of a chunk at least
 ROWS = 32  # steps of a program of the projection
 SPARSE_ROWS = 16  # where there are fewer steps than
 MANY = 16384
@@ -34,13 +39,14 @@ SELECT_STAGES = 3
 
 @triton.jit
 def _select_kernel(
-    u, x_proj, dt_proj, dt_bias, A_log, delta, p_BC, rates,
+    u, x_proj, dt_proj, dt_bias, A_log, delta, BC, rates, p_dt, slopes,
     M, parts, E: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
-    R_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    R_BLOCK: tl.constexpr, NP: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Step sizes (2, M, E) of the M steps of each direction, B beside C (2, M, 2N), and what a step
-    size is multiplied by to base 2, rates (2, N, E).
+    """Step sizes (2, M, E) of the M steps of each direction, B beside C (2, M, 2·NP), and what a
+    step size is multiplied by to base 2, rates (2, NP, E). From N on the states are 0. KEEP: also
+    what a step size is projected from, dt (2, M, R_BLOCK), and the slopes of softplus (2, M, E).
 
     A program has every `parts`-th block of channels of its steps, and projects dt for itself.
     """
@@ -49,25 +55,35 @@ def _select_kernel(
     present = (rows < M)[:, None]
     places = (direction.to(tl.int64) * M + rows)[:, None]
     ranks = tl.arange(0, R_BLOCK)
-    states = tl.arange(0, 2 * N_BLOCK)
+    state = tl.arange(0, 2 * NP)
+    is_state = state % NP < N
     depth = tl.arange(0, DEPTH)
     p_u = u + places * E + depth[None, :]
-    p_dt = x_proj + direction * (R + 2 * N) * E + ranks[None, :] * E + depth[:, None]
-    p_states = x_proj + direction * (R + 2 * N) * E + (R + states[None, :]) * E + depth[:, None]
+    p_ranks = x_proj + direction * (R + 2 * N) * E + ranks[None, :] * E + depth[:, None]
+    source = R + state // NP * N + state % NP
+    p_states = x_proj + direction * (R + 2 * N) * E + source[None, :] * E + depth[:, None]
     dt = tl.zeros((ROWS, R_BLOCK), tl.float32)
-    bc = tl.zeros((ROWS, 2 * N_BLOCK), tl.float32)
+    bc = tl.zeros((ROWS, 2 * NP), tl.float32)
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for k in range(0, E, DEPTH):
         inside = depth < E - k
         b_u = tl.load(p_u + k, mask=present & inside[None, :], other=0.0)
         mask = inside[:, None] & (ranks < R)[None, :]
-        # Sums of sums: float32 would lose more in one long chain.
-        dt += tl.dot(b_u, tl.load(p_dt + k, mask=mask, other=0.0), input_precision=precision)
-        mask = inside[:, None] & (states < 2 * N)[None, :]
-        bc += tl.dot(b_u, tl.load(p_states + k, mask=mask, other=0.0), input_precision=precision)
+        b_ranks = tl.load(p_ranks + k, mask=mask, other=0.0)
+        mask = inside[:, None] & is_state[None, :]
+        b_states = tl.load(p_states + k, mask=mask, other=0.0)
+        if EXACT:
+            # Sums of sums: float32 would lose more in one long chain, which the compiler makes of
+            # a product that starts from a constant 0.
+            dt += tl.dot(b_u, b_ranks, 0.0 * dt, input_precision=precision)
+            bc += tl.dot(b_u, b_states, 0.0 * bc, input_precision=precision)
+        else:
+            dt = tl.dot(b_u, b_ranks, dt, input_precision=precision)
+            bc = tl.dot(b_u, b_states, bc, input_precision=precision)
     if tl.program_id(2) == 0:
-        mask = present & (states < 2 * N)[None, :]
-        tl.store(p_BC + places * 2 * N + states[None, :], bc, mask=mask)
+        tl.store(BC + places * 2 * NP + state[None, :], bc, mask=present)
+        if KEEP:
+            tl.store(p_dt + places * R_BLOCK + ranks[None, :], dt, mask=present)
 
     # Rounding dt would cost accuracy: its rest goes through a second product.
     high = dt.to(u.dtype.element_ty)
@@ -81,88 +97,117 @@ def _select_kernel(
         if not EXACT:
             raw = tl.dot(low, weight, raw)
         b_bias = tl.load(dt_bias + direction * E + columns, mask=columns < E, other=0.0)
-        raw = softplus(raw + b_bias.to(tl.float32)[None, :], FAST)
-        tl.store(delta + places * E + columns[None, :], raw, mask=present & (columns < E)[None, :])
+        raw += b_bias.to(tl.float32)[None, :]
+        mask = present & (columns < E)[None, :]
+        tl.store(delta + places * E + columns[None, :], softplus(raw, FAST), mask=mask)
+        if KEEP:
+            slope = 1.0 / (1.0 + tl.exp(-raw))
+            tl.store(slopes + places * E + columns[None, :], slope, mask=mask)
         if tl.program_id(0) == 0:
-            n = tl.arange(0, N_BLOCK)
-            wanted = (columns < E)[:, None] & (n < N)[None, :]
+            n = tl.arange(0, NP)
+            in_row = (columns < E)[:, None]
             p_A = A_log + (direction * E + columns)[:, None] * N + n[None, :]
-            rate = -LOG2_E * tl.exp(tl.load(p_A, mask=wanted, other=0.0).to(tl.float32))
-            p_rates = rates + (direction * N + n[None, :]) * E + columns[:, None]
-            tl.store(p_rates, rate, mask=wanted)
+            b_A = tl.load(p_A, mask=in_row & (n < N)[None, :], other=0.0).to(tl.float32)
+            rate = -LOG2_E * tl.exp(b_A)
+            p_rates = rates + (direction * NP + n[None, :]) * E + columns[:, None]
+            tl.store(p_rates, rate, mask=in_row)
 
 
 @triton.jit
-def _load_step(u, delta, p_BC, row, E, columns, mask, WRITE: tl.constexpr, N: tl.constexpr):
-    """Step size, input, and the rows of B and C of one step."""
-    b_delta = tl.load(delta + row * E + columns, mask=mask, other=0.0)
-    b_u = tl.load(u + row * E + columns, mask=mask, other=0.0)
-    b = ()
-    c = ()
-    for n in tl.static_range(N):
-        b = b + (tl.load(p_BC + row * 2 * N + n),)
-        if WRITE:
-            c = c + (tl.load(p_BC + row * 2 * N + N + n),)
+def load_states(p_pairs, row, lane, WHICH: tl.constexpr, J: tl.constexpr, NP: tl.constexpr):
+    """Of one step, J states of B (WHICH 0) or C (1) for each lane: two at a load."""
+    values = ()
+    for j in tl.static_range(J // 2):
+        pair = tl.load(p_pairs + row * NP + WHICH * (NP // 2) + lane * (J // 2) + j)
+        values = values + ((pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True),)
+        values = values + ((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
+    return values
+
+
+@triton.jit
+def _load_step(
+    p_u, p_delta, p_pairs, row, lane, mask, WRITE: tl.constexpr, J: tl.constexpr, NP: tl.constexpr
+):
+    """Step size, input, and the states of B and C of one step."""
+    b_delta = tl.load(p_delta, mask=mask, other=0.0)
+    b_u = tl.load(p_u, mask=mask, other=0.0)
+    b = load_states(p_pairs, row, lane, 0, J, NP)
+    c = load_states(p_pairs, row, lane, 1, J, NP) if WRITE else ()
     return b_delta, b_u, b, c
 
 
 @triton.jit
 def _scan_kernel(
-    u, delta, p_BC, p_rates, y, states, sums,
+    u, delta, BC, p_rates, y, states, sums,
     G, S, E, chunk, chunks,
-    WRITE: tl.constexpr, CARRY: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WRITE: tl.constexpr, CARRY: tl.constexpr, NP: tl.constexpr, FAST: tl.constexpr,
+    SPLIT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One chunk. WRITE: give y, from `states` if CARRY. Else: give the chunk's own end in `states`
-    and the sum of its step sizes in `sums`. states (G, chunks, N, E), sums (G, chunks, E)."""
+    """One chunk of C channels, the states of each split over SPLIT lanes. WRITE: give y, from
+    `states` if CARRY. Else: give the chunk's own end in `states` and the sum of its step sizes in
+    `sums`. states (G, chunks, NP, E), sums (G, chunks, E)."""
+    J: tl.constexpr = NP // SPLIT
     g = tl.program_id(0).to(tl.int64)
     k = tl.program_id(2)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * C + tl.arange(0, C)[None, :]
+    lane = tl.arange(0, SPLIT)[:, None]
     mask = columns < E
     direction = (g >= G // 2).to(tl.int64)
-    p_states = states + (g * chunks + k) * N * E + columns
+    p_pairs = BC.to(tl.pointer_type(tl.int64))
+    p_states = states + ((g * chunks + k) * NP + lane * J) * E + columns
     rates = ()
     h = ()
-    for n in tl.static_range(N):
-        p_rate = p_rates + (direction * N + n) * E + columns
+    for j in tl.static_range(J):
+        p_rate = p_rates + (direction * NP + lane * J + j) * E + columns
         rates = rates + (tl.load(p_rate, mask=mask, other=0.0),)
         if CARRY:
-            h = h + (tl.load(p_states + n * E, mask=mask, other=0.0),)
+            h = h + (tl.load(p_states + j * E, mask=mask, other=0.0),)
         else:
-            h = h + (tl.zeros((BLOCK,), tl.float32),)
-    total = tl.zeros((BLOCK,), tl.float32)
+            h = h + (tl.zeros((SPLIT, C), tl.float32),)
+    total = tl.zeros((1, C), tl.float32)
     begin = k * chunk
     end = tl.minimum(begin + chunk, S)
-    row = g * S + direction * (S - 1)
-    stride = 1 - 2 * direction
+    row = g * S + direction * (S - 1) + begin * (1 - 2 * direction)
+    onward = 1 - 2 * direction.to(tl.int32)
+    o_row = row * E + columns
+    p_u = u + o_row
+    p_delta = delta + o_row
+    p_y = y + o_row
+    p_pairs += row * NP
     # Each step's values are loaded during the step before.
-    now = _load_step(u, delta, p_BC, row + begin * stride, E, columns, mask, WRITE, N)
+    now = _load_step(p_u, p_delta, p_pairs, 0, lane, mask, WRITE, J, NP)
     for i in range(begin, end):
-        ahead = row + tl.minimum(i + 1, end - 1) * stride
-        following = _load_step(u, delta, p_BC, ahead, E, columns, mask, WRITE, N)
+        ahead = tl.where(i + 1 < end, onward, 0)
+        p_u += ahead * E
+        p_delta += ahead * E
+        p_pairs += ahead * NP
+        following = _load_step(p_u, p_delta, p_pairs, 0, lane, mask, WRITE, J, NP)
         step = now[0]
         inflow = step * now[1].to(tl.float32)
         total += step
-        b_y = tl.zeros((BLOCK,), tl.float32)
+        b_y = tl.zeros((SPLIT, C), tl.float32)
         after = ()
-        for n in tl.static_range(N):
-            state = exp2(step * rates[n], FAST) * h[n] + inflow * now[2][n]
+        for j in tl.static_range(J):
+            state = exp2(step * rates[j], FAST) * h[j] + inflow * now[2][j]
             if WRITE:
-                b_y += now[3][n] * state
+                b_y += now[3][j] * state
             after = after + (state,)
         h = after
         now = following
         if WRITE:
-            tl.store(y + (row + i * stride) * E + columns, b_y, mask=mask)
+            if SPLIT > 1:
+                b_y = tl.sum(b_y, axis=0, keep_dims=True)
+            tl.store(p_y, b_y, mask=mask)
+            p_y += onward * E
     if not WRITE:
         tl.store(sums + (g * chunks + k) * E + columns, total, mask=mask)
-        for n in tl.static_range(N):
-            tl.store(p_states + n * E, h[n], mask=mask)
+        for j in tl.static_range(J):
+            tl.store(p_states + j * E, h[j], mask=mask)
 
 
 @triton.jit
 def carry_kernel(
-    rates, states, sums, G, E, chunks, N: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
+    rates, states, sums, G, E, chunks, NP: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
 ):
     """Replace what each chunk adds by the state that it starts from; LAST: from the last one on."""
     g = tl.program_id(0).to(tl.int64)
@@ -170,13 +215,14 @@ def carry_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < E
     direction = (g >= G // 2).to(tl.int64)
-    rate = tl.load(rates + (direction * N + n) * E + columns, mask=mask, other=0.0)
+    rate = tl.load(rates + (direction * NP + n) * E + columns, mask=mask, other=0.0)
     h = tl.zeros((BLOCK,), tl.float32)
     for k in range(chunks):
         row = g * chunks + (chunks - 1 - k if LAST else k)
-        p_state = states + (row * N + n) * E + columns
-        added = tl.load(p_state, mask=mask, other=0.0)
-        step = tl.load(sums + row * E + columns, mask=mask, other=0.0)
+        p_state = states + (row * NP + n) * E + columns
+        inside = mask & (k < chunks - 1)  # nothing starts from the end
+        added = tl.load(p_state, mask=inside, other=0.0)
+        step = tl.load(sums + row * E + columns, mask=inside, other=0.0)
         tl.store(p_state, h, mask=mask)
         h = tl.exp2(rate * step) * h + added
 
@@ -197,6 +243,17 @@ def prepared(
     )
 
 
+def split_and_chunks(sequences: int, steps: int, width: int) -> tuple[int, int]:
+    """Lanes that share a channel's states, and chunks that a sequence is cut into."""
+    for split in SPLITS:
+        programs = sequences * triton.cdiv(width, LANES // split)
+        if programs >= ENOUGH or split == SPLITS[-1]:
+            break
+    if steps < LONG or programs >= ENOUGH:
+        return split, 1
+    return split, max(1, min(steps // SHORTEST, FULL // programs))
+
+
 class Scan:
     """The launches for one kind of input: one scan of whole sequences, or three over chunks."""
 
@@ -206,63 +263,81 @@ class Scan:
         batch, S, E = u.shape[1], u.shape[2], int(u.shape[3])
         G, N = 2 * batch, int(A_log.shape[2])
         R = int(x_proj.shape[1]) - 2 * N
-        block = min(BLOCK, max(16, triton.next_power_of_2(E)))
-        blocks = triton.cdiv(E, block)
-        chunks = max(1, min(S // SHORTEST, FULL // (G * blocks)))
+        NP = max(8, triton.next_power_of_2(N))
+        split, chunks = split_and_chunks(G, S, E)
         chunk = triton.cdiv(S, chunks)
         chunks = triton.cdiv(S, chunk)
-        self.states = (G, chunks, N, E)
+        self.states = (G, chunks, NP, E)
 
         rows = ROWS if batch * S >= MANY else SPARSE_ROWS
         depth = EXACT_DEPTH if u.dtype == torch.float32 else DEPTH
         programs = 2 * triton.cdiv(batch * S, rows)
         parts = min(triton.cdiv(E, depth), triton.cdiv(SPREAD, programs))
         numbers: tuple[Any, ...] = (
-            batch * S, parts, E, R, N,
-            max(16, triton.next_power_of_2(R)), max(8, triton.next_power_of_2(N)),
+            batch * S, parts, E, R, N, max(16, triton.next_power_of_2(R)), NP,
             u.dtype == torch.float32, u.dtype != torch.float32 and not INTERPRETED, rows, depth,
         )  # fmt: skip
-        self.select = Launch(
-            _select_kernel, u.device, (programs // 2, 2, parts), numbers,
-            num_warps=SELECT_WARPS, num_stages=SELECT_STAGES,
-        )  # fmt: skip
+
+        def select(keep: bool) -> Launch:
+            return Launch(
+                _select_kernel, u.device, (programs // 2, 2, parts), (*numbers, keep),
+                num_warps=SELECT_WARPS, num_stages=SELECT_STAGES,
+            )  # fmt: skip
+
+        self.select, self.select_and_keep = select(keep=False), select(keep=True)
+
+        block = LANES // split
 
         def scan(write: bool) -> Launch:
-            numbers = (
-                G, S, E, chunk, chunks, write, write and chunks > 1, N, not INTERPRETED, block
+            numbers: tuple[Any, ...] = (
+                G, S, E, chunk, chunks, write, write and chunks > 1, NP, not INTERPRETED,
+                split, block,
             )  # fmt: skip
-            return Launch(_scan_kernel, u.device, (G, blocks, chunks), numbers, num_warps=1)
+            grid = (G, triton.cdiv(E, block), chunks if write else chunks - 1)
+            return Launch(_scan_kernel, u.device, grid, numbers, num_warps=1)
 
         self.first = scan(write=False)
-        numbers = (G, E, chunks, N, block, False)
-        self.carry = Launch(carry_kernel, u.device, (G, blocks, N), numbers, num_warps=1)
+        numbers = (G, E, chunks, NP, LANES, False)
+        grid = (G, triton.cdiv(E, LANES), NP)
+        self.carry = Launch(carry_kernel, u.device, grid, numbers, num_warps=1)
         self.last = scan(write=True)
 
     def selected(
-        self, u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
+        self,
+        u: Tensor,
+        x_proj: Tensor,
+        dt_proj: Tensor,
+        dt_bias: Tensor,
+        A_log: Tensor,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step sizes (2, B, S, E), B beside C (2, B, S, 2N), and rates (2, N, E)."""
-        _, _, N, E = self.states
+        """Step sizes (2, B, S, E), B beside C (2, B, S, 2·NP), and rates (2, NP, E).
+
+        Fills the tensors to keep, if they are given: dt (2, B, S, R filled up) and softplus' slopes
+        (2, B, S, E).
+        """
+        _, _, NP, E = self.states
         delta = torch.empty(u.shape, dtype=torch.float32, device=u.device)
-        BC = torch.empty((*u.shape[:3], 2 * N), dtype=torch.float32, device=u.device)
-        rates = torch.empty((2, N, E), dtype=torch.float32, device=u.device)
-        self.select(u, x_proj, dt_proj, dt_bias, A_log, delta, BC, rates)
+        BC = torch.empty((*u.shape[:3], 2 * NP), dtype=torch.float32, device=u.device)
+        rates = torch.empty((2, NP, E), dtype=torch.float32, device=u.device)
+        select = self.select if kept is None else self.select_and_keep
+        select(u, x_proj, dt_proj, dt_bias, A_log, delta, BC, rates, *(kept or (None, None)))
         return delta, BC, rates
 
-    def starts(self, u: Tensor, delta: Tensor, BC: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
-        """The state that each chunk starts from (G, chunks, N, E), its step sizes' sum without N.
+    def starts(self, u: Tensor, delta: Tensor, BC: Tensor, rates: Tensor) -> Tensor:
+        """The state that each chunk starts from (G, chunks, NP, E).
 
         Of a single chunk nothing is asked: it starts from 0.
         """
         G, chunks, _, E = self.states
         if chunks == 1:
-            return rates, rates
+            return rates
         states = torch.empty(self.states, dtype=torch.float32, device=u.device)
         sums = torch.empty((G, chunks, E), dtype=torch.float32, device=u.device)
         self.first(u, delta, BC, rates, u, states, sums)
         self.carry(rates, states, sums)
-        return states, sums
+        return states
 
     def __call__(self, y: Tensor, u: Tensor, delta: Tensor, BC: Tensor, rates: Tensor) -> None:
         """Fill y."""
-        self.last(u, delta, BC, rates, y, *self.starts(u, delta, BC, rates))
+        self.last(u, delta, BC, rates, y, self.starts(u, delta, BC, rates), rates)
