@@ -196,6 +196,12 @@ def use_engine(name: str) -> Iterator[None]:
         _chosen = previous
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _autocasts(device: str) -> bool:
+    """Whether there is autocast for a type of device."""
+    return torch.amp.is_autocast_available(device)
+
+
 def definition(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Mark an op's plain PyTorch definition: it computes in the precision it says.
 
@@ -206,7 +212,7 @@ def definition(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         first = args[0]
         assert isinstance(first, Tensor)
-        if not torch.amp.is_autocast_available(first.device.type):
+        if not _autocasts(first.device.type):
             return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)

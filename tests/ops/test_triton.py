@@ -157,7 +157,8 @@ def test_selective_scan(steps, width, dtype):
 @pytest.mark.parametrize("splits", [(1,), (4,)])
 def test_chunks_of_a_sequence(splits, dtype, monkeypatch):
     """17 steps in chunks of 4 and a rest, by lanes that have all states of a channel or a part."""
-    monkeypatch.setattr(selective_scan_kernels, "SPLITS", splits)
+    ahead = {split: selective_scan_kernels.AHEAD[split] for split in splits}
+    monkeypatch.setattr(selective_scan_kernels, "AHEAD", ahead)
     monkeypatch.setattr(selective_scan_kernels, "LONG", 8)
     monkeypatch.setattr(selective_scan_kernels, "SHORTEST", 4)
     forget_launches()

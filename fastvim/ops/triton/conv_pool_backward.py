@@ -27,11 +27,11 @@ from fastvim.ops.triton.common import (
 )
 from fastvim.ops.triton.launch import Launch, Launches, Op
 
-CHANNELS = 64  # of a program
-PER_THREAD = 2  # channels
+CHANNELS = 32  # of a program
+PER_THREAD = 1  # channels
 WARPS = 4
 LONGEST = 16  # tokens of a run, all unrolled
-AHEAD = 4  # tokens loaded ahead of use
+AHEAD = 8  # tokens loaded ahead of use
 MOST_RUNS = 64  # of a program at a time
 PROGRAMS = 1056
 SUMS = tl.constexpr(12)  # four taps each way, two biases, two skips

@@ -25,8 +25,8 @@ WARPS = 4
 # Of the backward pass, which holds three times as much:
 BACKWARD_PIECE = 512
 BACKWARD_PER_THREAD = 8
-BACKWARD_WARPS = 4
-PROGRAMS = 528  # at most, each with a row of partial sums
+BACKWARD_CHANNELS = 768  # of a row, for each warp
+PROGRAMS = 2112  # at most, each with a row of partial sums
 
 _launches: Launches[Launch] = Launches()
 _backward_launches: Launches[tuple[Launch, int]] = Launches()
@@ -301,8 +301,10 @@ def _plan_backward(
     skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, eps: float
 ) -> tuple[Launch, int]:
     """The launch of the backward pass, and the programs that sum apart."""
-    C, pieces = row_pieces(int(skip.shape[2]), BACKWARD_PIECE)
-    rows = max(1, BACKWARD_PER_THREAD * BACKWARD_WARPS * 32 // C)
+    E = int(skip.shape[2])
+    C, pieces = row_pieces(E, BACKWARD_PIECE)
+    warps = triton.next_power_of_2(triton.cdiv(E, BACKWARD_CHANNELS))
+    rows = max(1, BACKWARD_PER_THREAD * warps * 32 // C)
     pooled = _rows_pooled(segments)
     run = int(segments.sizes[-1]) if pooled else rows
     programs = min(PROGRAMS, triton.cdiv(skip.shape[0] * skip.shape[1], run))
@@ -310,7 +312,7 @@ def _plan_backward(
         *_sizes(skip, z, y, segments, eps), programs, *_constants(skip, z, norm),
         rows, C, pieces, run, pooled,
     )  # fmt: skip
-    kernel, warps = _expand_gate_backward_kernel, BACKWARD_WARPS
+    kernel = _expand_gate_backward_kernel
     return Launch(kernel, skip.device, (programs,), numbers, num_warps=warps), programs
 
 

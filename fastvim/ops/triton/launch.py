@@ -119,6 +119,7 @@ class Op:
         fake: of the same signature, for tensors without data, where `run` cannot be traced.
         keep: (context, inputs, output), saves what `gradients` needs; None: no gradients.
         gradients: (context, *gradients of the outputs) to one for each argument.
+        opaque: the compiler shall not look into it, but call it.
     """
 
     def __init__(
@@ -128,11 +129,13 @@ class Op:
         fake: Callable[..., Any],
         keep: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
         gradients: Callable[..., tuple[Any, ...]] | None = None,
+        *,
+        opaque: bool = False,
     ) -> None:
         self.run, self.keep, self.gradients = run, keep, gradients
-        if INTERPRETED:
+        if INTERPRETED or opaque:
             torch.library.define(qualified, torch.library.infer_schema(run, mutates_args=()))
-            torch.library.impl(qualified, "cpu", run)
+            torch.library.impl(qualified, "cpu" if INTERPRETED else "cuda", run)
             torch.library.register_fake(qualified, fake)
         else:
             torch.library.triton_op(qualified, run, mutates_args=())

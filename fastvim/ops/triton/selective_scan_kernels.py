@@ -22,8 +22,8 @@ from fastvim.ops.triton.launch import Launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LANES = 32  # of a program of the scan: a warp
-SPLITS = (1, 4)  # lanes that share the states of a channel: the first that gives
-ENOUGH = 384  # programs
+AHEAD = {1: 4, 2: 4, 4: 8}  # steps loaded ahead, by lanes that share the states of a channel:
+ENOUGH = 384  # the fewest that give so many programs
 LONG = 512  # steps from which on a sequence may be cut
 FULL = 2112  # programs that it is cut into: four for each scheduler
 SHORTEST = 64  # steps of a chunk at least
@@ -114,11 +114,11 @@ def _select_kernel(
 
 
 @triton.jit
-def load_states(p_pairs, row, lane, WHICH: tl.constexpr, J: tl.constexpr, NP: tl.constexpr):
+def load_states(p_pairs, lane, WHICH: tl.constexpr, J: tl.constexpr, NP: tl.constexpr):
     """Of one step, J states of B (WHICH 0) or C (1) for each lane: two at a load."""
     values = ()
     for j in tl.static_range(J // 2):
-        pair = tl.load(p_pairs + row * NP + WHICH * (NP // 2) + lane * (J // 2) + j)
+        pair = tl.load(p_pairs + WHICH * (NP // 2) + lane * (J // 2) + j)
         values = values + ((pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True),)
         values = values + ((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
     return values
@@ -126,13 +126,14 @@ def load_states(p_pairs, row, lane, WHICH: tl.constexpr, J: tl.constexpr, NP: tl
 
 @triton.jit
 def _load_step(
-    p_u, p_delta, p_pairs, row, lane, mask, WRITE: tl.constexpr, J: tl.constexpr, NP: tl.constexpr
-):
-    """Step size, input, and the states of B and C of one step."""
-    b_delta = tl.load(p_delta, mask=mask, other=0.0)
+    p_u, p_delta, p_pairs, lane, mask, i, end, WRITE: tl.constexpr, J: tl.constexpr,
+    NP: tl.constexpr,
+):  # fmt: skip
+    """Step size, input, and the states of B and C of step i, which has size 0 from `end` on."""
+    b_delta = tl.load(p_delta, mask=mask & (i < end), other=0.0)
     b_u = tl.load(p_u, mask=mask, other=0.0)
-    b = load_states(p_pairs, row, lane, 0, J, NP)
-    c = load_states(p_pairs, row, lane, 1, J, NP) if WRITE else ()
+    b = load_states(p_pairs, lane, 0, J, NP)
+    c = load_states(p_pairs, lane, 1, J, NP) if WRITE else ()
     return b_delta, b_u, b, c
 
 
@@ -141,7 +142,7 @@ def _scan_kernel(
     u, delta, BC, p_rates, y, states, sums,
     G, S, E, chunk, chunks,
     WRITE: tl.constexpr, CARRY: tl.constexpr, NP: tl.constexpr, FAST: tl.constexpr,
-    SPLIT: tl.constexpr, C: tl.constexpr,
+    SPLIT: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One chunk of C channels, the states of each split over SPLIT lanes. WRITE: give y, from
     `states` if CARRY. Else: give the chunk's own end in `states` and the sum of its step sizes in
@@ -153,7 +154,6 @@ def _scan_kernel(
     lane = tl.arange(0, SPLIT)[:, None]
     mask = columns < E
     direction = (g >= G // 2).to(tl.int64)
-    p_pairs = BC.to(tl.pointer_type(tl.int64))
     p_states = states + ((g * chunks + k) * NP + lane * J) * E + columns
     rates = ()
     h = ()
@@ -167,38 +167,50 @@ def _scan_kernel(
     total = tl.zeros((1, C), tl.float32)
     begin = k * chunk
     end = tl.minimum(begin + chunk, S)
-    row = g * S + direction * (S - 1) + begin * (1 - 2 * direction)
     onward = 1 - 2 * direction.to(tl.int32)
-    o_row = row * E + columns
-    p_u = u + o_row
-    p_delta = delta + o_row
-    p_y = y + o_row
-    p_pairs += row * NP
-    # Each step's values are loaded during the step before.
-    now = _load_step(p_u, p_delta, p_pairs, 0, lane, mask, WRITE, J, NP)
-    for i in range(begin, end):
-        ahead = tl.where(i + 1 < end, onward, 0)
-        p_u += ahead * E
-        p_delta += ahead * E
-        p_pairs += ahead * NP
-        following = _load_step(p_u, p_delta, p_pairs, 0, lane, mask, WRITE, J, NP)
-        step = now[0]
-        inflow = step * now[1].to(tl.float32)
-        total += step
-        b_y = tl.zeros((SPLIT, C), tl.float32)
-        after = ()
-        for j in tl.static_range(J):
-            state = exp2(step * rates[j], FAST) * h[j] + inflow * now[2][j]
+    row = g * S + direction * (S - 1) + begin * onward
+    p_u = u + row * E + columns
+    p_delta = delta + row * E + columns
+    p_y = y + row * E + columns
+    p_pairs = BC.to(tl.pointer_type(tl.int64)) + row * NP
+    # Each step's values are loaded AHEAD steps before; behind the end those of the last.
+    loaded = ()
+    for t in tl.static_range(AHEAD):
+        loaded = loaded + (
+            _load_step(p_u, p_delta, p_pairs, lane, mask, begin + t, end, WRITE, J, NP),
+        )
+        on = tl.where(begin + t + 1 < end, onward, 0)
+        p_u += on * E
+        p_delta += on * E
+        p_pairs += on * NP
+    for first in range(begin, end, AHEAD):
+        following = ()
+        for t in tl.static_range(AHEAD):
+            i = first + t
+            following = following + (
+                _load_step(p_u, p_delta, p_pairs, lane, mask, i + AHEAD, end, WRITE, J, NP),
+            )
+            on = tl.where(i + AHEAD + 1 < end, onward, 0)
+            p_u += on * E
+            p_delta += on * E
+            p_pairs += on * NP
+            step = loaded[t][0]
+            inflow = step * loaded[t][1].to(tl.float32)
+            total += step
+            b_y = tl.zeros((SPLIT, C), tl.float32)
+            after = ()
+            for j in tl.static_range(J):
+                state = exp2(step * rates[j], FAST) * h[j] + inflow * loaded[t][2][j]
+                if WRITE:
+                    b_y += loaded[t][3][j] * state
+                after = after + (state,)
+            h = after
             if WRITE:
-                b_y += now[3][j] * state
-            after = after + (state,)
-        h = after
-        now = following
-        if WRITE:
-            if SPLIT > 1:
-                b_y = tl.sum(b_y, axis=0, keep_dims=True)
-            tl.store(p_y, b_y, mask=mask)
-            p_y += onward * E
+                if SPLIT > 1:
+                    b_y = tl.sum(b_y, axis=0, keep_dims=True)
+                tl.store(p_y, b_y, mask=mask & (i < end))
+                p_y += onward * E
+        loaded = following
     if not WRITE:
         tl.store(sums + (g * chunks + k) * E + columns, total, mask=mask)
         for j in tl.static_range(J):
@@ -245,9 +257,9 @@ def prepared(
 
 def split_and_chunks(sequences: int, steps: int, width: int) -> tuple[int, int]:
     """Lanes that share a channel's states, and chunks that a sequence is cut into."""
-    for split in SPLITS:
+    for split in AHEAD:
         programs = sequences * triton.cdiv(width, LANES // split)
-        if programs >= ENOUGH or split == SPLITS[-1]:
+        if programs >= ENOUGH:
             break
     if steps < LONG or programs >= ENOUGH:
         return split, 1
@@ -267,6 +279,9 @@ class Scan:
         split, chunks = split_and_chunks(G, S, E)
         chunk = triton.cdiv(S, chunks)
         chunks = triton.cdiv(S, chunk)
+        ahead = triton.cdiv(
+            chunk, triton.cdiv(chunk, AHEAD[split])
+        )  # the last ones not for nothing
         self.states = (G, chunks, NP, E)
 
         rows = ROWS if batch * S >= MANY else SPARSE_ROWS
@@ -291,7 +306,7 @@ class Scan:
         def scan(write: bool) -> Launch:
             numbers: tuple[Any, ...] = (
                 G, S, E, chunk, chunks, write, write and chunks > 1, NP, not INTERPRETED,
-                split, block,
+                split, block, ahead,
             )  # fmt: skip
             grid = (G, triton.cdiv(E, block), chunks if write else chunks - 1)
             return Launch(_scan_kernel, u.device, grid, numbers, num_warps=1)
