@@ -202,7 +202,7 @@ def _engine(name: str | None) -> Iterator[None]:
 def _engines(settings: Settings) -> dict[str, str]:
     """What serves each operation of our models in this run."""
     device, dtype = settings.device.type, settings.precision.products
-    return {op: engine_name(op, device, dtype, grad=settings.train) for op in OPS}
+    return {op: engine_name(op, device, dtype) for op in OPS}
 
 
 def _measure(

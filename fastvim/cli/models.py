@@ -52,9 +52,7 @@ def _models() -> Table:
 
 def _engines() -> Table:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    uses = [(device, grad) for device in devices for grad in (False, True)]
-    heads = [f"{device}, {'training' if grad else 'inference'}" for device, grad in uses]
-    table = Table("operation", *heads, box=None)
+    table = Table("operation", *devices, box=None)
     for op in OPS:
-        table.add_row(op, *(engine_name(op, device, grad=grad) for device, grad in uses))
+        table.add_row(op, *(engine_name(op, device) for device in devices))
     return table

@@ -36,8 +36,6 @@ class Engine:
         dtypes: the dtypes it serves; others fall to the definition.
         load: imports and returns the implementation.
         masks: whether it takes traversals over kept indices.
-        trains: whether it serves where gradients are recorded without being asked for by
-            `use_engine`.
     """
 
     name: str
@@ -46,7 +44,6 @@ class Engine:
     dtypes: tuple[torch.dtype, ...]
     load: Callable[[], Callable[..., Any]]
     masks: bool = True
-    trains: bool = True
 
     def serves(self, device: str, dtype: torch.dtype, masked: bool) -> bool:
         """Whether it can compute for such tensors."""
@@ -91,8 +88,7 @@ def _triton_expand_gate() -> Callable[..., Any]:
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _numba = functools.partial(Engine, "numba", "numba", "cpu", _DTYPES)
-# The kernels for GPUs have no backward pass yet.
-_triton = functools.partial(Engine, "triton", "triton", "cuda", _DTYPES, trains=False, masks=False)
+_triton = functools.partial(Engine, "triton", "triton", "cuda", _DTYPES, masks=False)
 
 # By op, in order of preference. On a CPU the norms are as good as their definitions.
 ENGINES: dict[str, tuple[Engine, ...]] = {
@@ -124,15 +120,13 @@ def _candidates(
     chosen: str | None,
     device: str,
     dtype: torch.dtype,
-    grad: bool,
     masked: bool,
 ) -> tuple[Engine, ...]:
     """Those that could serve, in order of preference."""
     return tuple(
         engine
         for engine in engines
-        if (engine.trains or not grad if chosen is None else engine.name == chosen)
-        and engine.serves(device, dtype, masked)
+        if chosen in (None, engine.name) and engine.serves(device, dtype, masked)
     )
 
 
@@ -144,28 +138,26 @@ def implementation(
 ) -> Callable[_P, _T]:
     """The function that serves `op` for a tensor like `x`: an engine's, or the definition."""
     candidates = _candidates if torch.compiler.is_compiling() else _remembered
-    grad = torch.is_grad_enabled()
-    for engine in candidates(ENGINES[op], _chosen, x.device.type, x.dtype, grad, masked):
+    for engine in candidates(ENGINES[op], _chosen, x.device.type, x.dtype, masked):
         if available(engine.package):
             return engine.load()
     return reference
 
 
-def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32, grad: bool = True) -> str:
+def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """Name of the engine that serves `op` on a device type, as `fastvim models --engines` prints.
 
     Args:
         op: one of `OPS`.
         device: such as "cpu" or "cuda".
         dtype: of the tensors.
-        grad: whether gradients are recorded.
 
     Raises:
         ValueError: unknown op.
     """
     if op not in OPS:
         raise ValueError(f"op={op!r}: expected one of {OPS}")
-    for engine in _candidates(ENGINES[op], _chosen, device, dtype, grad, masked=False):
+    for engine in _candidates(ENGINES[op], _chosen, device, dtype, masked=False):
         if _installed(engine.package):
             return engine.name
     return REFERENCE

@@ -77,7 +77,7 @@ def _load_steps(
     slopes. Steps from `end` on have size 0, and change nothing."""
     loaded = ()
     for t in tl.static_range(K):
-        i = tl.maximum(tl.minimum(first + t, end - 1), 0)
+        i = tl.minimum(first + t, end - 1)
         s = i + direction * (S - 1 - 2 * i)
         row = g * S + s
         inside = first + t < end
@@ -106,7 +106,7 @@ def scan_backward_kernel(
     E), without the rates as a factor, are partial sums.
 
     A lane has states j of channels v: entry v · J + j of what it holds of them. What a group needs
-    is loaded while the group before is computed.
+    is loaded at once.
     """
     J: tl.constexpr = NP // SPLIT
     g = tl.program_id(0).to(tl.int64)
@@ -141,13 +141,9 @@ def scan_backward_kernel(
     end = tl.minimum(begin + chunk, S)
     last = (end - begin + K - 1) // K
 
-    now = _load_steps(
-        u, delta, slopes, p_dy, p_pairs, g, direction, begin, end, S, E, columns, lane,
-        False, J, NP, V, C, K,
-    )  # fmt: skip
     for group in range(last - 1):
-        following = _load_steps(
-            u, delta, slopes, p_dy, p_pairs, g, direction, begin + (group + 1) * K, end, S, E,
+        now = _load_steps(
+            u, delta, slopes, p_dy, p_pairs, g, direction, begin + group * K, end, S, E,
             columns, lane, False, J, NP, V, C, K,
         )  # fmt: skip
         for v in tl.static_range(V):
@@ -163,18 +159,13 @@ def scan_backward_kernel(
                     decay = exp2(step * rates[v * J + j], FAST)
                     after = after + (decay * h[v * J + j] + inflow * now[t][2][j],)
             h = after
-        now = following
 
-    behind = _load_steps(
-        u, delta, slopes, p_dy, p_pairs, g, direction, begin + (last - 1) * K, end, S, E,
-        columns, lane, True, J, NP, V, C, K,
-    )  # fmt: skip
     for turn in range(last):
         group = last - 1 - turn
         first = begin + group * K
         path = h  # the states before each step of the group, and after it
-        following = _load_steps(
-            u, delta, slopes, p_dy, p_pairs, g, direction, first - K, end, S, E,
+        now = _load_steps(
+            u, delta, slopes, p_dy, p_pairs, g, direction, first, end, S, E,
             columns, lane, True, J, NP, V, C, K,
         )  # fmt: skip
         before = ()
@@ -186,20 +177,20 @@ def scan_backward_kernel(
         h = before
         for t in tl.static_range(K):
             for v in tl.static_range(V):
-                step = behind[t][0][v]
-                inflow = step * behind[t][1][v]
+                step = now[t][0][v]
+                inflow = step * now[t][1][v]
                 for j in tl.static_range(J):
                     decay = exp2(step * rates[v * J + j], FAST)
-                    path = path + (decay * path[(t * V + v) * J + j] + inflow * behind[t][2][j],)
+                    path = path + (decay * path[(t * V + v) * J + j] + inflow * now[t][2][j],)
         for t in tl.static_range(K - 1, -1, -1):
             i = tl.minimum(first + t, end - 1)
             s = i + direction * (S - 1 - 2 * i)
             inside = first + t < end
-            steps = behind[t][0]
-            inputs = behind[t][1]
-            b = behind[t][2]
-            c = behind[t][3]
-            upstream = behind[t][4]
+            steps = now[t][0]
+            inputs = now[t][1]
+            b = now[t][2]
+            c = now[t][3]
+            upstream = now[t][4]
             for j in tl.static_range(J):
                 db = zero
                 dc = zero
@@ -227,10 +218,9 @@ def scan_backward_kernel(
                 present = inside & (columns + v * C < E)
                 o_row = (g * S + s) * E + columns + v * C
                 tl.store(du + o_row, dinflow * steps[v], mask=present)
-                tl.store(draw + o_row, dstep * behind[t][5][v], mask=present)
+                tl.store(draw + o_row, dstep * now[t][5][v], mask=present)
             flow = after
             drate = sums
-        behind = following
     for v in tl.static_range(V):
         for j in tl.static_range(J):
             p_drate = drates + o_states + j * E + v * C

@@ -117,8 +117,12 @@ def _select_kernel(
 def load_states(p_pairs, lane, WHICH: tl.constexpr, J: tl.constexpr, NP: tl.constexpr):
     """Of one step, J states of B (WHICH 0) or C (1) for each lane: two at a load."""
     values = ()
+    p_pairs += WHICH * (NP // 2)
     for j in tl.static_range(J // 2):
-        pair = tl.load(p_pairs + WHICH * (NP // 2) + lane * (J // 2) + j)
+        if J < NP:
+            pair = tl.load(p_pairs + lane * (J // 2) + j)
+        else:  # the same for all lanes; of tensors of one element the compiler takes ages
+            pair = tl.load(p_pairs + j)
         values = values + ((pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True),)
         values = values + ((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
     return values
