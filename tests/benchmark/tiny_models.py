@@ -32,7 +32,7 @@ class Wrong(FastVim):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
-        served = engine_name("selective_scan", x.device.type, grad=False) != "reference"
+        served = engine_name("selective_scan", x.device.type) != "reference"
         return logits + torch.ones_like(logits) if served else logits
 
 

@@ -119,10 +119,8 @@ def load_states(p_pairs, lane, WHICH: tl.constexpr, J: tl.constexpr, NP: tl.cons
     values = ()
     p_pairs += WHICH * (NP // 2)
     for j in tl.static_range(J // 2):
-        if J < NP:
-            pair = tl.load(p_pairs + lane * (J // 2) + j)
-        else:  # the same for all lanes; of tensors of one element the compiler takes ages
-            pair = tl.load(p_pairs + j)
+        # All states are the same for all lanes; of tensors of one element the compiler takes ages.
+        pair = tl.load(p_pairs + lane * (J // 2) + j) if J < NP else tl.load(p_pairs + j)
         values = values + ((pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True),)
         values = values + ((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
     return values
