@@ -82,7 +82,13 @@ def report_failures(failures: list[Failure], errors: Console, *, read: int) -> N
 
 
 def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
-    """How to prepare an image: as the checkpoint says, else as the model's configuration does."""
+    """How to prepare an image: as the checkpoint says, else as the model's configuration does.
+
+    Converted weights tell of the model, not of its images: the model's options then say the size.
+    """
+    options = metadata.get("model_args", {})
+    told = {name: options[name] for name in ("img_size", "in_chans") if name in options}
+    told |= metadata
     config = resolve_model_data_config(model)
     channels, *size = config["input_size"]
     default = {
@@ -93,6 +99,6 @@ def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
     }
-    settings = {key: metadata.get(key, value) for key, value in default.items()}
+    settings = {key: told.get(key, value) for key, value in default.items()}
     settings["mean"], settings["std"] = tuple(settings["mean"]), tuple(settings["std"])
     return settings

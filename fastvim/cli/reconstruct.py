@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -78,7 +77,9 @@ def run(argv: list[str]) -> None:
             f"{arguments.checkpoint} holds {metadata['model']}: expected a masked autoencoder, "
             "mae_…; classifiers are for fastvim predict"
         )
-    settings = _settings(model, metadata, arguments.size)
+    settings = image_settings(model, metadata)
+    if arguments.size is not None:
+        settings["img_size"] = arguments.size
     model = model.to(usable_device(arguments.device)).eval()
 
     lines: list[str] = []
@@ -109,16 +110,6 @@ def run(argv: list[str]) -> None:
     report_failures(failures, errors, read=len(lines))
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
-
-
-def _settings(
-    model: MaskedAutoencoder, metadata: dict[str, Any], size: int | None
-) -> dict[str, Any]:
-    """How to prepare an image; converted weights tell only of the model, not of its images."""
-    options = metadata["model_args"]
-    told = {name: options[name] for name in ("img_size", "in_chans") if name in options}
-    settings = image_settings(model, {**told, **metadata})
-    return settings if size is None else {**settings, "img_size": size}
 
 
 def _upright(transform: Transform) -> Transform:

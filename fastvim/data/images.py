@@ -7,13 +7,14 @@ import os
 from typing import Any
 
 import lightning as L
+import torch
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastvim.data import samples
 from fastvim.data.files import ImageFiles, find_split, open_folder, reader_classes
-from fastvim.data.sampler import evaluation_loader, training_loader
+from fastvim.data.sampler import evaluation_loader, mix, training_loader
 from fastvim.data.transforms import (
     IMAGE_MODES,
     Transform,
@@ -53,6 +54,8 @@ class ImageData(L.LightningDataModule):
         train_split: name of the training split.
         val_split: name of the validation split.
         test_split: name of the test split; None for `test` if the folder has one, else `val_split`.
+        train_images: train on so many images alone, a random choice drawn with `seed`; None for
+            all of them.
         num_classes: for datasets that do not name their classes (`wds/`); None to read them.
         batch_size: training images per process.
         eval_batch_size: images per process in evaluation; None for `batch_size`.
@@ -84,6 +87,7 @@ class ImageData(L.LightningDataModule):
         train_split: str = "train",
         val_split: str = "val",
         test_split: str | None = None,
+        train_images: int | None = None,
         num_classes: int | None = None,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
@@ -110,6 +114,7 @@ class ImageData(L.LightningDataModule):
         self.train_split = train_split
         self.val_split = val_split
         self.test_split = test_split
+        self.train_images = train_images
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
@@ -180,10 +185,22 @@ class ImageData(L.LightningDataModule):
         if not self._class_names:
             self._class_names = self._find_class_names(source.reader, training)
         if isinstance(source, IterableImageDataset):
+            if training and self.train_images is not None:
+                raise UserError(f"{self.dataset}: train_images needs a dataset with a length")
             source.transform = transform
             return source
         location = f"{self.dataset}/{split}" if self.dataset else str(source.reader.root)
-        return ImageFiles(source.reader, location, transform, self._class_names, training)
+        files = ImageFiles(source.reader, location, transform, self._class_names, training)
+        return self._choose(files) if training and self.train_images is not None else files
+
+    def _choose(self, files: ImageFiles) -> Dataset[Any]:
+        """The `train_images` of the training split."""
+        assert self.train_images is not None
+        if not 1 <= self.train_images <= len(files):
+            raise UserError(f"train_images {self.train_images}: expected 1 to {len(files)}")
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(files), generator=generator)
+        return Subset(files, order[: self.train_images].tolist())
 
     def _source(self, split: str, training: bool) -> ImageDataset | IterableImageDataset:
         """timm's dataset of a split, without a transform."""

@@ -81,6 +81,7 @@ class Segments:
         strides: tokens between neighbours along each axis in memory, in path order.
         pooled: whether each axis is pooled, in path order.
         order: (B, n) memory index of the token at each path position; None: given by `strides`.
+        place: (B, n) path position of the token at each memory index, the inverse of `order`.
         index: (2, B, n) segment of each path position, one row per direction; None: given by
             `sizes` and `pooled`.
     """
@@ -89,6 +90,7 @@ class Segments:
     strides: tuple[int, ...]
     pooled: tuple[bool, ...]
     order: Tensor | None = None
+    place: Tensor | None = None
     index: Tensor | None = None
 
     @property
@@ -153,9 +155,10 @@ class Segments:
             position = position + digit * path_step
             segment = segment + digit * segment_stride
         order = position.argsort(dim=1)
+        steps = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        place = torch.zeros_like(order).scatter(1, order, steps)
         if not self.pools:
-            forward = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-            index = torch.stack([forward, forward])
+            index = torch.stack([steps, steps])
         else:
             forward = segment.gather(1, order)
             # Published: position j of the reversed sequence holds token n-1-j but uses the segment
@@ -163,7 +166,7 @@ class Segments:
             # backward scan of every layer runs in descending order.
             flipped = self.num_segments - 1 - forward.flip(1)
             index = torch.stack([forward, flipped if mirror == "published" else forward])
-        return Segments(self.sizes, self.strides, self.pooled, order, index)
+        return Segments(self.sizes, self.strides, self.pooled, order, place, index)
 
     def to_path(self, x: Tensor) -> Tensor:
         """(B, n, E) from memory order to path order."""
@@ -178,8 +181,8 @@ class Segments:
 
     def from_path(self, x: Tensor) -> Tensor:
         """(B, n, E) from path order back to memory order."""
-        if self.order is not None:
-            return x.gather(1, self.order.argsort(dim=1)[:, :, None].expand_as(x))
+        if self.place is not None:
+            return x.gather(1, self.place[:, :, None].expand_as(x))
         if self.in_memory_order:
             return x
         axes = [1 + axis for axis in self._by_memory]

@@ -181,6 +181,7 @@ def test_kept_cells(path, pool, axes, mirror):
     walks = [walk(path, pool, grid, k, mirror) for k in kept.tolist()]
     segments = Traversal(path, pool).over(grid, kept, mirror)
     assert segments.num_tokens == kept.shape[1]
+    assert torch.equal(segments.place, segments.order.argsort(1))
     assert segments.num_segments == walks[0].num_segments
     assert segments.segment_size == walks[0].segment_size
     x = tokens(3, kept.shape[1], 2)

@@ -154,11 +154,10 @@ def test_selective_scan(steps, width, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("splits", [(1,), (4,)])
-def test_chunks_of_a_sequence(splits, dtype, monkeypatch):
+@pytest.mark.parametrize("walk", selective_scan_kernels.WALKS, ids=str)
+def test_chunks_of_a_sequence(walk, dtype, monkeypatch):
     """17 steps in chunks of 4 and a rest, by lanes that have all states of a channel or a part."""
-    ahead = {split: selective_scan_kernels.AHEAD[split] for split in splits}
-    monkeypatch.setattr(selective_scan_kernels, "AHEAD", ahead)
+    monkeypatch.setattr(selective_scan_kernels, "WALKS", (walk,))
     monkeypatch.setattr(selective_scan_kernels, "LONG", 8)
     monkeypatch.setattr(selective_scan_kernels, "SHORTEST", 4)
     forget_launches()

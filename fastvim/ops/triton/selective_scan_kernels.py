@@ -21,12 +21,14 @@ from fastvim.ops.triton.common import INTERPRETED, exp2, softplus
 from fastvim.ops.triton.launch import Launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LANES = 32  # of a program of the scan: a warp
-AHEAD = {1: 4, 2: 4, 4: 8}  # steps loaded ahead, by lanes that share the states of a channel:
-ENOUGH = 384  # the fewest that give so many programs
-LONG = 512  # steps from which on a sequence may be cut
-FULL = 2112  # programs that it is cut into: four for each scheduler
-SHORTEST = 64  # steps of a chunk at least
+# Lanes that share the states of a channel, channels of a program (one warp), steps that it loads
+# ahead. Chosen: the first with
+WALKS = ((1, 64, 1), (1, 32, 2), (2, 16, 4), (4, 8, 8))
+ENOUGH = 1024  # programs. Where none has, long sequences are cut, others take the last.
+LONG = 512  # steps from which on a sequence is cut, into
+FULL = 2048  # programs at most,
+SHORTEST = 64  # of so many steps at least
+LANES = 32
 ROWS = 32  # steps of a program of the projection
 SPARSE_ROWS = 16  # where there are fewer steps than
 MANY = 16384
@@ -257,15 +259,15 @@ def prepared(
     )
 
 
-def split_and_chunks(sequences: int, steps: int, width: int) -> tuple[int, int]:
-    """Lanes that share a channel's states, and chunks that a sequence is cut into."""
-    for split in AHEAD:
-        programs = sequences * triton.cdiv(width, LANES // split)
-        if programs >= ENOUGH:
-            break
-    if steps < LONG or programs >= ENOUGH:
-        return split, 1
-    return split, max(1, min(steps // SHORTEST, FULL // programs))
+def choose_walk(sequences: int, steps: int, width: int) -> tuple[tuple[int, int, int], int]:
+    """One of `WALKS`, and chunks that a sequence is cut into."""
+    for walk in WALKS:
+        if sequences * triton.cdiv(width, walk[1]) >= ENOUGH:
+            return walk, 1
+    if steps < LONG:
+        return WALKS[-1], 1
+    programs = sequences * triton.cdiv(width, WALKS[0][1])
+    return WALKS[0], max(1, min(steps // SHORTEST, FULL // programs))
 
 
 class Scan:
@@ -278,12 +280,10 @@ class Scan:
         G, N = 2 * batch, int(A_log.shape[2])
         R = int(x_proj.shape[1]) - 2 * N
         NP = max(8, triton.next_power_of_2(N))
-        split, chunks = split_and_chunks(G, S, E)
+        (split, block, ahead), chunks = choose_walk(G, S, E)
         chunk = triton.cdiv(S, chunks)
         chunks = triton.cdiv(S, chunk)
-        ahead = triton.cdiv(
-            chunk, triton.cdiv(chunk, AHEAD[split])
-        )  # the last ones not for nothing
+        ahead = triton.cdiv(chunk, triton.cdiv(chunk, ahead))  # the last ones not for nothing
         self.states = (G, chunks, NP, E)
 
         rows = ROWS if batch * S >= MANY else SPARSE_ROWS
@@ -302,8 +302,6 @@ class Scan:
             )  # fmt: skip
 
         self.select, self.select_and_keep = select(keep=False), select(keep=True)
-
-        block = LANES // split
 
         def scan(write: bool) -> Launch:
             numbers: tuple[Any, ...] = (
