@@ -1,0 +1,127 @@
+"""Training with the kernels beside training with the definitions: losses, and bits.
+
+    python benchmarks/loss_curves.py [--device cuda] [--out benchmarks/loss_curves.json]
+        [--plot benchmarks/loss_curves.png] [--images FOLDER]
+
+A small FastVim learns handwritten digits from the same weights and batches with each engine. The
+first engine is run twice: its weights must come out the same, bit for bit. Exit code 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import fastvim
+from fastvim.benchmark.record import device_name
+from fastvim.data.samples import fetch
+
+SIZE = 56  # pixels: 14 x 14 tokens of 4
+BATCH = 128
+WINDOWS = 15  # the plotted losses are means over this part of the steps
+
+
+def load_images(folder: Path) -> tuple[Tensor, Tensor]:
+    """All images of folder/train/LABEL as (M, 3, SIZE, SIZE), normalised, and their labels."""
+    paths = sorted((folder / "train").glob("*/*.png"))
+    images = [Image.open(path).convert("L").resize((SIZE, SIZE)) for path in paths]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
+    labels = torch.tensor([int(path.parent.name) for path in paths])
+    return ((pixels - 0.13) / 0.31)[:, None].expand(-1, 3, -1, -1), labels
+
+
+def train(
+    engine: str, images: Tensor, labels: Tensor, device: torch.device, steps: int, depth: int
+) -> tuple[list[float], str]:
+    """Losses of every step, and a digest of the final weights."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "fastvim_tiny_patch16_224", img_size=SIZE, patch_size=4, depth=depth, num_classes=10
+    ).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
+    order = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        chosen = torch.randint(len(labels), (BATCH,), generator=order)
+        batch, target = images[chosen].to(device), labels[chosen].to(device)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+        with fastvim.use_engine(engine):
+            with autocast:
+                logits = model(batch)
+            loss = F.cross_entropy(logits.float(), target)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    weights = [p.detach().cpu().numpy().tobytes() for p in model.parameters()]
+    return torch.stack(losses).tolist(), hashlib.sha256(b"".join(weights)).hexdigest()
+
+
+def draw(curves: dict[str, list[float]], title: str, path: Path) -> None:
+    """Running means of the losses, one line over the other."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for (name, losses), (width, style) in zip(curves.items(), ((4, "-"), (1.5, "--")), strict=True):
+        window = max(1, len(losses) // WINDOWS)
+        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(np.arange(window, len(losses) + 1), mean, style, linewidth=width, label=name)
+    axes.set(title=title, xlabel="step", ylabel=f"loss, mean of {window} steps", yscale="log")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--steps", type=int, default=300)
+    add("--depth", type=int, default=12)
+    add("--images", type=Path, help="digits as folder/train/LABEL/*.png (default: fetched once)")
+    add("--out", type=Path)
+    add("--plot", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    images, labels = load_images(arguments.images or fetch("mnist"))
+    fast = "triton" if device.type == "cuda" else "numba"
+    curves, digests = {}, []
+    for engine in (fast, fast, "reference"):
+        curves[engine], digest = train(
+            engine, images, labels, device, arguments.steps, arguments.depth
+        )
+        digests.append(digest)
+        print(f"{engine}: loss {curves[engine][0]:.4f} to {curves[engine][-1]:.4f}, {digest[:12]}")  # noqa: T201
+    same = digests[0] == digests[1]
+    apart = max(abs(a - b) for a, b in zip(*curves.values(), strict=True))
+    print(f"two runs with {fast}: {'the same bits' if same else 'DIFFERENT bits'}")  # noqa: T201
+    print(f"largest difference of a loss between the engines: {apart:.4f}")  # noqa: T201
+    name = device_name(device)
+    record = {
+        "device": name,
+        "torch": torch.__version__,
+        "steps": arguments.steps,
+        "same_bits": same,
+        "losses": curves,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.plot:
+        title = f"FastVim, {arguments.depth} blocks, digits, {name}"
+        draw(curves, title, arguments.plot)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
