@@ -35,7 +35,7 @@ class Engine:
         device: the type of device whose tensors it serves.
         dtypes: the dtypes it serves; others fall to the definition.
         load: imports and returns the implementation.
-        masks: whether it takes traversals over kept indices.
+        load_masked: the same for traversals over kept indices, if it takes them.
     """
 
     name: str
@@ -43,11 +43,12 @@ class Engine:
     device: str
     dtypes: tuple[torch.dtype, ...]
     load: Callable[[], Callable[..., Any]]
-    masks: bool = True
+    load_masked: Callable[[], Callable[..., Any]] | None
 
     def serves(self, device: str, dtype: torch.dtype, masked: bool) -> bool:
         """Whether it can compute for such tensors."""
-        return device == self.device and dtype in self.dtypes and (self.masks or not masked)
+        takes = self.load_masked is not None or not masked
+        return device == self.device and dtype in self.dtypes and takes
 
 
 def _numba_conv_pool() -> Callable[..., Any]:
@@ -74,6 +75,18 @@ def _triton_conv_pool() -> Callable[..., Any]:
     return conv_pool_triton
 
 
+def _triton_conv_pool_kept() -> Callable[..., Any]:
+    from fastvim.ops.triton.kept import conv_pool_kept
+
+    return conv_pool_kept
+
+
+def _triton_expand_gate_kept() -> Callable[..., Any]:
+    from fastvim.ops.triton.kept import expand_gate_kept
+
+    return expand_gate_kept
+
+
 def _triton_selective_scan() -> Callable[..., Any]:
     from fastvim.ops.triton.selective_scan import selective_scan_triton
 
@@ -88,14 +101,20 @@ def _triton_expand_gate() -> Callable[..., Any]:
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _numba = functools.partial(Engine, "numba", "numba", "cpu", _DTYPES)
-_triton = functools.partial(Engine, "triton", "triton", "cuda", _DTYPES, masks=False)
+_triton = functools.partial(Engine, "triton", "triton", "cuda", _DTYPES)
 
 # By op, in order of preference. On a CPU the norms are as good as their definitions.
 ENGINES: dict[str, tuple[Engine, ...]] = {
-    "add_norm": (_triton(_triton_add_norm),),
-    "conv_pool": (_numba(_numba_conv_pool), _triton(_triton_conv_pool)),
-    "selective_scan": (_numba(_numba_selective_scan), _triton(_triton_selective_scan)),
-    "expand_gate": (_triton(_triton_expand_gate),),
+    "add_norm": (_triton(_triton_add_norm, None),),
+    "conv_pool": (
+        _numba(_numba_conv_pool, _numba_conv_pool),
+        _triton(_triton_conv_pool, _triton_conv_pool_kept),
+    ),
+    "selective_scan": (
+        _numba(_numba_selective_scan, None),
+        _triton(_triton_selective_scan, None),
+    ),
+    "expand_gate": (_triton(_triton_expand_gate, _triton_expand_gate_kept),),
 }
 
 _chosen: str | None = None
@@ -140,7 +159,9 @@ def implementation(
     candidates = _candidates if torch.compiler.is_compiling() else _remembered
     for engine in candidates(ENGINES[op], _chosen, x.device.type, x.dtype, masked):
         if available(engine.package):
-            return engine.load()
+            load = engine.load_masked if masked else engine.load
+            assert load is not None
+            return load()
     return reference
 
 

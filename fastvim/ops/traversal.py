@@ -10,7 +10,7 @@ moves them: it says how it walks them (`path`) and which axes it pools (`pool`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -53,7 +53,7 @@ class Traversal:
             kept: (B, n) int64, the cells present under a mask, as row-major indices of `grid` in
                 ascending order. None: every cell is present.
             mirror: how the backward direction of a masked layer finds its segments
-                (`Segments.index`); without `kept` both readings are the same.
+                (`Kept.index`); without `kept` both readings are the same.
 
         Raises:
             ValueError: the grid's axes are not the path's.
@@ -73,6 +73,38 @@ class Traversal:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A walk over kept cells, as tables.
+
+    Attributes:
+        order: (B, n) memory index of the token at each path position.
+        place: (B, n) path position of the token at each memory index, the inverse of `order`.
+        index: (2, B, n) segment of each path position, one row per direction.
+        members: (2, B, n) path positions, segment after segment.
+        tokens: (2, B, n) memory indices of these.
+        starts: (2, B, S + 1) where in `members` each segment begins.
+    """
+
+    order: Tensor
+    place: Tensor
+    index: Tensor
+    members: Tensor
+    tokens: Tensor
+    starts: Tensor
+
+    @staticmethod
+    def of(order: Tensor, index: Tensor, num_segments: int) -> Kept:
+        """All tables from two of them."""
+        steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        place = torch.zeros_like(order).scatter(1, order, steps)
+        ascending, members = index.sort(dim=2, stable=True)
+        numbers = torch.arange(num_segments + 1, device=index.device)
+        starts = torch.searchsorted(ascending, numbers.repeat(*index.shape[:2], 1))
+        tokens = order.expand_as(members).gather(2, members)
+        return Kept(order, place, index, members, tokens, starts)
+
+
+@dataclass(frozen=True)
 class Segments:
     """A traversal laid over a grid: what the ops need to know of the token order.
 
@@ -80,23 +112,18 @@ class Segments:
         sizes: size of each axis, in path order (slowest first).
         strides: tokens between neighbours along each axis in memory, in path order.
         pooled: whether each axis is pooled, in path order.
-        order: (B, n) memory index of the token at each path position; None: given by `strides`.
-        place: (B, n) path position of the token at each memory index, the inverse of `order`.
-        index: (2, B, n) segment of each path position, one row per direction; None: given by
-            `sizes` and `pooled`.
+        kept: tables of the cells present under a mask; None: every cell is.
     """
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     pooled: tuple[bool, ...]
-    order: Tensor | None = None
-    place: Tensor | None = None
-    index: Tensor | None = None
+    kept: Kept | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens present in each sequence."""
-        return prod(self.sizes) if self.order is None else self.order.shape[1]
+        return prod(self.sizes) if self.kept is None else self.kept.order.shape[1]
 
     @property
     def pools(self) -> bool:
@@ -136,7 +163,7 @@ class Segments:
     @property
     def in_memory_order(self) -> bool:
         """Whether the path walks the tokens as they lie."""
-        return self.order is None and self._by_memory == list(range(len(self.sizes)))
+        return self.kept is None and self._by_memory == list(range(len(self.sizes)))
 
     def keep(self, kept: Tensor, mirror: Mirror = "published") -> Segments:
         """The same walk over the kept cells only (see `Traversal.over`)."""
@@ -156,7 +183,6 @@ class Segments:
             segment = segment + digit * segment_stride
         order = position.argsort(dim=1)
         steps = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-        place = torch.zeros_like(order).scatter(1, order, steps)
         if not self.pools:
             index = torch.stack([steps, steps])
         else:
@@ -166,12 +192,13 @@ class Segments:
             # backward scan of every layer runs in descending order.
             flipped = self.num_segments - 1 - forward.flip(1)
             index = torch.stack([forward, flipped if mirror == "published" else forward])
-        return Segments(self.sizes, self.strides, self.pooled, order, place, index)
+        segments = self.num_segments if self.pools else kept.shape[1]
+        return replace(self, kept=Kept.of(order, index, segments))
 
     def to_path(self, x: Tensor) -> Tensor:
         """(B, n, E) from memory order to path order."""
-        if self.order is not None:
-            return x.gather(1, self.order[:, :, None].expand_as(x))
+        if self.kept is not None:
+            return x.gather(1, self.kept.order[:, :, None].expand_as(x))
         if self.in_memory_order:
             return x
         by_memory = self._by_memory
@@ -181,8 +208,8 @@ class Segments:
 
     def from_path(self, x: Tensor) -> Tensor:
         """(B, n, E) from path order back to memory order."""
-        if self.place is not None:
-            return x.gather(1, self.place[:, :, None].expand_as(x))
+        if self.kept is not None:
+            return x.gather(1, self.kept.place[:, :, None].expand_as(x))
         if self.in_memory_order:
             return x
         axes = [1 + axis for axis in self._by_memory]
@@ -191,7 +218,7 @@ class Segments:
 
     def sum_of_path(self, x: Tensor) -> Tensor:
         """(B, L, E) in path order to sums over each segment, (B, S, E); for an unmasked walk."""
-        assert self.index is None
+        assert self.kept is None
         axes = [1 + axis for axis, pooled in enumerate(self.pooled) if pooled]
         grid: Tensor = x.unflatten(1, self.sizes)
         return grid.sum(axes).reshape(x.shape[0], self.num_segments, x.shape[-1])
@@ -203,9 +230,9 @@ class Segments:
         """
         if not self.pools:
             return x
-        if self.index is not None:
+        if self.kept is not None:
             shape = (*x.shape[:2], self.num_segments, x.shape[-1])
-            index = self.index[..., None].expand_as(x)
+            index = self.kept.index[..., None].expand_as(x)
             if pooling == "mean":
                 return x.new_zeros(shape).scatter_add(2, index, x) / self.segment_size
             return x.new_zeros(shape).scatter_reduce(2, index, x, "amax", include_self=False)
@@ -218,8 +245,9 @@ class Segments:
         """(2, B, S, E), one value per segment, to each token in path order, (2, B, n, E)."""
         if not self.pools:
             return y
-        if self.index is not None:
-            return y.gather(2, self.index[..., None].expand(*self.index.shape, y.shape[-1]))
+        if self.kept is not None:
+            index = self.kept.index
+            return y.gather(2, index[..., None].expand(*index.shape, y.shape[-1]))
         sizes = [
             1 if pooled else size for size, pooled in zip(self.sizes, self.pooled, strict=True)
         ]

@@ -38,6 +38,13 @@ from fastvim.ops.triton import selective_scan as selective_scan_module
 from fastvim.ops.triton import selective_scan_backward, selective_scan_kernels
 from fastvim.ops.triton.conv_pool import conv_pool_triton
 from fastvim.ops.triton.expand_gate import expand_gate_triton
+from fastvim.ops.triton.kept import (
+    conv_pool_kept,
+    expand_gate_kept,
+    spread,
+    sum_segments,
+    take,
+)
 from fastvim.ops.triton.norm import add_norm_triton
 from fastvim.ops.triton.selective_scan import selective_scan_triton
 
@@ -169,6 +176,76 @@ def test_chunks_of_a_sequence(walk, dtype, monkeypatch):
 def forget_launches():
     selective_scan_module._launches.clear()
     selective_scan_backward._launches.clear()
+
+
+KEPT = [[0, 1, 5, 10, 11], [2, 3, 4, 5, 7]]  # of 4 x 3 cells, with empty rows and columns
+
+
+@each_dtype
+@pytest.mark.parametrize("mirror", ["published", "exact"])
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize(("path", "pool"), [("h w", "w"), ("w h", "h"), ("w h", "w"), ("h w", "")])
+def test_kept_cells(path, pool, pooling, mirror, dtype):
+    kept = torch.tensor(KEPT, device=DEVICE)
+    segments = Traversal(path, pool).over({"h": 4, "w": 3}, kept, mirror)
+    options = {"pooling": pooling, "pool_scale": 0.25}
+    assert_as_exact(
+        lambda *a: conv_pool_kept(*a, segments, **options),
+        lambda *a: conv_pool(*a, segments, **options),
+        conv_inputs(2, 5, 40),
+        dtype,
+    )
+    assert_as_exact(
+        lambda *a: expand_gate_kept(*a[:3], segments, *a[3:]),
+        lambda *a: expand_gate(*a[:3], segments, *a[3:]),
+        gate_inputs(2, 5, segments.num_segments, 40),
+        dtype,
+    )
+
+
+def test_kept_cells_compiled_whole():
+    """With the tables made inside, as in a model that gets the kept cells with each call."""
+    x, weight, bias, D = (t.to(DEVICE) for t in to(conv_inputs(2, 5, 8), torch.float32))
+
+    def layer(x, kept):
+        segments = Traversal("w h", "h").over({"h": 4, "w": 3}, kept)
+        pooled, skip = conv_pool_kept(x, weight, bias, D, segments)
+        return expand_gate_kept(skip, x, pooled, segments).square().mean()
+
+    backend = "inductor" if ON_GPU else "aot_eager"
+    kept = torch.tensor(KEPT, device=DEVICE)
+    results = []
+    for run in (torch.compile(layer, fullgraph=True, backend=backend), layer):
+        leaf = x.clone().requires_grad_()
+        value = run(leaf, kept)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_registration_of_moves(grad):
+    segments = Traversal("w h", "h").over({"h": 4, "w": 3}, torch.tensor(KEPT, device=DEVICE))
+    kept = segments.kept
+    (x,) = (t.to(DEVICE).requires_grad_(grad) for t in to([normal(2, 5, 8)], torch.float32))
+    values, y = (t.detach().clone().requires_grad_(grad) for t in (x.expand(2, -1, -1, -1),) * 2)
+    opcheck(take.registered, (x, kept.order, kept.place, 0.5))
+    opcheck(sum_segments.registered, (values, kept.index, kept.members, kept.starts, 0.5))
+    y = y[:, :, : segments.num_segments]
+    opcheck(spread.registered, (y, kept.order, kept.index, kept.tokens, kept.starts))
+
+
+@pytest.mark.parametrize("scattered", [("h w c", "w"), ("h w c", "w c"), ("c h w", "w")])
+def test_kept_cells_of_scattered_segments(scattered):
+    grid = {"h": 3, "w": 2, "c": 2}
+    kept = torch.stack([torch.randperm(12)[:7].sort().values for _ in range(2)]).to(DEVICE)
+    segments = Traversal(*scattered).over(grid, kept)
+    assert_as_exact(
+        lambda *a: conv_pool_kept(*a, segments),
+        lambda *a: conv_pool(*a, segments),
+        conv_inputs(2, 7, 8),
+        torch.float32,
+    )
 
 
 @each_dtype

@@ -285,7 +285,8 @@ def _prepared(
     skip, z = (t if t.stride(2) == 1 else t.contiguous() for t in (skip, z))
     if weight is not None and bias is None:
         bias = torch.zeros_like(weight)
-    return skip, z, y.contiguous(), bias
+    # The directions may be one and the same.
+    return skip, z, y if y[0].is_contiguous() else y.contiguous(), bias
 
 
 def _plan(skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, eps: float) -> Launch:

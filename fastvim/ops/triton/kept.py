@@ -1,0 +1,264 @@
+"""Masked layers on GPUs: tokens brought into path order and back, around the unmasked kernels.
+
+B  batch, n  kept tokens, E  inner width, S  segments
+Kept tokens are few (a quarter, as a rule), so that moving them costs little: `conv_pool` convolves
+them in path order as a sequence without pooling, and each segment is summed here; `expand_gate`
+gets the scan spread to the tokens. Each of the three moves is the gradient of another. Segments are
+summed by walking their members, without atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvim.ops.conv_pool import conv_pool_reference
+from fastvim.ops.traversal import Pooling, Segments
+from fastvim.ops.triton.conv_pool import conv_pool_triton
+from fastvim.ops.triton.expand_gate import expand_gate_triton
+from fastvim.ops.triton.launch import Launch, Launches, Op
+
+CHANNELS = 128  # of a program
+ROWS = 8  # of a program, where rows are independent
+
+_launches: Launches[Launch] = Launches()
+
+
+@triton.jit
+def _take_kernel(
+    source, table, out, scale: tl.constexpr,
+    rows, length, n, stride_sequence, stride_row, E: tl.constexpr,
+    ROWS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """out (G, n, E): row table (G, n) of a sequence of source (G, length, E), times scale."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * C + tl.arange(0, C)
+    present = row < rows
+    mask = present[:, None] & (columns < E)[None, :]
+    place = tl.load(table + row, mask=present, other=0)
+    p_source = source + (row // n).to(tl.int64) * stride_sequence + place * stride_row
+    value = tl.load(p_source[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row.to(tl.int64)[:, None] * E + columns[None, :], value * scale, mask=mask)
+
+
+@triton.jit
+def _spread_kernel(
+    y, order, index, out, rows, n, S, E: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr
+):
+    """out (B, n, E) in memory order: the mean over directions of each token's segment of y."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * C + tl.arange(0, C)
+    present = row < rows
+    mask = present[:, None] & (columns < E)[None, :]
+    batch = (row // n).to(tl.int64)
+    sequences = rows // n
+    first = batch * S + tl.load(index + row, mask=present, other=0)
+    second = (sequences + batch) * S + tl.load(index + rows + row, mask=present, other=0)
+    value = tl.load(y + first[:, None] * E + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(y + second[:, None] * E + columns[None, :], mask=mask, other=0.0)
+    token = batch * n + tl.load(order + row, mask=present, other=0)
+    tl.store(out + token[:, None] * E + columns[None, :], 0.5 * value, mask=mask)
+
+
+@triton.jit
+def _sum_kernel(
+    values, members, starts, out, scale: tl.constexpr,
+    B, n, S, stride_direction, E: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """out (2, B, S, E): sums over the members of each segment of values (2, B, n, E), times scale.
+
+    members (2, B, n) are rows of values, segment after segment; starts (2, B, S + 1) of these.
+    """
+    sequence = (tl.program_id(0) // S).to(tl.int64)  # of both directions
+    segment = tl.program_id(0) % S
+    columns = tl.program_id(1) * C + tl.arange(0, C)
+    mask = columns < E
+    p_values = values + sequence // B * stride_direction + sequence % B * n * E + columns
+    begin = tl.load(starts + sequence * (S + 1) + segment)
+    end = tl.load(starts + sequence * (S + 1) + segment + 1)
+    total = tl.zeros((C,), tl.float32)
+    for i in range(begin, end):
+        row = tl.load(members + sequence * n + i)
+        total += tl.load(p_values + row * E, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + (sequence * S + segment) * E + columns, total * scale, mask=mask)
+
+
+def _blocks(E: int) -> tuple[int, int]:
+    """Channels of a program, and programs along them."""
+    C = min(CHANNELS, triton.next_power_of_2(E))
+    return C, triton.cdiv(E, C)
+
+
+def _take(source: Tensor, table: Tensor, inverse: Tensor, scale: float) -> Tensor:
+    if source.stride(2) != 1:
+        source = source.contiguous()
+    G, n = table.shape
+    E = int(source.shape[2])
+    out = torch.empty((G, n, E), dtype=source.dtype, device=source.device)
+    C, blocks = _blocks(E)
+    numbers = (scale, G * n, source.shape[1], n, source.stride(0), source.stride(1), E, ROWS, C)
+    launch = _launches.get(
+        (source, table),
+        ("take", scale),
+        lambda: Launch(
+            _take_kernel, source.device, (triton.cdiv(G * n, ROWS), blocks), numbers, num_warps=4
+        ),
+    )
+    if out.numel():
+        launch(source, table, out)
+    return out
+
+
+def _take_fake(source: Tensor, table: Tensor, inverse: Tensor, scale: float) -> Tensor:
+    return source.new_empty((*table.shape, source.shape[2]))
+
+
+def _take_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, table, inverse, ctx.scale = inputs
+    ctx.save_for_backward(table, inverse)
+
+
+def _take_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    table, inverse = ctx.saved_tensors
+    return take(dout, inverse, table, ctx.scale), None, None, None
+
+
+# (source (G, n, E), table (G, n), inverse (G, n), scale): rows in another order.
+take = Op("fastvim::take_triton", _take, _take_fake, _take_keep, _take_gradients)
+
+
+def _sum(
+    values: Tensor,
+    index: Tensor,
+    members: Tensor,
+    starts: Tensor,
+    scale: float,
+) -> Tensor:
+    values = values.contiguous()
+    _, B, n, E = values.shape
+    S = starts.shape[2] - 1
+    out = torch.empty((2, B, S, int(E)), dtype=values.dtype, device=values.device)
+    C, blocks = _blocks(int(E))
+    stride = values.stride(0) if values.shape[0] == 2 else 0
+    numbers = (scale, B, n, S, stride, int(E), C)
+    launch = _launches.get(
+        (values, members, starts),
+        ("sum", scale),
+        lambda: Launch(_sum_kernel, values.device, (2 * B * S, blocks), numbers, num_warps=1),
+    )
+    if out.numel():
+        launch(values, members, starts, out)
+    return out
+
+
+def _sum_fake(
+    values: Tensor, index: Tensor, members: Tensor, starts: Tensor, scale: float
+) -> Tensor:
+    return values.new_empty((2, values.shape[1], starts.shape[2] - 1, values.shape[3]))
+
+
+def _sum_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.scale = inputs[4]
+
+
+def _sum_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    (index,) = ctx.saved_tensors
+    table = index.flatten(0, 1)
+    dvalues = take(dout.flatten(0, 1), table, table, ctx.scale).view(*index.shape, dout.shape[3])
+    return dvalues, None, None, None, None
+
+
+# (values (2 or, of both directions, 1, B, n, E), index, members, starts, scale): sums of segments.
+sum_segments = Op("fastvim::sum_segments_triton", _sum, _sum_fake, _sum_keep, _sum_gradients)
+
+
+def _spread(y: Tensor, order: Tensor, index: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
+    y = y.contiguous()
+    B, n = order.shape
+    S, E = y.shape[2], int(y.shape[3])
+    out = torch.empty((B, n, E), dtype=torch.float32, device=y.device)
+    C, blocks = _blocks(E)
+    launch = _launches.get(
+        (y, order, index),
+        "spread",
+        lambda: Launch(
+            _spread_kernel, y.device, (triton.cdiv(B * n, ROWS), blocks), (B * n, n, S, E, ROWS, C),
+            num_warps=4,
+        ),
+    )  # fmt: skip
+    if out.numel():
+        launch(y, order, index, out)
+    return out
+
+
+def _spread_fake(y: Tensor, order: Tensor, index: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
+    return y.new_empty((*order.shape, y.shape[3]), dtype=torch.float32)
+
+
+def _spread_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, _, *tables = inputs
+    ctx.dtype = y.dtype
+    ctx.save_for_backward(*tables)
+
+
+def _spread_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    index, tokens, starts = ctx.saved_tensors
+    dy = sum_segments(dout[None], index, tokens, starts, 0.5)
+    return dy.to(ctx.dtype), None, None, None, None
+
+
+# (y (2, B, S, E), order, index, tokens, starts): the scan of each token, (B, n, E), in float32.
+spread = Op("fastvim::spread_triton", _spread, _spread_fake, _spread_keep, _spread_gradients)
+
+
+def conv_pool_kept(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    segments: Segments,
+    *,
+    pooling: Pooling = "mean",
+    pool_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`fastvim.ops.conv_pool` for GPU tensors of at most 32 bits, under a mask."""
+    if pooling == "max" and segments.pools:
+        options: dict[str, Any] = {"pooling": pooling, "pool_scale": pool_scale}
+        return conv_pool_reference(x, weight, bias, D, segments, **options)
+    kept = segments.kept
+    assert kept is not None
+    path = take(x, kept.order, kept.place, 1.0)
+    scale = 1.0 if segments.pools else pool_scale
+    values, skip = conv_pool_triton(path, weight, bias, D, _line(x), pool_scale=scale)
+    if segments.pools:
+        mean = pool_scale / segments.segment_size
+        values = sum_segments(values, kept.index, kept.members, kept.starts, mean)
+    return values, take(skip, kept.place, kept.order, 1.0)
+
+
+def expand_gate_kept(
+    skip: Tensor,
+    z: Tensor,
+    y: Tensor,
+    segments: Segments,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`fastvim.ops.expand_gate` for GPU tensors of at most 32 bits, under a mask."""
+    kept = segments.kept
+    assert kept is not None
+    scanned = spread(y, kept.order, kept.index, kept.tokens, kept.starts)
+    both = scanned.expand(2, *scanned.shape)  # their mean is what was spread
+    return expand_gate_triton(skip, z, both, _line(skip), norm_weight, norm_bias, eps=eps)
+
+
+def _line(x: Tensor) -> Segments:
+    """The walk over tokens (B, n, E) as they lie, without pooling."""
+    return Segments((x.shape[1],), (1,), (False,))
