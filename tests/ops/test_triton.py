@@ -161,14 +161,14 @@ def test_selective_scan(steps, width, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("walk", selective_scan_kernels.WALKS, ids=str)
+@pytest.mark.parametrize("walk", selective_scan_kernels.WALKS[::3], ids=str)
 def test_chunks_of_a_sequence(walk, dtype, monkeypatch):
     """17 steps in chunks of 4 and a rest, by lanes that have all states of a channel or a part."""
     monkeypatch.setattr(selective_scan_kernels, "WALKS", (walk,))
     monkeypatch.setattr(selective_scan_kernels, "LONG", 8)
     monkeypatch.setattr(selective_scan_kernels, "SHORTEST", 4)
     forget_launches()
-    inputs = scan_inputs(2, 17, 40)
+    inputs = scan_inputs(1, 17, 40)
     assert_as_exact(selective_scan_triton, selective_scan, inputs, dtype)
     forget_launches()
 

@@ -26,6 +26,7 @@ from fastvim.ops.triton.common import (
     sigmoid,
 )
 from fastvim.ops.triton.launch import Launch, Launches, Op
+from fastvim.ops.triton.sums import sum_parts
 
 CHANNELS = 32  # of a program
 PER_THREAD = 1  # channels
@@ -215,7 +216,7 @@ def _run(
     sums = torch.empty((programs, SUMS.value, E), dtype=torch.float32, device=x.device)
     if dx.numel():
         launch(x, taps, bias, D, dpooled, dskip, dx, sums)
-    total = sums.sum(0)
+    total = sum_parts(sums[None])[0]
     dweight = total[:8].unflatten(0, (2, 4)).mT[..., 4 - weight.shape[2] :]
     return (
         dx,

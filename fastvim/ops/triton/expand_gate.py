@@ -18,6 +18,7 @@ from torch import Tensor
 from fastvim.ops.traversal import Segments
 from fastvim.ops.triton.common import INTERPRETED, pad_axes, row_pieces, sigmoid, silu_twice
 from fastvim.ops.triton.launch import Launch, Launches, Op
+from fastvim.ops.triton.sums import sum_parts
 
 PIECE = 256  # channels at most
 PER_THREAD = 8  # channels of a piece
@@ -269,7 +270,7 @@ def _run_backward(
     none = skip.new_empty(0)
     if norm_weight is None:
         return dskip, dz, dy, none, none
-    dweight, dbias = sums.sum(0).to(norm_weight.dtype).unbind()
+    dweight, dbias = sum_parts(sums[None])[0].to(norm_weight.dtype).unbind()
     return dskip, dz, dy, dweight.clone(), dbias.clone()
 
 

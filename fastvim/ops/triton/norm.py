@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvim.ops.norm import NormKind
 from fastvim.ops.triton.launch import Launch, Launches, Op
+from fastvim.ops.triton.sums import sum_parts
 
 TILE = 1024  # values of a program
 WARPS = 4
@@ -148,7 +149,7 @@ def _run_backward(
     dresidual = torch.empty(total.shape, dtype=torch.float32, device=total.device)
     apart = dnormed.dtype != torch.float32
     dhidden = torch.empty(total.shape if apart else 0, dtype=dnormed.dtype, device=total.device)
-    sums = torch.empty(2, programs, D, dtype=torch.float32, device=total.device)
+    sums = torch.empty(1 + has_bias, programs, D, dtype=torch.float32, device=total.device)
     if M:
         numbers = (M, D, eps, programs, dtotal is not None, has_bias, rms, apart, rows, block)
         launch = _backward_launches.get(
@@ -158,10 +159,10 @@ def _run_backward(
                 _add_norm_backward_kernel, total.device, (programs,), numbers, num_warps=WARPS
             ),
         )
-        launch(total, weight, dnormed, dtotal, dresidual, dhidden, sums[0], sums[1])
-    dweight = sums[0].sum(0).to(weight.dtype)
-    dbias = sums[1].sum(0).to(weight.dtype) if has_bias else dweight.new_empty(0)
-    return dresidual, dhidden, dweight, dbias
+        launch(total, weight, dnormed, dtotal, dresidual, dhidden, sums[0], sums[-1])
+    dweights = sum_parts(sums).to(weight.dtype)
+    dbias = dweights[1].clone() if has_bias else dweights.new_empty(0)
+    return dresidual, dhidden, dweights[0].clone(), dbias
 
 
 def _fake_backward(

@@ -30,12 +30,14 @@ from fastvim.ops.triton.selective_scan_kernels import (
     carry_kernel,
     prepared,
 )
+from fastvim.ops.triton.sums import sum_parts
 
 SPLIT = 4  # lanes that share the states of a channel
 V = 2  # channels of a lane
 STEPS = 4  # K, scanned at a time
 ROWS = 16  # steps of a program that gives gradients of what the projections take,
 WEIGHT_ROWS = 32  # and of their weights
+SPLIT_ROWS = 32  # of the partial sums of these weights
 SELECT_DEPTH = 64  # channels that it sums at a time; in float32 EXACT_DEPTH
 
 
@@ -127,7 +129,8 @@ class _ScanBackward:
         self.select(x_proj, dt_proj, scan_du, draw, dBC, du, dprojected)
         partial = empty(self.splits, 2, 2 * self.rank_block + 2 * NP + 1, E)
         self.weights(u, dt, draw, dprojected, partial)
-        return du, partial.sum(0), drates.sum(1) * rates
+        projections = sum_parts(partial[None], rows=SPLIT_ROWS)[0]
+        return du, projections, sum_parts(drates) * rates
 
 
 _launches: Launches[_ScanBackward] = Launches()
