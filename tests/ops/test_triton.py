@@ -65,13 +65,13 @@ WALKS = [
 ]
 # Rows shorter than the window, and of one, two and four runs that they are no multiple of.
 GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2), (2, 35, 1)]
-STEPS = [1, 7, 17]
-WIDTHS = [6, 72]
+STEPS = [1, 6, 9]  # of the scan: in groups of four, with rests
+WIDTHS = [6, 40]
 if ON_GPU:  # the interpreter would take minutes
     GRIDS += [(1, 7, 1), (7, 1, 1), (7, 9, 1), (14, 14, 1), (197, 1, 1), (4, 49, 1), (3, 300, 1)]
     GRIDS += [(1, 135, 1)]
-    STEPS += [33, 63, 196, 197, 3000]
-    WIDTHS += [32, 384, 1000, 2560]
+    STEPS += [7, 17, 33, 63, 196, 197, 3000]
+    WIDTHS += [32, 72, 384, 1000, 2560]
 
 # The interpreter rounds to bfloat16 towards zero, unlike a GPU: that dtype needs one.
 HERE = [dtype for dtype in DTYPES if ON_GPU or dtype != torch.bfloat16]
