@@ -22,7 +22,7 @@ tables() { # calls "$1 FILE SIZES BATCHES MODELS and options" for every table
     "$1" h100_training.json 224 64 fastvim_base_patch16_224 vit_base_patch16_224 --train
 }
 
-warm() { # one process for each model and size
+warm() { # a process for each model and size, 14 at a time
     local sizes=($2) batches=($3) options=() models=() argument
     for argument in "${@:4}"; do
         if [[ $argument == -* || ${#options[@]} -gt 0 ]]; then
@@ -33,8 +33,10 @@ warm() { # one process for each model and size
     done
     for argument in "${models[@]}"; do
         for i in "${!sizes[@]}"; do
+            while (($(jobs -rp | wc -l) >= 14)); do wait -n || true; done
             python -m fastvim.cli benchmark "$argument" "${options[@]}" --size "${sizes[i]}" \
-                --batch "${batches[i]}" --no-check --no-floor --warmup 1 --repeats 1 &
+                --batch "${batches[i]}" --no-check --no-floor --warmup 1 --repeats 1 \
+                >/dev/null 2>&1 || echo "$argument at ${sizes[i]} pixels: not compiled" >&2 &
         done
     done
 }
@@ -45,7 +47,7 @@ measure() {
         status=1 # a row failed, and says why
 }
 
-tables warm >/dev/null 2>&1
+tables warm
 wait
 tables measure
 python -m fastvim.cli benchmark --from "$folder/h100.json" --markdown --plot "$folder/h100.png"

@@ -1,7 +1,7 @@
 """Training with the kernels beside training with the definitions: losses, and bits.
 
-    python benchmarks/loss_curves.py [--device cuda] [--out benchmarks/loss_curves.json]
-        [--plot benchmarks/loss_curves.png] [--images FOLDER]
+    python benchmarks/loss_curves.py [--device cuda] [--steps 300] [--depth 12] [--images FOLDER]
+        [--out benchmarks/loss_curves.json] [--plot benchmarks/loss_curves.png]
 
 A small FastVim learns handwritten digits from the same weights and batches with each engine. The
 first engine is run twice: its weights must come out the same, bit for bit. Exit code 1 if not.
@@ -93,6 +93,7 @@ def main() -> int:
     add("--out", type=Path)
     add("--plot", type=Path)
     arguments = parser.parse_args()
+    torch.backends.cudnn.deterministic = True  # of the patches' convolution
     device = torch.device(arguments.device)
     images, labels = load_images(arguments.images or fetch("mnist"))
     fast = "triton" if device.type == "cuda" else "numba"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastvim.data import samples
 from fastvim.data.files import ImageFiles, find_split, open_folder, reader_classes
-from fastvim.data.sampler import evaluation_loader, mix, training_loader
+from fastvim.data.sampler import evaluation_loader, training_loader
 from fastvim.data.transforms import (
     IMAGE_MODES,
     Transform,

@@ -171,6 +171,7 @@ class Segments:
             raise ValueError(f"mirror={mirror!r}: expected 'published' or 'exact'")
         if kept.ndim != 2 or kept.is_floating_point():
             raise ValueError(f"kept: expected integer indices (B, n), got {tuple(kept.shape)}")
+        kept = kept.contiguous()  # like all tables made of it, which kernels read
         position = torch.zeros_like(kept)
         segment = torch.zeros_like(kept)
         path_step = prod(self.sizes)

@@ -162,20 +162,23 @@ def test_selective_scan(steps, width, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("walk", selective_scan_kernels.WALKS[::3], ids=str)
-def test_chunks_of_a_sequence(walk, dtype, monkeypatch):
-    """17 steps in chunks of 4 and a rest, by lanes that have all states of a channel or a part."""
+def test_chunks_of_a_sequence(walk, dtype, monkeypatch, forget_launches):
+    """17 steps in chunks of 5 and a rest, by lanes that have all states of a channel or a part."""
     monkeypatch.setattr(selective_scan_kernels, "WALKS", (walk,))
     monkeypatch.setattr(selective_scan_kernels, "LONG", 8)
     monkeypatch.setattr(selective_scan_kernels, "SHORTEST", 4)
-    forget_launches()
     inputs = scan_inputs(1, 17, 40)
     assert_as_exact(selective_scan_triton, selective_scan, inputs, dtype)
-    forget_launches()
 
 
+@pytest.fixture
 def forget_launches():
-    selective_scan_module._launches.clear()
-    selective_scan_backward._launches.clear()
+    """For a test that changes what launches are made of."""
+    for module in (selective_scan_module, selective_scan_backward):
+        module._launches.clear()
+    yield
+    for module in (selective_scan_module, selective_scan_backward):
+        module._launches.clear()
 
 
 KEPT = [[0, 1, 5, 10, 11], [2, 3, 4, 5, 7]]  # of 4 x 3 cells, with empty rows and columns
@@ -183,22 +186,20 @@ KEPT = [[0, 1, 5, 10, 11], [2, 3, 4, 5, 7]]  # of 4 x 3 cells, with empty rows a
 
 @each_dtype
 @pytest.mark.parametrize("mirror", ["published", "exact"])
-@pytest.mark.parametrize("pooling", ["mean", "max"])
 @pytest.mark.parametrize(("path", "pool"), [("h w", "w"), ("w h", "h"), ("w h", "w"), ("h w", "")])
-def test_kept_cells(path, pool, pooling, mirror, dtype):
-    kept = torch.tensor(KEPT, device=DEVICE)
+def test_kept_cells(path, pool, mirror, dtype):
+    kept = torch.tensor(KEPT, device=DEVICE).T.contiguous().T  # which is not row after row
     segments = Traversal(path, pool).over({"h": 4, "w": 3}, kept, mirror)
-    options = {"pooling": pooling, "pool_scale": 0.25}
     assert_as_exact(
-        lambda *a: conv_pool_kept(*a, segments, **options),
-        lambda *a: conv_pool(*a, segments, **options),
-        conv_inputs(2, 5, 40),
+        lambda *a: conv_pool_kept(*a, segments, pool_scale=0.25),
+        lambda *a: conv_pool(*a, segments, pool_scale=0.25),
+        conv_inputs(2, 5, 136),
         dtype,
     )
     assert_as_exact(
         lambda *a: expand_gate_kept(*a[:3], segments, *a[3:]),
         lambda *a: expand_gate(*a[:3], segments, *a[3:]),
-        gate_inputs(2, 5, segments.num_segments, 40),
+        gate_inputs(2, 5, segments.num_segments, 136),
         dtype,
     )
 
@@ -287,7 +288,7 @@ def test_strides_do_not_matter(dtype):
     u, *parameters = to(scan_inputs(2, 5, 40), dtype)
     apart = [
         lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
-        lambda t: t.flip(-1).contiguous().flip(-1) if t.ndim == 1 else t.mT.contiguous().mT,
+        lambda t: torch.stack([t, t], -1)[:, 0] if t.ndim == 1 else t.mT.contiguous().mT,
     ]
 
     def run(move):
@@ -297,6 +298,7 @@ def test_strides_do_not_matter(dtype):
             *conv_pool_triton(x_, weight_, bias_, D_, segments),
             expand_gate_triton(skip_, z_, y_, segments, *rest[:2]),
             selective_scan_triton(*rest[2:]),
+            *add_norm_triton(x_, skip_, *rest[:2]),
         ]
 
     expected = run(lambda t: t.contiguous())
@@ -373,6 +375,24 @@ def test_compiled_whole(op, dynamic):
         return run_with_gradients(with_walk, inputs.values(), torch.float32)
 
     for actual, expected in zip(run(compiled), run(engine), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "pool", "pooling"), [("w h", "h", "max"), ("w h", "w", "mean"), ("h w", "", "max")]
+)
+def test_gradients_by_definition_compiled_whole(path, pool, pooling):
+    """Maxima, and segments that are no rows of the path."""
+    segments = Traversal(path, pool).over({"h": 3, "w": 5})
+    inputs = [t.to(DEVICE) for t in conv_inputs(2, 15, 8)]
+
+    def layer(*tensors):
+        return conv_pool_triton(*tensors, segments, pooling=pooling)
+
+    backend = "inductor" if ON_GPU else "aot_eager"
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    results = (run_with_gradients(f, inputs, torch.float32) for f in (compiled, layer))
+    for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 

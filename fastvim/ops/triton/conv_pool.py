@@ -272,7 +272,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, dpooled: Tensor, dskip: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = conv_pool_backward(*ctx.saved_tensors, *ctx.options, dpooled, dskip)
+    x, weight, bias, D = ctx.saved_tensors
+    sizes, strides, pooled, pooling, pool_scale = ctx.options
+    gradients = conv_pool_backward(
+        x, weight, bias, D, sizes, strides, pooled, pooling, pool_scale, dpooled, dskip
+    )
     return (*gradients, None, None, None, None, None)
 
 

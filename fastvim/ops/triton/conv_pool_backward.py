@@ -33,7 +33,6 @@ PER_THREAD = 1  # channels
 WARPS = 4
 LONGEST = 16  # tokens of a run, all unrolled
 AHEAD = 8  # tokens loaded ahead of use
-MOST_RUNS = 64  # of a program at a time
 PROGRAMS = 1056
 SUMS = tl.constexpr(12)  # four taps each way, two biases, two skips
 
@@ -196,12 +195,10 @@ def _run(
     dpooled: Tensor,
     dskip: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and D."""
+    """Gradients of x, weight, bias and D, where segments are rows of the path, or tokens."""
     segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
-    _, _, flags = collapse(segments)
-    if pooling == "max" or (segments.pools and (not flags[-1] or any(flags[:-1]))):
-        by: Pooling = "max" if pooling == "max" else "mean"
-        return _by_definition(x, weight, bias, D, segments, by, pool_scale, dpooled, dskip)
+    if x.numel() == 0:
+        return x.new_zeros(x.shape), weight * 0, bias * 0, D * 0
     if x.stride(2) != 1:
         x = x.contiguous()
     taps, bias, D = four_taps(weight), bias.contiguous(), D.contiguous()
@@ -214,8 +211,7 @@ def _run(
         lambda: _plan(x, segments, pool_scale),
     )
     sums = torch.empty((programs, SUMS.value, E), dtype=torch.float32, device=x.device)
-    if dx.numel():
-        launch(x, taps, bias, D, dpooled, dskip, dx, sums)
+    launch(x, taps, bias, D, dpooled, dskip, dx, sums)
     total = sum_parts(sums[None])[0]
     dweight = total[:8].unflatten(0, (2, 4)).mT[..., 4 - weight.shape[2] :]
     return (
@@ -231,13 +227,17 @@ def _by_definition(
     weight: Tensor,
     bias: Tensor,
     D: Tensor,
-    segments: Segments,
-    pooling: Pooling,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
+    pooling: str,
     pool_scale: float,
     dpooled: Tensor,
     dskip: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same where no kernel has them: for maxima, and segments that are no rows of the path."""
+    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
+    by: Pooling = "max" if pooling == "max" else "mean"
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, D)]
     with torch.enable_grad():
         outputs = conv_pool_reference(
@@ -246,7 +246,7 @@ def _by_definition(
             leaves[2],
             leaves[3],
             segments,
-            pooling=pooling,
+            pooling=by,
             pool_scale=pool_scale,
         )
     dx, dweight, dbias, dD = torch.autograd.grad(outputs, leaves, (dpooled, dskip))
@@ -274,4 +274,31 @@ def _fake(
     )
 
 
-conv_pool_backward = Op("fastvim::conv_pool_triton_backward", _run, _fake)
+_by_kernel = Op("fastvim::conv_pool_triton_backward", _run, _fake)
+# Opaque, since it records gradients of its own.
+_otherwise = Op("fastvim::conv_pool_backward_by_definition", _by_definition, _fake, opaque=True)
+
+
+def conv_pool_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
+    pooling: str,
+    pool_scale: float,
+    dpooled: Tensor,
+    dskip: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and D."""
+    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
+    _, _, flags = collapse(segments)
+    scattered = segments.pools and (not flags[-1] or any(flags[:-1]))
+    op = _otherwise if scattered or (pooling == "max" and segments.pools) else _by_kernel
+    walk = (list(sizes), list(strides), list(pooled))
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = op(
+        x, weight, bias, D, *walk, pooling, pool_scale, dpooled, dskip
+    )
+    return gradients

@@ -217,7 +217,7 @@ def _run(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    skip, z, y, norm_bias = _prepared(skip, z, y, norm_weight, norm_bias)
+    skip, z, y, norm_weight, norm_bias = _prepared(skip, z, y, norm_weight, norm_bias)
     out = torch.empty(skip.shape, dtype=skip.dtype, device=skip.device)
     if out.numel() == 0:
         return out
@@ -244,7 +244,7 @@ def _run_backward(
     dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of skip, z, one direction of y, and of the norm's weight and bias."""
-    skip, z, y, norm_bias = _prepared(skip, z, y, norm_weight, norm_bias)
+    skip, z, y, norm_weight, norm_bias = _prepared(skip, z, y, norm_weight, norm_bias)
     dout = dout.contiguous()
     E = int(skip.shape[2])
     dskip = torch.empty(skip.shape, dtype=skip.dtype, device=skip.device)
@@ -281,13 +281,14 @@ def _rows_pooled(segments: Segments) -> bool:
 
 def _prepared(
     skip: Tensor, z: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The inputs with the strides that the kernels ask for, and a bias where there is a norm."""
     skip, z = (t if t.stride(2) == 1 else t.contiguous() for t in (skip, z))
-    if weight is not None and bias is None:
-        bias = torch.zeros_like(weight)
+    if weight is not None:
+        weight = weight.contiguous()
+        bias = torch.zeros_like(weight) if bias is None else bias.contiguous()
     # The directions may be one and the same.
-    return skip, z, y if y[0].is_contiguous() else y.contiguous(), bias
+    return skip, z, y if y[0].is_contiguous() else y.contiguous(), weight, bias
 
 
 def _plan(skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, eps: float) -> Launch:

@@ -3,8 +3,8 @@
 B  batch, n  kept tokens, E  inner width, S  segments
 Kept tokens are few (a quarter, as a rule), so that moving them costs little: `conv_pool` convolves
 them in path order as a sequence without pooling, and each segment is summed here; `expand_gate`
-gets the scan spread to the tokens. Each of the three moves is the gradient of another. Segments are
-summed by walking their members, without atomics.
+gets the scan spread to the tokens. The gradient of each of the three moves is another of them, or
+itself. Segments are summed by walking their members, without atomics.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _launches: Launches[Launch] = Launches()
 @triton.jit
 def _take_kernel(
     source, table, out, scale: tl.constexpr,
-    rows, length, n, stride_sequence, stride_row, E: tl.constexpr,
+    rows, n, stride_sequence, stride_row, E: tl.constexpr,
     ROWS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """out (G, n, E): row table (G, n) of a sequence of source (G, length, E), times scale."""
@@ -100,7 +100,7 @@ def _take(source: Tensor, table: Tensor, inverse: Tensor, scale: float) -> Tenso
     E = int(source.shape[2])
     out = torch.empty((G, n, E), dtype=source.dtype, device=source.device)
     C, blocks = _blocks(E)
-    numbers = (scale, G * n, source.shape[1], n, source.stride(0), source.stride(1), E, ROWS, C)
+    numbers = (scale, G * n, n, source.stride(0), source.stride(1), E, ROWS, C)
     launch = _launches.get(
         (source, table),
         ("take", scale),
@@ -168,7 +168,7 @@ def _sum_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sum_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
-    table = index.flatten(0, 1)
+    table = index.flatten(0, 1)  # no permutation: without an inverse, there are no second gradients
     dvalues = take(dout.flatten(0, 1), table, table, ctx.scale).view(*index.shape, dout.shape[3])
     return dvalues, None, None, None, None
 

@@ -103,8 +103,8 @@ def _run(
     rms: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    hidden = hidden.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    residual, bias = (None if t is None else t.contiguous() for t in (residual, bias))
     normed = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     total = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
     if normed.numel() == 0:
@@ -139,7 +139,7 @@ def _run_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the sum in float32 and in the dtype of `dnormed`, of the weight and the bias."""
-    total, dnormed = total.contiguous(), dnormed.contiguous()
+    total, weight, dnormed = total.contiguous(), weight.contiguous(), dnormed.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     D = int(total.shape[-1])
     M = total.numel() // D

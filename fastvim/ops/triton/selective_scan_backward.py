@@ -168,5 +168,5 @@ def _fake(
     return u.new_empty(u.shape), x, dt, bias, A
 
 
-# Opaque: of launches whose number depends on a size the compiler of torch 2.11 makes no code.
+# Opaque: torch 2.11 compiles it for one size, but fails where sizes may change.
 selective_scan_backward = Op("fastvim::selective_scan_triton_backward", _run, _fake, opaque=True)

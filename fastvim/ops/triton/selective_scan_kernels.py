@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvim.ops.triton.common import INTERPRETED, exp2, softplus
-from fastvim.ops.triton.launch import Launch
+from fastvim.ops.triton.launch import Launch, is_traced
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Lanes that share the states of a channel, channels of a program (one warp), steps that it loads
@@ -283,7 +283,8 @@ class Scan:
         (split, block, ahead), chunks = choose_walk(G, S, E)
         chunk = triton.cdiv(S, chunks)
         chunks = triton.cdiv(S, chunk)
-        ahead = triton.cdiv(chunk, triton.cdiv(chunk, ahead))  # the last ones not for nothing
+        if not is_traced(u):  # a constant that depends on a size would tie the trace to it
+            ahead = triton.cdiv(chunk, triton.cdiv(chunk, ahead))  # the last ones not for nothing
         self.states = (G, chunks, NP, E)
 
         rows = ROWS if batch * S >= MANY else SPARSE_ROWS
