@@ -4,10 +4,11 @@ BIN := .venv/bin
 # Idle OpenMP threads that spin would take the cores from the workers that load images.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install test lint quickstart clean
+.PHONY: help install test lint quickstart mae clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a small FastVim on handwritten digits"
+	@echo "make mae          pre-train one without labels, then show what that is worth with few labels"
 	@echo "make test         install what the tests need and run them all"
 	@echo "make lint         formatting, lint, types and the import contract"
 	@echo "make install      the environment alone: everything, editable, in .venv"
@@ -32,6 +33,17 @@ lint: install
 quickstart: install
 	$(BIN)/fastvim fit --config recipes/quickstart.yaml
 	$(BIN)/fastvim test --config recipes/quickstart.yaml --ckpt_path last
+
+MAE := recipes/mae/digits_finetune.yaml
+SCRATCH := --model.checkpoint null --trainer.default_root_dir runs/mae/digits_scratch
+mae: install
+	$(BIN)/fastvim fit --config recipes/mae/digits_pretrain.yaml
+	$(BIN)/fastvim fit --config $(MAE) $(SCRATCH)
+	$(BIN)/fastvim fit --config $(MAE)
+	@echo "100 labels, from random weights:"
+	@$(BIN)/fastvim test --config $(MAE) $(SCRATCH) --ckpt_path last
+	@echo "100 labels, from the pre-trained weights:"
+	@$(BIN)/fastvim test --config $(MAE) --ckpt_path last
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastvim.cli.train import TrainingCLI
+from fastvim.models import checkpoint_filter_fn
 from fastvim.tasks import LinearProbe
 from fastvim.tasks.optim import parameter_groups
 
@@ -44,6 +45,8 @@ def test_there_are_recipes():
         "finetune_vim_base",
         "finetune_vim_large",
         "probe_fastvim_base",
+        "digits_pretrain",
+        "digits_finetune",
     }
 
 
@@ -133,3 +136,24 @@ def test_probing_recipe_is_the_published_one():
     assert (task.warmup_epochs, cli.trainer.max_epochs) == (10, 90)
     assert (task.momentum, task.weight_decay, task.trust_coefficient) == (0.9, 0, 0.001)
     assert task.model_args["pool_scale"] == 0.25
+
+
+def test_the_recipes_of_the_digits_fit_together():
+    pretraining = build(ROOT / "recipes" / "mae" / "digits_pretrain.yaml")
+    finetuning = build(ROOT / "recipes" / "mae" / "digits_finetune.yaml")
+    source = finetuning.model.checkpoint
+    assert source == f"{pretraining.config.trainer.default_root_dir}/model.safetensors"
+    for cli in (pretraining, finetuning):
+        cli.model.num_classes = 10
+        cli.model.checkpoint = None
+        cli.model.configure_model()
+    weights = checkpoint_filter_fn(pretraining.model.model.state_dict(), finetuning.model.model)
+    own = finetuning.model.model.state_dict()
+    assert own.keys() - weights.keys() == {"head.weight", "head.bias"}
+    assert all(weights[name].shape == own[name].shape for name in weights)
+    assert finetuning.model.model_args["pool_scale"] == 1 - pretraining.model.model.mask_ratio
+    # The images are prepared alike, and the labels are few.
+    settings = (cli.config.data.init_args for cli in (pretraining, finetuning))
+    first, second = ({**vars(setting)} for setting in settings)
+    differing = {name for name in first if first[name] != second[name]}
+    assert differing == {"train_images", "batch_size"}

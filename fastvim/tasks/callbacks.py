@@ -57,6 +57,7 @@ class RunLog(L.Callback):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._start = 0.0
+        self._validated = False  # in this epoch; the trainer keeps the metrics of earlier ones
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()  # a run resumed in the middle of an epoch starts none
@@ -74,6 +75,10 @@ class RunLog(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()
+        self._validated = False
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -81,7 +86,8 @@ class RunLog(L.Callback):
         last = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else ""
         line = f"epoch {trainer.current_epoch + 1:>{len(str(last))}}" + (f"/{last}" if last else "")
         metrics = trainer.callback_metrics
-        for name in ("train/loss_epoch", *(name for name in metrics if name.startswith("val/"))):
+        validation = [name for name in metrics if name.startswith("val/") and self._validated]
+        for name in ("train/loss_epoch", *validation):
             line += f"   {describe(name.removesuffix('_epoch'), float(metrics[name]))}"
         self._print(f"{line}   {time.monotonic() - self._start:.1f} s")
 

@@ -69,6 +69,21 @@ def test_predictions_are_the_models(weights, model, image_folder, tmp_path):
     assert line["probability"] == pytest.approx(float(expected.max()), abs=1e-5)
 
 
+def test_converted_weights_get_images_of_their_size(model, image_folder, tmp_path):
+    from PIL import Image
+
+    from fastvim.data.transforms import evaluation_transform
+
+    ours = tmp_path / "ours.safetensors"
+    save(ours, model.state_dict(), {"model": MODEL, "model_args": SMALL})
+    path = image_folder / "val" / "ant" / "0.jpg"
+    main(["predict", "--checkpoint", str(ours), "--out", str(tmp_path), str(path)])
+    (line,) = lines(tmp_path)
+    with Image.open(path) as image, torch.no_grad():
+        expected = model.eval()(evaluation_transform(img_size=32)(image)[None]).softmax(-1)[0]
+    assert line["probability"] == pytest.approx(float(expected.max()), abs=1e-5)
+
+
 def test_the_rest_is_predicted(weights, image_folder, tmp_path, capsys):
     good = image_folder / "val" / "ant" / "0.jpg"
     (tmp_path / "notes.jpg").write_text("not an image")

@@ -49,6 +49,19 @@ def test_batches_of_a_folder(image_root: Path) -> None:
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def test_few_training_images(image_root: Path) -> None:
+    def chosen(seed: int) -> set[str]:
+        data = open_data(image_root, train_images=8, seed=seed)
+        dataset = data._datasets["train"]
+        assert len(data.train_dataloader()) == 2
+        assert len(list(data.val_dataloader())) == 3  # all of them
+        return {dataset.dataset.filename(index) for index in dataset.indices}
+
+    assert len(chosen(0)) == 8
+    assert chosen(0) == chosen(0)
+    assert len({frozenset(chosen(seed)) for seed in range(5)}) > 1
+
+
 def test_evaluation_is_the_public_transform(image_root: Path) -> None:
     data = open_data(image_root, "validate")
     images, _ = next(iter(data.val_dataloader()))
@@ -204,6 +217,8 @@ def test_odd_folders(make_split: Callable, tmp_path: Path) -> None:
         ({"seed": -1}, "seed -1: expected 0 or more"),
         ({"num_classes": 4}, "num_classes 4: the data have 3 classes"),
         ({"in_chans": 2}, "in_chans 2"),
+        ({"train_images": 0}, "train_images 0: expected 1 to 12"),
+        ({"train_images": 13}, "train_images 13: expected 1 to 12"),
     ],
 )
 def test_mistakes(image_root: Path, settings: dict, message: str) -> None:

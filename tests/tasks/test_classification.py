@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 
@@ -10,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from harness import MODEL_ARGS, ONE_EPOCH, last, trainer
+from rich.console import Console
 from safetensors.torch import load_file
 
 from fastvim.cli import main
@@ -17,6 +19,7 @@ from fastvim.cli.train import TrainingCLI
 from fastvim.data.images import ImageData
 from fastvim.errors import UserError
 from fastvim.tasks import Classification
+from fastvim.tasks.callbacks import RunLog
 
 
 def task(**settings) -> Classification:
@@ -38,6 +41,15 @@ def test_the_rate_scales_with_the_true_global_batch(tmp_path, data):
     # 12 batches are 4 steps; the rate moves after each of them.
     expected = [0.024 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]
     assert rates == pytest.approx([expected[(batch + 1) // 3] for batch in range(12)])
+
+
+def test_a_line_of_progress_repeats_no_validation(tmp_path, data):
+    output = io.StringIO()
+    log = RunLog(Console(file=output, width=200))
+    run = trainer(tmp_path, log, max_epochs=3, check_val_every_n_epoch=2)
+    run.fit(task(ema_decay=None), datamodule=data)
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("epoch")]
+    assert ["val acc1" in line for line in lines] == [False, True, False]
 
 
 def test_validation_and_export_use_the_averages_and_both_are_saved(write_recipe):
