@@ -34,16 +34,23 @@ quickstart: install
 	$(BIN)/fastvim fit --config recipes/quickstart.yaml
 	$(BIN)/fastvim test --config recipes/quickstart.yaml --ckpt_path last
 
-MAE := recipes/mae/digits_finetune.yaml
-SCRATCH := --model.checkpoint null --trainer.default_root_dir runs/mae/digits_scratch
+FINETUNE := --config recipes/mae/digits_finetune.yaml
+PROBE := --config recipes/mae/digits_probe.yaml
+RANDOM := --model.checkpoint null --trainer.default_root_dir runs/mae/random_digits
 mae: install
 	$(BIN)/fastvim fit --config recipes/mae/digits_pretrain.yaml
-	$(BIN)/fastvim fit --config $(MAE) $(SCRATCH)
-	$(BIN)/fastvim fit --config $(MAE)
+	$(BIN)/fastvim fit $(FINETUNE) $(RANDOM)_finetune
+	$(BIN)/fastvim fit $(FINETUNE)
+	$(BIN)/fastvim fit $(PROBE) $(RANDOM)_probe
+	$(BIN)/fastvim fit $(PROBE)
 	@echo "100 labels, from random weights:"
-	@$(BIN)/fastvim test --config $(MAE) $(SCRATCH) --ckpt_path last
+	@$(BIN)/fastvim test $(FINETUNE) $(RANDOM)_finetune --ckpt_path last
 	@echo "100 labels, from the pre-trained weights:"
-	@$(BIN)/fastvim test --config $(MAE) --ckpt_path last
+	@$(BIN)/fastvim test $(FINETUNE) --ckpt_path last
+	@echo "linear probe of random features:"
+	@$(BIN)/fastvim test $(PROBE) $(RANDOM)_probe --ckpt_path last
+	@echo "linear probe of the pre-trained features:"
+	@$(BIN)/fastvim test $(PROBE) --ckpt_path last
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -47,6 +47,7 @@ def test_there_are_recipes():
         "probe_fastvim_base",
         "digits_pretrain",
         "digits_finetune",
+        "digits_probe",
     }
 
 
@@ -141,8 +142,12 @@ def test_probing_recipe_is_the_published_one():
 def test_the_recipes_of_the_digits_fit_together():
     pretraining = build(ROOT / "recipes" / "mae" / "digits_pretrain.yaml")
     finetuning = build(ROOT / "recipes" / "mae" / "digits_finetune.yaml")
+    probe = build(ROOT / "recipes" / "mae" / "digits_probe.yaml")
     source = finetuning.model.checkpoint
     assert source == f"{pretraining.config.trainer.default_root_dir}/model.safetensors"
+    assert probe.model.checkpoint == source
+    assert probe.model.model_args == finetuning.model.model_args
+    assert vars(probe.config.data.init_args) == vars(pretraining.config.data.init_args)
     for cli in (pretraining, finetuning):
         cli.model.num_classes = 10
         cli.model.checkpoint = None
