@@ -183,8 +183,8 @@ class Segments:
             position = position + digit * path_step
             segment = segment + digit * segment_stride
         order = position.argsort(dim=1)
-        steps = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         if not self.pools:
+            steps = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
             index = torch.stack([steps, steps])
         else:
             forward = segment.gather(1, order)

@@ -27,7 +27,7 @@ from fastvim.ops.triton.common import (
     silu_twice,
     token_at,
 )
-from fastvim.ops.triton.conv_pool_backward import conv_pool_backward
+from fastvim.ops.triton.conv_pool_backward import backward_op
 from fastvim.ops.triton.launch import Launch, Launches, Op
 
 CHANNELS = 64  # of a program
@@ -272,11 +272,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, dpooled: Tensor, dskip: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, D = ctx.saved_tensors
-    sizes, strides, pooled, pooling, pool_scale = ctx.options
-    gradients = conv_pool_backward(
-        x, weight, bias, D, sizes, strides, pooled, pooling, pool_scale, dpooled, dskip
-    )
+    sizes, strides, pooled, pooling, _ = ctx.options
+    backward = backward_op(Segments(tuple(sizes), tuple(strides), tuple(pooled)), pooling)
+    gradients = backward(*ctx.saved_tensors, *ctx.options, dpooled, dskip)
     return (*gradients, None, None, None, None, None)
 
 

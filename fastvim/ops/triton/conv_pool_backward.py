@@ -279,26 +279,8 @@ _by_kernel = Op("fastvim::conv_pool_triton_backward", _run, _fake)
 _otherwise = Op("fastvim::conv_pool_backward_by_definition", _by_definition, _fake, opaque=True)
 
 
-def conv_pool_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    D: Tensor,
-    sizes: list[int],
-    strides: list[int],
-    pooled: list[bool],
-    pooling: str,
-    pool_scale: float,
-    dpooled: Tensor,
-    dskip: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and D."""
-    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
+def backward_op(segments: Segments, pooling: str) -> Op:
+    """What gives the gradients of x, weight, bias and D for a traversal."""
     _, _, flags = collapse(segments)
     scattered = segments.pools and (not flags[-1] or any(flags[:-1]))
-    op = _otherwise if scattered or (pooling == "max" and segments.pools) else _by_kernel
-    walk = (list(sizes), list(strides), list(pooled))
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = op(
-        x, weight, bias, D, *walk, pooling, pool_scale, dpooled, dskip
-    )
-    return gradients
+    return _otherwise if scattered or (pooling == "max" and segments.pools) else _by_kernel
