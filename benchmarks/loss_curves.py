@@ -95,7 +95,10 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.backends.cudnn.deterministic = True  # of the patches' convolution
     device = torch.device(arguments.device)
-    images, labels = load_images(arguments.images or fetch("mnist"))
+    folder = arguments.images or fetch("mnist")
+    if not any(folder.glob("train/*/*.png")):
+        parser.error(f"no images at {folder}/train/LABEL/*.png")
+    images, labels = load_images(folder)
     fast = "triton" if device.type == "cuda" else "numba"
     curves, digests = {}, []
     for engine in (fast, fast, "reference"):

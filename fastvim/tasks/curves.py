@@ -55,9 +55,9 @@ class LearningCurves(L.Callback):
             starts = Path(logger.root_dir).glob("version_*/metrics.csv")
             files = sorted(starts, key=lambda file: int(file.parent.name.split("_")[1]))
         rows = join([_read(file) for file in files if file.exists()])
-        if rows:
-            accumulated = trainer.accumulate_grad_batches
-            figure = draw_curves(rows, math.ceil(trainer.num_training_batches / accumulated))
+        batches = trainer.num_training_batches  # infinite: not known, or not yet
+        if rows and math.isfinite(batches):
+            figure = draw_curves(rows, math.ceil(batches / trainer.accumulate_grad_batches))
             figure.savefig(self._path, dpi=150)
 
 

@@ -52,6 +52,14 @@ def test_a_line_of_progress_repeats_no_validation(tmp_path, data):
     assert ["val acc1" in line for line in lines] == [False, True, False]
 
 
+def test_a_mistake_in_a_folder_with_results_is_told_in_a_line(write_recipe, capsys):
+    config = str(write_recipe(ONE_EPOCH))
+    assert main(["fit", "--config", config]) == 0
+    capsys.readouterr()
+    assert main(["fit", "--config", config, "--data.train_images", "9999"]) != 0
+    assert "train_images 9999: expected 1 to" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_validation_and_export_use_the_averages_and_both_are_saved(write_recipe):
     config = write_recipe({"model.init_args.ema_decay": 0.5, **ONE_EPOCH})
     assert main(["fit", "--config", str(config)]) == 0
