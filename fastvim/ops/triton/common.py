@@ -89,27 +89,52 @@ def sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _power(whole, f):
+    """2**(whole + f) for f in [-1/2, 1/2] and a result that is normal: a Chebyshev fit of 2**f."""
+    p = 0.0013400427997112274 + f * 0.00015461444854736328
+    p = 0.24022650718688965 + f * (0.05550327152013779 + f * (0.009618056938052177 + f * p))
+    p = 1.0 + f * (0.6931471824645996 + f * p)
+    return p * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def exp2(x, FAST: tl.constexpr):
-    """2**x; FAST leaves out the instructions that keep denormal results."""
+    """2**x for x <= 127, floored at 2**-126.
+
+    FAST takes the special function: to 2**-22, but too small on average, which the gradients of a
+    scan add up over its steps. Otherwise to rounding.
+    """
     if FAST:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.exp2(x)
+    x = tl.where(x < -126.0, -126.0, x)  # which keeps what is not a number, unlike a maximum
+    whole = tl.floor(x + 0.5)
+    return _power(whole, x - whole)
+
+
+@triton.jit
+def exp(x, FAST: tl.constexpr):
+    """e**x, FAST as in `exp2`; otherwise kept between e**-87 and e**88."""
+    if FAST:
+        return exp2(x * 1.4426950408889634, FAST)
+    x = tl.where(x < -87.0, -87.0, tl.where(x > 88.0, 88.0, x))
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4  # log(2), in a short part and the rest
+    return _power(whole, rest * 1.4426950408889634)
 
 
 @triton.jit
 def softplus(x, FAST: tl.constexpr):
     """log(1 + exp(x)), exact to rounding where exp(x) is far below 1; FAST: to 2**-13."""
+    t = exp(tl.where(x > 20.0, 20.0, x), FAST)
+    w = 1.0 + t
     if FAST:
-        t = exp2(x * 1.4426950408889634, FAST)
         log = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + t], dtype=tl.float32, is_pure=True, pack=1
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [w], dtype=tl.float32, is_pure=True, pack=1
         )
         small = tl.where(t < 1e-3, t - 0.5 * t * t, log * 0.6931471805599453)
     else:
-        t = tl.exp(tl.minimum(x, 20.0))
-        w = 1.0 + t
         small = tl.where(w == 1.0, t, tl.log(w) * (t / (w - 1.0)))
     return tl.where(x > 20.0, x, small)
 

@@ -14,7 +14,6 @@ import torch
 import triton
 from torch import Tensor
 
-from fastvim.ops.triton.common import INTERPRETED
 from fastvim.ops.triton.launch import Launch, Launches, Op
 from fastvim.ops.triton.selective_scan_backward_kernels import (
     flow_back_kernel,
@@ -62,7 +61,7 @@ class _ScanBackward:
         self.blocks = triton.cdiv(E, V * channels)
         self.groups = triton.cdiv(chunk, STEPS)
         strides = (dy.stride(0), dy.stride(1))
-        fast = not INTERPRETED
+        fast = self.scan.fast
         numbers: tuple[Any, ...] = (G, S, E, chunk, chunks, *strides, NP, fast, LANES)
         grid = (G, triton.cdiv(E, LANES), chunks)
         self.back = Launch(flow_back_kernel, u.device, grid, numbers, num_warps=1)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvim.ops.triton.common import INTERPRETED, exp2, softplus
+from fastvim.ops.triton.common import INTERPRETED, exp, exp2, softplus
 from fastvim.ops.triton.launch import Launch, is_traced
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -103,14 +103,14 @@ def _select_kernel(
         mask = present & (columns < E)[None, :]
         tl.store(delta + places * E + columns[None, :], softplus(raw, FAST), mask=mask)
         if KEEP:
-            slope = 1.0 / (1.0 + tl.exp(-raw))
+            slope = 1.0 / (1.0 + exp(-raw, FAST))
             tl.store(slopes + places * E + columns[None, :], slope, mask=mask)
         if tl.program_id(0) == 0:
             n = tl.arange(0, NP)
             in_row = (columns < E)[:, None]
             p_A = A_log + (direction * E + columns)[:, None] * N + n[None, :]
             b_A = tl.load(p_A, mask=in_row & (n < N)[None, :], other=0.0).to(tl.float32)
-            rate = -LOG2_E * tl.exp(b_A)
+            rate = -LOG2_E * exp(b_A, FAST)
             p_rates = rates + (direction * NP + n[None, :]) * E + columns[:, None]
             tl.store(p_rates, rate, mask=in_row)
 
@@ -240,7 +240,7 @@ def carry_kernel(
         added = tl.load(p_state, mask=inside, other=0.0)
         step = tl.load(sums + row * E + columns, mask=inside, other=0.0)
         tl.store(p_state, h, mask=mask)
-        h = tl.exp2(rate * step) * h + added
+        h = exp2(rate * step, False) * h + added
 
 
 def prepared(
@@ -291,9 +291,10 @@ class Scan:
         depth = EXACT_DEPTH if u.dtype == torch.float32 else DEPTH
         programs = 2 * triton.cdiv(batch * S, rows)
         parts = min(triton.cdiv(E, depth), triton.cdiv(SPREAD, programs))
+        self.fast = u.dtype != torch.float32 and not INTERPRETED
         numbers: tuple[Any, ...] = (
             batch * S, parts, E, R, N, max(16, triton.next_power_of_2(R)), NP,
-            u.dtype == torch.float32, u.dtype != torch.float32 and not INTERPRETED, rows, depth,
+            u.dtype == torch.float32, self.fast, rows, depth,
         )  # fmt: skip
 
         def select(keep: bool) -> Launch:
@@ -306,7 +307,7 @@ class Scan:
 
         def scan(write: bool) -> Launch:
             numbers: tuple[Any, ...] = (
-                G, S, E, chunk, chunks, write, write and chunks > 1, NP, not INTERPRETED,
+                G, S, E, chunk, chunks, write, write and chunks > 1, NP, self.fast,
                 split, block, ahead,
             )  # fmt: skip
             grid = (G, triton.cdiv(E, block), chunks if write else chunks - 1)
