@@ -337,7 +337,7 @@ def call_of(op: str, tensors: list) -> list:
 
 SCHEMAS = {
     "add_norm": lambda t: (*t, True, 1e-5),
-    "conv_pool": lambda t: (*t, [5, 3], [1, 5], [False, True], "mean", 0.5),
+    "conv_pool": lambda t: (*t, [5, 3], [1, 5], [False, True], "mean", 0.5, torch.float32),
     "selective_scan": lambda t: tuple(t),
     "expand_gate": lambda t: (*t[:3], [5, 3], [1, 5], [False, True], *t[3:], 1e-5),
 }

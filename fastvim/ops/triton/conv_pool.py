@@ -176,19 +176,20 @@ def _run(
     pooled: list[bool],
     pooling: str,
     pool_scale: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     if x.stride(2) != 1:
         x = x.contiguous()
     weight, bias, D = four_taps(weight), bias.contiguous(), D.contiguous()
     B, L, E = x.shape
     segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
-    steps = torch.empty(2, B, segments.num_segments, E, dtype=x.dtype, device=x.device)
+    steps = torch.empty(2, B, segments.num_segments, E, dtype=dtype, device=x.device)
     skip = torch.empty(B, L, E, dtype=x.dtype, device=x.device)
     if skip.numel() == 0:
         return steps, skip
     launch = _launches.get(
         (x, weight, bias, D),
-        (segments, pooling, pool_scale),
+        (segments, pooling, pool_scale, dtype),
         lambda: _plan(x, segments, pooling, pool_scale),
     )
     launch(x, weight, bias, D, steps, skip)
@@ -260,22 +261,23 @@ def _fake(
     pooled: list[bool],
     pooling: str,
     pool_scale: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     B, L, E = x.shape
     steps = Segments(tuple(sizes), tuple(strides), tuple(pooled)).num_segments
-    return x.new_empty(2, B, steps, E), x.new_empty(B, L, E)
+    return x.new_empty(2, B, steps, E, dtype=dtype), x.new_empty(B, L, E)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
+    ctx.options = inputs[4:-1]
 
 
 def _gradients(ctx: Any, dpooled: Tensor, dskip: Tensor) -> tuple[Tensor | None, ...]:
     sizes, strides, pooled, pooling, _ = ctx.options
     backward = backward_op(Segments(tuple(sizes), tuple(strides), tuple(pooled)), pooling)
     gradients = backward(*ctx.saved_tensors, *ctx.options, dpooled, dskip)
-    return (*gradients, None, None, None, None, None)
+    return (*gradients, None, None, None, None, None, None)
 
 
 _op = Op("fastvim::conv_pool_triton", _run, _fake, _keep, _gradients)
@@ -290,8 +292,10 @@ def conv_pool_triton(
     *,
     pooling: Pooling = "mean",
     pool_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastvim.ops.conv_pool` for GPU tensors of at most 32 bits, without a mask."""
+    """`fastvim.ops.conv_pool` for GPU tensors of at most 32 bits, without a mask; pooled input of
+    another dtype, if one is given."""
     walk = (segments.sizes, segments.strides, segments.pooled)
-    out: tuple[Tensor, Tensor] = _op(x, weight, bias, D, *walk, pooling, pool_scale)
+    out: tuple[Tensor, Tensor] = _op(x, weight, bias, D, *walk, pooling, pool_scale, dtype or x.dtype)
     return out

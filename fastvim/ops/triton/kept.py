@@ -233,11 +233,13 @@ def conv_pool_kept(
     kept = segments.kept
     assert kept is not None
     path = take(x, kept.order, kept.place, 1.0)
-    scale = 1.0 if segments.pools else pool_scale
-    values, skip = conv_pool_triton(path, weight, bias, D, _line(x), pool_scale=scale)
+    scale, dtype = (1.0, torch.float32) if segments.pools else (pool_scale, x.dtype)
+    values, skip = conv_pool_triton(
+        path, weight, bias, D, _line(x), pool_scale=scale, dtype=dtype
+    )  # not rounded before they are summed
     if segments.pools:
         mean = pool_scale / segments.segment_size
-        values = sum_segments(values, kept.index, kept.members, kept.starts, mean)
+        values = sum_segments(values, kept.index, kept.members, kept.starts, mean).to(x.dtype)
     return values, take(skip, kept.place, kept.order, 1.0)
 
 
