@@ -6,6 +6,7 @@ B  batch, C H W  channels, height and width of the images
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,14 @@ from fastvim.inference import why_not_captured
 WARMUP = 3  # steps before a recording, in which kernels are compiled and tuned
 
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    """In float32, whatever the logits' dtype."""
+    return F.cross_entropy(logits.float(), classes)
+
+
 class Uncapturable(Exception):
     """Why a step cannot be recorded as a CUDA graph."""
 
@@ -25,7 +34,7 @@ class TrainingStep:
     """Forward and backward of a classification, without an optimizer.
 
     One call: gradients set to None, the forward pass (under autocast if the precision says so),
-    cross entropy in float32 against `classes`, the backward pass.
+    the loss, by default cross entropy against `classes`, the backward pass.
 
     With `capture` the first call records a step as one CUDA graph and every call replays it. The
     recorded step finds no gradients: it makes its own in the graph's pool, and a replay writes
@@ -40,6 +49,7 @@ class TrainingStep:
         compile: run the forward and backward passes through torch.compile.
         capture: record and replay.
         classes: (B,) integers; default: all 0.
+        loss: of what the model gives and the classes, a scalar.
 
     Attributes:
         model: as given.
@@ -58,6 +68,7 @@ class TrainingStep:
         compile: bool = False,
         capture: bool = False,
         classes: Tensor | None = None,
+        loss: Loss = cross_entropy,
     ) -> None:
         device = images.device
         if capture and device.type != "cuda":
@@ -68,6 +79,7 @@ class TrainingStep:
         self.images = images
         self.classes = classes
         self.autocast = precision.autocast
+        self._loss = loss
         self._run = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
         # One stream for all recordings of this step: cuBLAS keeps a workspace for each.
         self._stream = torch.cuda.Stream(device) if capture else None
@@ -119,7 +131,7 @@ class TrainingStep:
         )
         with region:
             logits = self._run(self.images)
-        F.cross_entropy(logits.float(), self.classes).backward()
+        self._loss(logits, self.classes).backward()
         return logits.detach()
 
     def _record(self, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Tensor]:
