@@ -297,5 +297,6 @@ def conv_pool_triton(
     """`fastvim.ops.conv_pool` for GPU tensors of at most 32 bits, without a mask; pooled input of
     another dtype, if one is given."""
     walk = (segments.sizes, segments.strides, segments.pooled)
-    out: tuple[Tensor, Tensor] = _op(x, weight, bias, D, *walk, pooling, pool_scale, dtype or x.dtype)
+    dtype = dtype or x.dtype
+    out: tuple[Tensor, Tensor] = _op(x, weight, bias, D, *walk, pooling, pool_scale, dtype)
     return out
