@@ -30,7 +30,7 @@ from fastvim.models import (
     to_published,
 )
 from fastvim.models.options import find_options, is_ours, model_of
-from fastvim.models.published import is_published, square_side, transpose_position
+from fastvim.models.published import is_channel, is_published, square_side, transpose_position
 
 METADATA_KEY = "fastvim"
 _PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.")
@@ -241,7 +241,8 @@ def convert(
         ema: take the averaged weights where the file has them.
         model: timm name to write into our file; None finds the one of these sizes.
         model_args: options that leave no trace in published weights (`scan_path`, `pooling`,
-            `alternate`, `pool_scale`), and `img_size` where it was not 224.
+            `alternate`, `pool_scale`; of channel models `token_order` and `pooled_axes`), and
+            `img_size` where it was not 224.
 
     Returns:
         The metadata of our file: which weights they are, the model, its options as found.
@@ -288,7 +289,7 @@ def understand(
     if published:
         state = from_published(state)
     options = {**find_options(state, given.get("img_size")), **given}
-    model = model_of(options)
+    model = model_of(options, is_channel(state))
     with torch.device("meta"):
         create_model(model, **options)  # tells of an option that it does not take
     if published and options.get("scan_path") == "column":

@@ -27,6 +27,8 @@ from fastvim.models import create_model, to_published
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_classes": 5}
 FASTVIM, VIM = "fastvim_tiny_patch16_224", "vim_tiny_patch16_224"
+CHANNELS, CHANNEL_VIM = "fastchannelvim_small_patch16_224", "channelvim_small_patch16_224"
+WITHOUT_TRACE = {"scan_path", "token_order"}
 VARIANTS = {
     "fastvim": (FASTVIM, {}),
     "column": (FASTVIM, {"scan_path": "column"}),
@@ -34,6 +36,9 @@ VARIANTS = {
     "layer norm and scale": (FASTVIM, {"norm": "layer", "init_layer_scale": 1.0}),
     "vim": (VIM, {}),
     "original vim": (VIM, {"norm_after_ssm": False}),
+    "channels": (CHANNELS, {"in_chans": 5}),
+    "channels, spatial first": (CHANNELS, {"in_chans": 3, "token_order": "spatial_first"}),
+    "channel vim": (CHANNEL_VIM, {"in_chans": 3}),
     "plain vim": (VIM, {"class_token": False, "global_pool": "avg", "d_state": 8, "expand": 3}),
 }
 
@@ -214,7 +219,7 @@ def test_there_and_back_again(variant, tmp_path, image):
     name, options = VARIANTS[variant]
     source = create(name, **options)
     hidden = {"pooling": "none"} if name == VIM else {}
-    hidden |= {"scan_path": options["scan_path"]} if "scan_path" in options else {}
+    hidden |= {option: options[option] for option in WITHOUT_TRACE if option in options}
     paths = [tmp_path / n for n in ("a.pth", "b.safetensors", "c.ckpt", "d.safetensors")]
     torch.save(published(source), paths[0])
     metadata = convert(paths[0], paths[1], model_args={**hidden, "img_size": 32})
@@ -315,10 +320,10 @@ def test_options_found(variant):
     name, options = VARIANTS[variant]
     model = create(name, **options)
     found = find_options(model.state_dict(), 32)
-    expected = {"class_token": name == VIM, **SMALL, **options}
-    expected.pop("scan_path", None)  # leaves no trace
+    expected = {"class_token": name in (VIM, CHANNEL_VIM), **SMALL, **options}
+    expected = {option: expected[option] for option in expected.keys() - WITHOUT_TRACE}
     assert {**found, **expected} == found
-    rebuilt = create_model(FASTVIM, **found)
+    rebuilt = create_model(CHANNELS if "channel" in name else FASTVIM, **found)
     shapes = {n: t.shape for n, t in model.state_dict().items()}
     assert {n: t.shape for n, t in rebuilt.state_dict().items()} == shapes
 

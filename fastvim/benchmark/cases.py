@@ -6,7 +6,7 @@ B  batch, H W  image
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import timm
@@ -155,7 +155,13 @@ def is_ours(model: nn.Module) -> bool:
     return isinstance(model, FastVim)
 
 
-def random_images(batch: int, size: Size, settings: Settings) -> Tensor:
-    """Normal noise (B, 3, H, W) on the device, in the dtype and memory format of the run."""
-    images = torch.randn(batch, 3, *size, device=settings.device)
+def channels_of(model: nn.Module) -> int:
+    """Channels of the images that a model is made for."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return int(cfg.get("input_size", (3,))[0])
+
+
+def random_images(shape: Sequence[int], settings: Settings) -> Tensor:
+    """Normal noise (B, C, H, W) on the device, in the dtype and memory format of the run."""
+    images = torch.randn(*shape, device=settings.device)
     return images.to(settings.precision.weights, memory_format=settings.memory_format)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastvim.benchmark.cases import Precision, Settings, Size, random_images
+from fastvim.benchmark.cases import Precision, Settings, Size, channels_of, random_images
 from fastvim.benchmark.training import TrainingStep
 from fastvim.inference import Predictor
 from fastvim.ops import use_engine
@@ -50,7 +50,8 @@ def engine_error(model: nn.Module, size: Size, settings: Settings) -> float:
         size: of the images, cut to what the definitions can take.
         settings: with `train`, logits and gradients are compared; else the logits.
     """
-    images = random_images(IMAGES, checked_size(size, settings.train), settings)
+    shape = (IMAGES, channels_of(model), *checked_size(size, settings.train))
+    images = random_images(shape, settings)
     exact = copy.deepcopy(model).float()
     if settings.train:
         step = TrainingStep(model.eval(), images, settings.precision)
@@ -88,8 +89,7 @@ def mode_error(served: Predictor, settings: Settings) -> float:
     right results for the images it was captured on. For the eager mode this finds what is not
     finite, and kernels that a large batch misleads.
     """
-    batch, _, height, width = served.images.shape
-    fresh = random_images(batch, (height, width), settings)
+    fresh = random_images(served.images.shape, settings)
     parts = fresh.split(PART)
     eager = predictor(served.model, tuple(parts[0].shape), "eager", settings)
     pairs = zip(served(fresh).split(PART), parts, strict=True)

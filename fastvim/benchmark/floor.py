@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastvim.benchmark.timing import measure
 from fastvim.layers import Block
-from fastvim.models import FastVim
+from fastvim.models import FastChannelVim, FastVim
 
 COPIED_BYTES = 2**30
 # Products in one graph, so that the gaps between replays do not count.
@@ -47,7 +47,8 @@ class Blocks:
     def of(cls, model: FastVim, batch: int, size: tuple[int, int]) -> Blocks:
         """Those of a model for a batch of images of `size`."""
         height, width = model.patch_embed.grid_size(*size)
-        tokens = height * width + int(model.cls_token is not None)
+        channels = model.in_chans if isinstance(model, FastChannelVim) else 1
+        tokens = height * width * channels + int(model.cls_token is not None)
         block = model.blocks[0]
         assert isinstance(block, Block)
         inner = block.mixer.D.shape[1]

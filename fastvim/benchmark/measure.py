@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from fastvim.benchmark import check
-from fastvim.benchmark.cases import Case, Settings, create, is_ours, random_images
+from fastvim.benchmark.cases import (
+    Case,
+    Settings,
+    channels_of,
+    create,
+    is_ours,
+    random_images,
+)
 from fastvim.benchmark.floor import Blocks, copy_rate, product_seconds
 from fastvim.benchmark.record import OUT_OF_MEMORY, Row
 from fastvim.benchmark.timing import measure, peak_gib, reset_peak
@@ -106,13 +113,13 @@ class Bench:
     def _time_inference(self, row: Row, model: nn.Module) -> None:
         settings = self.settings
         reset_peak(settings.device)
-        shape = (row.batch, 3, *row.size)
+        shape = (row.batch, channels_of(model), *row.size)
         served = check.predictor(model, shape, row.mode, settings)
         if "graph" in row.mode and not served.captured:
             raise _Unusable(str(served.reason))
         served.replay()
         row.memory_gib = peak_gib(settings.device)
-        served.images.copy_(random_images(row.batch, row.size, settings))
+        served.images.copy_(random_images(shape, settings))
         if settings.check:
             error = check.mode_error(served, settings)
             row.mode_error = _finite(error)
@@ -121,7 +128,8 @@ class Bench:
 
     def _time_training(self, row: Row, model: nn.Module) -> None:
         settings = self.settings
-        images = random_images(row.batch, row.size, settings)
+        shape = (row.batch, channels_of(model), *row.size)
+        images = random_images(shape, settings)
         model.train()
         reset_peak(settings.device)
         step = TrainingStep(

@@ -1,7 +1,15 @@
 """The modules that the models are built from: patch embedding, mixer, block."""
 
 from fastvim.layers.block import AddNorm, Block
-from fastvim.layers.embed import PatchEmbed, resize_grid, sincos_grid
+from fastvim.layers.embed import ChannelPatchEmbed, PatchEmbed, resize_grid, sincos_grid
 from fastvim.layers.mixer import Mixer
 
-__all__ = ["AddNorm", "Block", "Mixer", "PatchEmbed", "resize_grid", "sincos_grid"]
+__all__ = [
+    "AddNorm",
+    "Block",
+    "ChannelPatchEmbed",
+    "Mixer",
+    "PatchEmbed",
+    "resize_grid",
+    "sincos_grid",
+]

@@ -5,9 +5,11 @@ B  batch, H W  image or token grid, d  model width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from timm.layers import lecun_normal_
+from timm.layers import lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 
 from fastvim.errors import UserError
@@ -78,6 +80,63 @@ class PatchEmbed(nn.Module):
         patches = image.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias), grid
+
+
+class ChannelPatchEmbed(PatchEmbed):
+    """The patches of every channel by one projection, and a learned vector for each channel.
+
+    Args:
+        in_chans: channels that the model knows, C.
+        embed_dim: model width d.
+        patch_size: side of a patch, in pixels.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
+        super().__init__(1, embed_dim, patch_size)
+        self.known_chans = in_chans
+        self.channel_embed = nn.Embedding(in_chans, embed_dim)
+        trunc_normal_(self.channel_embed.weight, std=0.02)
+
+    def forward(
+        self, image: Tensor, channels: Sequence[int] | Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """(B, c, H, W) image to (B, L, c, d), row-major cells with their channels, and their grid.
+
+        Args:
+            image: of c of the known channels, C at most.
+            channels: which ones these are, in the image's order: c numbers below C, or an int64
+                tensor (c,) of them, which is not checked. None: the first c.
+
+        Raises:
+            UserError: more channels than are known, names of others or of one twice, or an image
+                smaller than a patch.
+        """
+        if image.ndim != 4 or not 1 <= image.shape[1] <= self.known_chans:
+            raise UserError(
+                f"image {tuple(image.shape)}: expected (batch, 1 to {self.known_chans} channels, "
+                "height, width)"
+            )
+        count = image.shape[1]
+        if channels is None:
+            vectors = self.channel_embed.weight[:count]
+        else:
+            vectors = self.channel_embed(self._index(channels, count))
+        cells, grid = super().forward(image.flatten(0, 1)[:, None])
+        return cells.unflatten(0, (-1, count)).transpose(1, 2) + vectors, grid
+
+    def _index(self, channels: Sequence[int] | Tensor, count: int) -> Tensor:
+        device = self.channel_embed.weight.device
+        if isinstance(channels, Tensor):
+            return channels.to(device)
+        valid = len(set(channels)) == len(channels) and all(
+            0 <= channel < self.known_chans for channel in channels
+        )
+        if len(channels) != count or not valid:
+            raise UserError(
+                f"channels={list(channels)} of an image with {count}: expected as many different "
+                f"numbers from 0 to {self.known_chans - 1}"
+            )
+        return torch.tensor(channels, device=device)
 
 
 def resize_grid(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

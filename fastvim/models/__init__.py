@@ -4,6 +4,7 @@
 >>> model = timm.create_model("fastvim_tiny_patch16_224")
 """
 
+from fastvim.models.channel import FastChannelVim, sample_channels
 from fastvim.models.dense import FeatureMaps
 from fastvim.models.masked import FastMaskVim, MaskedAutoencoder, MaskedOutput
 from fastvim.models.published import from_published, to_published
@@ -11,6 +12,7 @@ from fastvim.models.registry import checkpoint_filter_fn, create_model
 from fastvim.models.vision import FastVim
 
 __all__ = [
+    "FastChannelVim",
     "FastMaskVim",
     "FastVim",
     "FeatureMaps",
@@ -19,5 +21,6 @@ __all__ = [
     "checkpoint_filter_fn",
     "create_model",
     "from_published",
+    "sample_channels",
     "to_published",
 ]

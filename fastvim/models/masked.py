@@ -66,6 +66,31 @@ class FastMaskVim(FastVim):
             return super()._cell_positions(grid)
         return sincos_grid(grid, self.embed_dim, self.pos_embed.device, self.pos_embed.dtype)
 
+    def forward_features(
+        self, x: Tensor, kept: Tensor | None = None, mirror: Mirror = "published"
+    ) -> Tensor:
+        """Images to tokens after the last norm; of a masked image, to the kept tokens.
+
+        Args:
+            x: (B, in_chans, H, W).
+            kept: (B, n) int64, the cells that the blocks see, as row-major indices of the grid in
+                ascending order. None: all of them.
+            mirror: how the backward direction finds its segments under a mask (`ops.Traversal`).
+
+        Returns:
+            (B, n, d); with a class token n + 1, the token in the middle.
+        """
+        if kept is None:
+            return super().forward_features(x)
+        tokens, grid = self._embed(x)
+        tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+        tokens = self._begin(tokens)
+        if self.cls_token is not None:
+            return self._encode(tokens, self._walks(tokens.shape[1], grid))
+        sizes = {"h": grid[0], "w": grid[1]}
+        walks = [traversal.over(sizes, kept, mirror) for traversal in self.traversals]
+        return self._encode(tokens, walks)
+
 
 class MaskedOutput(NamedTuple):
     """What a masked autoencoder gives.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models.masked import encoder_of
-from fastvim.models.published import encoder_state, is_masked, square_side
+from fastvim.models.published import encoder_state, is_channel, is_masked, square_side
 from fastvim.models.registry import create_model
 
 # Names whose shapes tell the options of a model.
@@ -32,11 +32,11 @@ def is_ours(state: Mapping[str, Tensor]) -> bool:
 def find_options(
     state: Mapping[str, Tensor], img_size: int | Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The options of a FastVim or Vim model, or of a masked autoencoder, that its weights tell.
+    """The options of a FastVim, Vim or channel model, or masked autoencoder, that its weights tell.
 
-    `pooling`, `alternate`, `scan_path` and `pool_scale` leave no trace, nor do a masked
-    autoencoder's `mask_ratio`, `norm_pix_loss` and `mirror`; weights with a class token are taken
-    for Vim's, others for FastVim's.
+    `pooling`, `alternate`, `scan_path` and `pool_scale` leave no trace, nor do a channel model's
+    `token_order` and `pooled_axes`, nor a masked autoencoder's `mask_ratio`, `norm_pix_loss` and
+    `mirror`; weights with a class token are taken for Vim's, others for FastVim's.
 
     Args:
         state: weights under our names.
@@ -74,7 +74,9 @@ def _backbone_options(
     patches, _, A_log, conv_weight, dt_proj = (state[name] for name in _TELLING)
     embed_dim, in_chans, patch, _ = patches.shape
     class_token = "cls_token" in state
-    size, stride = _find_stride(state, patch, img_size, overlaps)
+    size, stride = _find_stride(state, patch, img_size, overlaps and not is_channel(state))
+    if is_channel(state):
+        in_chans = state["patch_embed.channel_embed.weight"].shape[0]
     head = state.get("head.weight")
     return {
         "embed_dim": embed_dim,
@@ -102,7 +104,8 @@ def _find_stride(
 ) -> tuple[int, int]:
     """Side of the image and stride of the patches, from the position embedding's square grid."""
     position = state["pos_embed"]
-    side = square_side(position.shape[1] - int("cls_token" in state))
+    class_position = "cls_token" in state and not is_channel(state)
+    side = square_side(position.shape[1] - int(class_position))
     if side is None:
         raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid")
     steps = max(1, side - 1)
@@ -118,9 +121,16 @@ def _find_stride(
     return size, stride
 
 
-def model_of(options: Mapping[str, Any]) -> str:
-    """The registered model with these sizes; else the family's smallest, for options to change."""
-    family = "vim" if options["pooling"] == "none" else "fastvim"
+def model_of(options: Mapping[str, Any], channels: bool = False) -> str:
+    """The registered model with these sizes; else the family's smallest, for options to change.
+
+    Args:
+        options: of `find_options`.
+        channels: whether each channel has tokens of its own.
+    """
+    family = f"{'channel' if channels else ''}vim"
+    if options["pooling"] != "none":
+        family = f"fast{family}"
     if "decoder_depth" in options:
         family = f"mae_{family}"
     for name in timm.list_models(f"{family}_*"):
@@ -129,4 +139,4 @@ def model_of(options: Mapping[str, Any]) -> str:
         sizes = (model.embed_dim, len(model.blocks), model.patch_embed.patch_size)
         if sizes == (options["embed_dim"], options["depth"], options["patch_size"]):
             return name
-    return f"{family}_tiny_patch16_224"
+    return f"{family}_{'small' if channels else 'tiny'}_patch16_224"

@@ -37,6 +37,7 @@ _RENAMED = (
     (r"\.mixer\.layernorm\.", r"\.mixer\.norm\.", r".mixer.norm.", r".mixer.layernorm."),
 )
 
+_CHANNELS, _PATCHES = "patch_embed.channel_embed.weight", "patch_embed.proj.weight"
 _ENCODER = "encoder."
 _DECODER = ("decoder_", "mask_token")
 
@@ -44,6 +45,11 @@ _DECODER = ("decoder_", "mask_token")
 def is_masked(state: Mapping[str, Tensor]) -> bool:
     """Whether the names, ours or published, are those of a masked autoencoder."""
     return "mask_token" in state
+
+
+def is_channel(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names, ours or published, are those of a model of many channels."""
+    return _CHANNELS in state
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,6 +91,8 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if target not in ours:
             pair = torch.stack([state[forward], state[backward]])
             ours[target] = pair.squeeze(2) if _PARTS[part] == "conv_weight" else pair
+    if is_channel(ours) and ours[_PATCHES].ndim == 5:  # published as a 3-D convolution
+        ours[_PATCHES] = ours[_PATCHES].squeeze(2)
     return _split_encoder(ours) if is_masked(ours) else ours
 
 
@@ -101,6 +109,8 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for twin, direction in zip(_STACKED[part], tensor, strict=True):
             value = direction.unsqueeze(1) if part == "conv_weight" else direction
             published[_rename(block, published=False) + dot + twin] = value.clone()
+    if is_channel(published):
+        published[_PATCHES] = published[_PATCHES].unsqueeze(2)
     return published
 
 

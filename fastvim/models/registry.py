@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from fastvim.errors import UserError, nearest
 from fastvim.layers import resize_grid
+from fastvim.models.channel import FastChannelVim
 from fastvim.models.masked import MaskedAutoencoder
 from fastvim.models.published import (
     encoder_state,
     from_published,
+    is_channel,
     is_masked,
     is_published,
     square_side,
@@ -52,8 +54,12 @@ def _options_of(name: str) -> list[str]:
     """What the constructor of one of our models takes; nothing for others."""
     if timm.model_entrypoint(name).__module__ != __name__:
         return []
-    model = MaskedAutoencoder if name.startswith("mae_") else FastVim
-    return list(inspect.signature(model).parameters)
+    if name.startswith("mae_"):
+        return list(inspect.signature(MaskedAutoencoder).parameters)
+    options = list(inspect.signature(FastVim).parameters)
+    if "channelvim" in name:
+        options += inspect.signature(FastChannelVim).parameters
+    return [option for option in options if option != "options"]
 
 
 def checkpoint_filter_fn(
@@ -75,7 +81,8 @@ def checkpoint_filter_fn(
         state_dict = encoder_state(state_dict)
     position = state_dict.get("pos_embed")
     if position is not None and position.shape != model.pos_embed.shape:
-        resized = _resize_position(position, "cls_token" in state_dict, model)
+        with_class = "cls_token" in state_dict and not is_channel(state_dict)
+        resized = _resize_position(position, with_class, model)
         state_dict = {**state_dict, "pos_embed": resized}
     return state_dict
 
@@ -105,7 +112,7 @@ def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tens
     """An embedding of another grid, with or without a class token, on the model's grid."""
     cells = position.shape[1] - int(with_class)
     old = _grid_of(cells, model)
-    if with_class != (model.cls_token is not None):
+    if with_class != model.positions_class:
         raise UserError(
             f"the weights {'have' if with_class else 'lack'} a class token, unlike the model"
         )
@@ -116,6 +123,11 @@ def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tens
     resized = resize_grid(torch.cat([before, after], dim=1), old, model.grid_size)
     middle = resized.shape[1] // 2
     return torch.cat([resized[:, :middle], token, resized[:, middle:]], dim=1)
+
+
+# Of the published cell images (JUMP-CP), per channel, of values in 0..255.
+CELL_MEAN = (4.0317, 1.5659, 3.7737, 3.4605, 4.1723, 6.7805, 6.7874, 6.7781)
+CELL_STD = (17.3184, 12.0159, 16.9661, 15.0648, 17.9641, 21.6388, 21.6706, 21.6395)
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -135,6 +147,18 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _channel_cfg() -> dict[str, Any]:
+    """Of the published cell images: eight channels, values of 0..255."""
+    return _cfg(
+        num_classes=161,
+        input_size=(8, 224, 224),
+        crop_pct=1.0,
+        mean=tuple(value / 255 for value in CELL_MEAN),
+        std=tuple(value / 255 for value in CELL_STD),
+        first_conv=None,  # it has one channel, whatever the image has
+    )
+
+
 def _mae_cfg() -> dict[str, Any]:
     return _cfg(num_classes=-1, first_conv="encoder.patch_embed.proj", classifier=None)
 
@@ -152,6 +176,10 @@ default_cfgs = generate_default_cfgs(
         "vim_small_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
         "vim_base_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
         "vim_large_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
+        "fastchannelvim_small_patch16_224": _channel_cfg(),
+        "fastchannelvim_small_patch8_224": _channel_cfg(),
+        "channelvim_small_patch16_224": _channel_cfg(),
+        "channelvim_small_patch8_224": _channel_cfg(),
         "mae_fastvim_tiny_patch16_224": _mae_cfg(),
         "mae_fastvim_small_patch16_224": _mae_cfg(),
         "mae_fastvim_base_patch16_224": _mae_cfg(),
@@ -173,9 +201,15 @@ _VIM_ENCODER = {"pooling": "none", "class_token": True}
 _VIM = {**_VIM_ENCODER, "global_pool": "token"}
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> FastVim:
+def _create(
+    variant: str,
+    pretrained: bool,
+    defaults: dict[str, Any],
+    model: type[FastVim] = FastVim,
+    **kwargs: Any,
+) -> FastVim:
     return build_model_with_cfg(
-        FastVim,
+        model,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
@@ -242,6 +276,39 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
 def vim_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
     """Vim-L with the norm after the scan: width 1024, 48 blocks, class token in the middle."""
     return _create("vim_large_patch16_224", pretrained, {**_LARGE, **_VIM}, **kwargs)
+
+
+def _create_channel(
+    variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any
+) -> FastVim:
+    sizes = {**_SMALL, "num_classes": 161, **defaults}
+    return _create(variant, pretrained, sizes, FastChannelVim, **kwargs)
+
+
+@register_model
+def fastchannelvim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """FastChannelVim-S for 8 channels and 161 classes: width 384, 24 blocks, patches of 16."""
+    return _create_channel("fastchannelvim_small_patch16_224", pretrained, {}, **kwargs)
+
+
+@register_model
+def fastchannelvim_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """FastChannelVim-S for 8 channels and 161 classes: width 384, 24 blocks, patches of 8."""
+    defaults = {"patch_size": 8}
+    return _create_channel("fastchannelvim_small_patch8_224", pretrained, defaults, **kwargs)
+
+
+@register_model
+def channelvim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """ChannelVim-S, which pools nothing, for 8 channels and 161 classes: patches of 16."""
+    return _create_channel("channelvim_small_patch16_224", pretrained, _VIM, **kwargs)
+
+
+@register_model
+def channelvim_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """ChannelVim-S, which pools nothing, for 8 channels and 161 classes: patches of 8."""
+    defaults = {**_VIM, "patch_size": 8}
+    return _create_channel("channelvim_small_patch8_224", pretrained, defaults, **kwargs)
 
 
 def _create_masked(

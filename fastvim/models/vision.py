@@ -1,7 +1,6 @@
 """FastVim and Vim: the image backbones (sizes and registration: `fastvim.models.registry`).
 
 B  batch, L  tokens (with the class token, where there is one), d  model width
-n  cells kept of a masked image
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from fastvim.errors import UserError
 from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid
 from fastvim.ops import Segments, Traversal
 from fastvim.ops.norm import NormKind
-from fastvim.ops.traversal import Mirror
 
 Source = Literal["residual", "mixer"]
 
@@ -205,39 +203,40 @@ class FastVim(nn.Module):
 
     # Forward.
 
+    @property
+    def positions_class(self) -> bool:
+        """Whether the position embedding has a vector for the class token."""
+        return self.cls_token is not None
+
     def _cell_positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings of the cells of a grid, (1, H·W, d): all but the class token's."""
         position: Tensor = self.pos_embed
-        if self.cls_token is not None:
+        if self.positions_class:
             middle = (position.shape[1] - 1) // 2
             position = torch.cat([position[:, :middle], position[:, middle + 1 :]], dim=1)
         return resize_grid(position, self.grid_size, grid)
 
-    def _embed(self, image: Tensor, kept: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+    def _embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The image's patches with their positions, and their grid."""
         tokens, grid = self.patch_embed(image)
-        tokens = tokens + self._cell_positions(grid)
-        if kept is not None:
-            tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
-        if self.cls_token is not None:
-            # The class token stands in the middle, and so does its position.
-            middle = (self.pos_embed.shape[1] - 1) // 2
-            token = self.cls_token + self.pos_embed[:, middle : middle + 1]
-            before, after = tokens.tensor_split([tokens.shape[1] // 2], dim=1)
-            tokens = torch.cat([before, token.expand(len(image), -1, -1), after], dim=1)
-        return self.pos_drop(tokens), grid
+        return tokens + self._cell_positions(grid), grid
 
-    def _walks(
-        self,
-        num_tokens: int,
-        grid: tuple[int, int],
-        kept: Tensor | None = None,
-        mirror: Mirror = "published",
-    ) -> list[Segments]:
+    def _begin(self, tokens: Tensor) -> Tensor:
+        """What the blocks start from: with the class token, in the middle, and dropout."""
+        if self.cls_token is not None:
+            token: Tensor = self.cls_token
+            if self.positions_class:
+                middle = (self.pos_embed.shape[1] - 1) // 2
+                token = token + self.pos_embed[:, middle : middle + 1]
+            before, after = tokens.tensor_split([tokens.shape[1] // 2], dim=1)
+            tokens = torch.cat([before, token.expand(len(tokens), -1, -1), after], dim=1)
+        return self.pos_drop(tokens)
+
+    def _walks(self, num_tokens: int, grid: tuple[int, int]) -> list[Segments]:
         """The segments of each layer in turn."""
         if self.cls_token is not None:  # a line of tokens, whichever cells they are of
             return [traversal.over({"l": num_tokens}) for traversal in self.traversals]
-        sizes = {"h": grid[0], "w": grid[1]}
-        return [traversal.over(sizes, kept, mirror) for traversal in self.traversals]
+        return [traversal.over({"h": grid[0], "w": grid[1]}) for traversal in self.traversals]
 
     def _run_blocks(
         self, tokens: Tensor, walks: list[Segments], count: int
@@ -252,26 +251,18 @@ class FastVim(nn.Module):
                 hidden, residual = block(hidden, residual, walk)
             yield hidden, residual
 
-    def forward_features(
-        self, x: Tensor, kept: Tensor | None = None, mirror: Mirror = "published"
-    ) -> Tensor:
-        """Images to tokens after the last norm; of a masked image, to the kept tokens.
-
-        Args:
-            x: (B, in_chans, H, W).
-            kept: (B, n) int64, the cells that the blocks see, as row-major indices of the grid in
-                ascending order. None: all of them.
-            mirror: how the backward direction finds its segments under a mask (`ops.Traversal`).
-
-        Returns:
-            (B, L, d). The class token, where there is one, stands in the middle of the kept too.
-        """
-        tokens, grid = self._embed(x, kept)
-        walks = self._walks(tokens.shape[1], grid, kept, mirror)
+    def _encode(self, tokens: Tensor, walks: list[Segments]) -> Tensor:
+        """All blocks, and the last norm."""
         hidden, residual = tokens, None
         for hidden, residual in self._run_blocks(tokens, walks, len(self.blocks)):  # noqa: B007
             pass
         return self._finish(hidden, residual)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) images to tokens after the last norm, (B, L, d)."""
+        tokens, grid = self._embed(x)
+        tokens = self._begin(tokens)
+        return self._encode(tokens, self._walks(tokens.shape[1], grid))
 
     def _finish(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
         if self.norm is None:
@@ -332,6 +323,7 @@ class FastVim(nn.Module):
             raise UserError(f"source={source!r}: expected 'residual' or 'mixer'")
         take, last = feature_take_indices(len(self.blocks), indices)
         tokens, grid = self._embed(x)
+        tokens = self._begin(tokens)
         walks = self._walks(tokens.shape[1], grid)
         hidden, residual = tokens, None
         count = last + 1 if stop_early else len(self.blocks)

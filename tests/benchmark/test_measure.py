@@ -142,7 +142,7 @@ def test_a_graph_that_repeats_itself_is_found():
     model = create(OURS, (32, 32))
     served = check.predictor(model, (20, 3, 32, 32), "eager", settings)
     assert check.mode_error(served, settings) < 1e-5
-    stale = served(random_images(20, (32, 32), settings))
+    stale = served(random_images((20, 3, 32, 32), settings))
     served._run = lambda images: stale
     assert check.mode_error(served, settings) > 1e-2
 

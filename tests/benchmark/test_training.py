@@ -24,7 +24,7 @@ def tiny_step(dtype="float32", device=CPU, model=None, **options):
     torch.manual_seed(0)
     settings = Settings(device, dtype=dtype, train=True)
     model = (create(OURS, (32, 32)) if model is None else model).to(device).train()
-    images = random_images(4, (32, 32), settings)
+    images = random_images((4, 3, 32, 32), settings)
     return TrainingStep(model, images, settings.precision, **options), settings
 
 

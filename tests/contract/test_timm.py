@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 
 import pytest
 import timm
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from fastvim import UserError, use_engine
 from fastvim.models import checkpoint_filter_fn, to_published
 
-NAMES = timm.list_models("fastvim_*") + timm.list_models("vim_*")
+CHANNELS = [*timm.list_models("fastchannelvim_*"), *timm.list_models("channelvim_*")]
+NAMES = [*timm.list_models("fastvim_*"), *timm.list_models("vim_*"), *CHANNELS]
 DEPTH, DIM, CLASSES, SIDE = 4, 32, 5, 3
 
 every_model = pytest.mark.parametrize("name", NAMES)
+image_models = pytest.mark.parametrize("name", [n for n in NAMES if n not in CHANNELS])
 
 
 @pytest.fixture(params=["reference", "numba"])
@@ -31,13 +34,18 @@ def engine(request):
 
 
 def patch_of(name: str) -> int:
-    return 14 if "patch14" in name else 16
+    return int(re.search(r"patch(\d+)", name)[1])
+
+
+def per_cell(name: str) -> int:
+    """Tokens of a cell of the grid."""
+    return 3 if name in CHANNELS else 1
 
 
 def create(name: str, side: int = SIDE, **options) -> nn.Module:
     """The registered constructor, in a small configuration: a grid of `side` x `side` patches."""
     torch.manual_seed(0)
-    small = {"img_size": side * patch_of(name), "embed_dim": DIM, "depth": DEPTH}
+    small = {"img_size": side * patch_of(name), "embed_dim": DIM, "depth": DEPTH, "in_chans": 3}
     return timm.create_model(name, **{**small, "num_classes": CLASSES, **options}).eval()
 
 
@@ -64,7 +72,7 @@ def test_forward(name, engine):
         assert logits.shape == (2, CLASSES)
         assert logits.isfinite().all()
         assert not torch.allclose(logits[0], logits[1])
-        tokens = SIDE**2 + (model.cls_token is not None)
+        tokens = SIDE**2 * per_cell(name) + (model.cls_token is not None)
         assert features.shape == (2, tokens, DIM)
         assert torch.equal(model.forward_head(features), logits)
         pooled = model.forward_head(features, pre_logits=True)
@@ -148,7 +156,7 @@ def test_reset_classifier(name):
         assert torch.equal(model(x), tokens)
     if read_out == "token":
         model.reset_classifier(7, global_pool="token")
-        torch.testing.assert_close(model(x), model.head(tokens[:, 3]))
+        torch.testing.assert_close(model(x), model.head(tokens[:, 3 * per_cell(name)]))
     else:
         with pytest.raises(UserError, match="class_token"):
             model.reset_classifier(7, global_pool="token")
@@ -160,7 +168,7 @@ def test_a_new_classifier_is_where_the_model_is():
     assert model.head.weight.dtype == torch.float64
 
 
-@every_model
+@image_models
 @pytest.mark.parametrize("in_chans", [1, 4])
 def test_other_channels(name, in_chans, engine):
     model = create(name, in_chans=in_chans)
@@ -221,13 +229,16 @@ def test_intermediates(name, indices, blocks, engine):
         _, normed = model.forward_intermediates(x, indices, norm=True, output_fmt="NLC")
         assert torch.equal(final, model.forward_features(x))
     assert len(maps) == len(only) == len(lists) == len(pairs) == len(blocks)
-    middle = 3 if model.cls_token is not None else None
+    count = 6 * per_cell(name)
+    middle = count // 2 if model.cls_token is not None else None
     for i, number in enumerate(blocks):
         tokens = streams[number]
-        cells = torch.arange(7)[torch.arange(7) != middle] if middle else torch.arange(6)
+        cells = [j for j in range(tokens.shape[1]) if j != middle]
+        assert len(cells) == count
         assert torch.equal(lists[i], tokens[:, cells])
         assert maps[i].shape == (2, DIM, 2, 3)
-        assert torch.equal(maps[i].flatten(2).mT, lists[i])
+        means = lists[i].unflatten(1, (6, -1)).mean(2)
+        torch.testing.assert_close(maps[i].flatten(2).mT, means)
         assert torch.equal(only[i], maps[i])
         assert torch.equal(pairs[i][0], maps[i])
         prefix = tokens[:, middle : middle + 1] if middle else tokens[:, :0]
@@ -333,22 +344,26 @@ def test_default_cfg(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     channels, height, width = cfg.input_size
-    assert channels == len(cfg.mean) == len(cfg.std) == 3
+    assert channels == len(cfg.mean) == len(cfg.std) == (8 if name in CHANNELS else 3)
     assert model.patch_embed.grid_size(height, width) == model.grid_size
     assert f"_{height}" in name
-    assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
+    if name in CHANNELS:
+        assert cfg.first_conv is None  # whose weights timm would fit to other channels
+    else:
+        assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
     assert model.get_submodule(cfg.classifier) is model.get_classifier()
     assert model.get_classifier().out_features == cfg.num_classes
     assert not cfg.fixed_input_size
     data = resolve_model_data_config(model)
-    assert (data["input_size"], data["crop_pct"]) == (cfg.input_size, 0.875)
+    crop = 1.0 if name in CHANNELS else 0.875
+    assert (data["input_size"], data["crop_pct"]) == (cfg.input_size, crop)
     assert data["interpolation"] == "bicubic"
 
 
 def by_hand(model: nn.Module, side: int) -> Tensor:
     """The position embedding on another square grid; the class token's stands in the middle."""
     vectors = list(model.pos_embed.detach()[0])
-    token = vectors.pop(SIDE**2 // 2) if model.cls_token is not None else None
+    token = vectors.pop(SIDE**2 // 2) if model.positions_class else None
     grid = torch.stack(vectors).reshape(1, SIDE, SIDE, DIM).permute(0, 3, 1, 2)
     resized = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
     vectors = list(resized[0].flatten(1).T)
@@ -387,10 +402,18 @@ def test_pretrained_weights_are_fitted_by_timm(name, tmp_path):
     same = create(name, **options)
     for key, tensor in source.state_dict().items():
         assert torch.equal(same.state_dict()[key], tensor), key
-    other = create(name, side=4, in_chans=1, num_classes=7, **options)
+    other = create(name, side=4, num_classes=7, **options)
+    assert other(image(name, 4)).shape == (2, 7)
+
+
+@image_models
+def test_pretrained_weights_are_fitted_to_other_channels(name, tmp_path):
+    source = create(name)
+    torch.save(to_published(source.state_dict()), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": CLASSES}
+    other = create(name, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
     weight = source.patch_embed.proj.weight
     torch.testing.assert_close(other.patch_embed.proj.weight, weight.sum(1, keepdim=True))
-    assert other(image(name, 4, in_chans=1)).shape == (2, 7)
 
 
 @every_model

@@ -23,6 +23,13 @@ SIZES = {
     "vim_base_patch16_224": (768, 24, 16, 14, 97_672_168),
     "vim_large_patch16_224": (1024, 48, 16, 14, 340_231_144),
 }
+# Patch, parameters with 8 channels and 161 classes; 384 wide, 24 blocks.
+CHANNELS = {
+    "fastchannelvim_small_patch16_224": (16, 25_316_129),
+    "fastchannelvim_small_patch8_224": (8, 25_468_193),
+    "channelvim_small_patch16_224": (16, 25_316_513),
+    "channelvim_small_patch8_224": (8, 25_468_577),
+}
 # Masked autoencoders: encoder as above, width of the decoder, and parameters with the fixed ones.
 MASKED = {
     "mae_fastvim_tiny_patch16_224": (192, 24, 16, 14, 192, None),
@@ -39,9 +46,20 @@ SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_clas
 
 
 def test_every_size_is_registered():
-    names = timm.list_models(["fastvim_*", "vim_*", "mae_*"])
+    names = timm.list_models(["fastvim_*", "vim_*", "*channelvim_*", "mae_*"])
     ours = [n for n in names if timm.model_entrypoint(n).__module__.startswith("fastvim.")]
-    assert sorted(ours) == sorted(names) == sorted([*SIZES, *MASKED])
+    assert sorted(ours) == sorted(names) == sorted([*SIZES, *CHANNELS, *MASKED])
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_sizes_of_channel_models(name):
+    patch, parameters = CHANNELS[name]
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert (model.in_chans, model.num_classes, len(model.blocks)) == (8, 161, 24)
+    assert model.patch_embed.patch_size == patch
+    assert model.grid_size == (224 // patch, 224 // patch)
 
 
 @pytest.mark.parametrize("name", SIZES)
