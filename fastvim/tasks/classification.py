@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -12,6 +14,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from fastvim.errors import UserError
+from fastvim.models import FastChannelVim, sample_channels
 from fastvim.tasks.optim import parameter_groups
 from fastvim.tasks.task import Task
 
@@ -39,6 +42,7 @@ class Classification(Task):
         warmup_lr: where the linear warm-up starts.
         warmup_epochs: length of the warm-up; the cosine starts after it.
         weight_decay: of every parameter of two or more dimensions.
+        weight_decay_end: where it ends, along half a cosine over the run; None keeps it.
         no_decay: shell patterns of further parameter names without weight decay.
         betas: of AdamW.
         layer_decay: factor of the rate from one layer to the one below it; None for one rate.
@@ -50,6 +54,9 @@ class Classification(Task):
         ema_decay: decay of the averaged weights, which are validated and exported; None trains
             without them.
         grad_checkpointing: recompute each block in the backward pass, for memory.
+        sample_channels: train each batch on a random choice of its images' channels (hierarchical
+            channel sampling, `fastvim.models.sample_channels`), for channel models. The choice
+            follows from the data's seed, epoch and batch, the same in every process.
 
     Raises:
         UserError: unknown model or model option; checkpoint that does not fit the model; batch
@@ -70,6 +77,7 @@ class Classification(Task):
         warmup_lr: float = 1e-6,
         warmup_epochs: float = 5,
         weight_decay: float = 0.05,
+        weight_decay_end: float | None = None,
         no_decay: list[str] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         layer_decay: float | None = None,
@@ -80,6 +88,7 @@ class Classification(Task):
         label_smoothing: float = 0.1,
         ema_decay: float | None = 0.9999,
         grad_checkpointing: bool = False,
+        sample_channels: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -90,6 +99,7 @@ class Classification(Task):
             min_lr=min_lr,
             warmup_lr=warmup_lr,
             warmup_epochs=warmup_epochs,
+            weight_decay_end=weight_decay_end,
             ema_decay=ema_decay,
             grad_checkpointing=grad_checkpointing,
         )
@@ -100,6 +110,7 @@ class Classification(Task):
         self.layer_decay, self.blocks_per_decay = layer_decay, blocks_per_decay
         self.mixup_alpha, self.cutmix_alpha, self.switch_prob = mixup, cutmix, switch_prob
         self.label_smoothing = label_smoothing
+        self.sample_channels = sample_channels
         self.mixup: Mixup | None = None
 
     def configure_model(self) -> None:
@@ -114,6 +125,11 @@ class Classification(Task):
             )
         num_classes = self.num_classes or self._data.num_classes
         self.model = self.build_model(num_classes=num_classes)
+        if self.sample_channels and not isinstance(self.model, FastChannelVim):
+            raise UserError(
+                f"sample_channels=True: {self.model_name} takes all channels at once; expected a "
+                "fastchannelvim or channelvim model"
+            )
 
         self.train_loss: nn.Module = LabelSmoothingCrossEntropy(self.label_smoothing)
         if self.mixup_alpha > 0 or self.cutmix_alpha > 0:
@@ -147,9 +163,20 @@ class Classification(Task):
                     f"Mixup and CutMix pair images: batch_size {len(images)} must be even"
                 )
             images, target = self.mixup(images, target)
-        loss = self.train_loss(self(images).float(), target)
+        if self.sample_channels:
+            channels = self._draw_channels(images.shape[1], batch_idx).to(images.device)
+            assert self.model is not None
+            logits = self.model(images[:, channels], channels)
+        else:
+            logits = self(images)
+        loss = self.train_loss(logits.float(), target)
         self.log_training(loss)
         return loss
+
+    def _draw_channels(self, count: int, batch_idx: int) -> Tensor:
+        key = (self._data.seed, self.trainer.current_epoch, batch_idx)
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        return sample_channels(count, torch.Generator().manual_seed(seed))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val/loss", self.val_metrics)

@@ -96,3 +96,26 @@ def warmup_cosine(
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+class WeightDecayCosine:
+    """Weight decay that follows half a cosine over the run, in every group that decays at all.
+
+    Args:
+        optimizer: its groups' `weight_decay` is where they start.
+        end: where they end.
+        total_steps: optimiser steps of the run.
+    """
+
+    def __init__(self, optimizer: optim.Optimizer, end: float, total_steps: int) -> None:
+        self._optimizer = optimizer
+        self._starts = [group["weight_decay"] for group in optimizer.param_groups]
+        self._end, self._total_steps = end, total_steps
+
+    def step_update(self, num_updates: int) -> None:
+        """Set the decay after so many optimiser steps."""
+        left = (1 + math.cos(math.pi * min(num_updates / self._total_steps, 1.0))) / 2
+        # A restored optimiser has other groups, in the same order.
+        for group, start in zip(self._optimizer.param_groups, self._starts, strict=True):
+            if start > 0:
+                group["weight_decay"] = self._end + (start - self._end) * left

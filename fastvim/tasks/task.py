@@ -13,7 +13,7 @@ from fastvim.checkpoint import load_weights
 from fastvim.errors import UserError
 from fastvim.models import create_model
 from fastvim.tasks.ema import EMA
-from fastvim.tasks.optim import count_steps, warmup_cosine
+from fastvim.tasks.optim import WeightDecayCosine, count_steps, warmup_cosine
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class Task(L.LightningModule):
         min_lr: where the cosine ends.
         warmup_lr: where the linear warm-up starts.
         warmup_epochs: length of the warm-up; the cosine starts after it.
+        weight_decay_end: where the optimiser's weight decay ends, along half a cosine over the
+            run; None keeps it as it is.
         ema_decay: decay of the averaged weights, which are validated and exported; None trains
             without them.
         grad_checkpointing: recompute each block in the backward pass, for memory.
@@ -59,6 +61,7 @@ class Task(L.LightningModule):
         min_lr: float,
         warmup_lr: float,
         warmup_epochs: float,
+        weight_decay_end: float | None = None,
         ema_decay: float | None = None,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -68,6 +71,8 @@ class Task(L.LightningModule):
         self.checkpoint = checkpoint
         self.lr, self.lr_batch, self.min_lr = lr, lr_batch, min_lr
         self.warmup_lr, self.warmup_epochs = warmup_lr, warmup_epochs
+        self.weight_decay_end = weight_decay_end
+        self._weight_decay: WeightDecayCosine | None = None
         self.ema_decay = ema_decay
         self.grad_checkpointing = grad_checkpointing
         self.model: nn.Module | None = None
@@ -134,6 +139,9 @@ class Task(L.LightningModule):
             )
         optimizer = self.make_optimizer()
         scheduler = warmup_cosine(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
+        if self.weight_decay_end is not None:
+            end = self.weight_decay_end
+            self._weight_decay = WeightDecayCosine(optimizer, end, total_steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -155,6 +163,8 @@ class Task(L.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         # Optimiser steps done so far: a resumed run continues the curve from the loop's counter.
         scheduler.step_update(num_updates=self.trainer.global_step)
+        if self._weight_decay is not None:
+            self._weight_decay.step_update(self.trainer.global_step)
 
     def log_training(self, loss: Tensor) -> None:
         """Log a training step's loss, and the highest rate of any group."""

@@ -43,6 +43,61 @@ def test_the_rate_scales_with_the_true_global_batch(tmp_path, data):
     assert rates == pytest.approx([expected[(batch + 1) // 3] for batch in range(12)])
 
 
+def test_the_weight_decay_follows_a_cosine(tmp_path, data):
+    decays = []
+
+    class Decays(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            decays.append(sorted({g["weight_decay"] for g in trainer.optimizers[0].param_groups}))
+
+    classifier = task(weight_decay=0.04, weight_decay_end=0.4)
+    trainer(tmp_path, Decays()).fit(classifier, datamodule=data)
+    expected = [0.4 - 0.36 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(1, 13)]
+    assert [decay for _, decay in decays] == pytest.approx(expected)
+    assert {none for none, _ in decays} == {0.0}  # biases and norms never decay
+
+
+CHANNEL_MODEL = "fastchannelvim_small_patch16_224"
+
+
+def test_channels_are_sampled_by_batch_alone(tmp_path, data):
+    seen = []
+
+    def fit(**settings):
+        seen.append([])
+        classifier = Classification(
+            CHANNEL_MODEL,
+            {**MODEL_ARGS, "in_chans": 3},
+            sample_channels=True,
+            warmup_epochs=0,
+        )
+        run = trainer(tmp_path, Watch(), max_epochs=2, **settings)
+        run.fit(classifier, datamodule=data)
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, module):
+            def watch(model, inputs):
+                if model.training:
+                    images, channels = inputs
+                    assert images.shape[1] == len(channels)
+                    seen[-1].append(tuple(channels.tolist()))
+
+            module.model.register_forward_pre_hook(watch)
+
+    fit()
+    torch.manual_seed(9)  # of no consequence
+    fit(accumulate_grad_batches=2)
+    assert len(seen[0]) == 24
+    assert seen[0] == seen[1]
+    assert seen[0][:12] != seen[0][12:]
+    assert {len(channels) for channels in seen[0]} == {1, 2, 3}
+
+
+def test_only_channel_models_sample_channels(tmp_path, data):
+    with pytest.raises(UserError, match=r"sample_channels=True: fastvim_tiny.*channelvim"):
+        trainer(tmp_path).fit(task(sample_channels=True), datamodule=data)
+
+
 def test_a_line_of_progress_repeats_no_validation(tmp_path, data):
     output = io.StringIO()
     log = RunLog(Console(file=output, width=200))

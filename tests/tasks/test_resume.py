@@ -29,7 +29,19 @@ def assert_same_training_state(one: dict, other: dict) -> None:
     assert (one["epoch"], one["global_step"]) == (other["epoch"], other["global_step"])
 
 
-@pytest.mark.parametrize("task", [{}, {"model": PRETRAINING}], ids=["classifier", "autoencoder"])
+CHANNELS = {
+    "model.init_args.model": "fastchannelvim_small_patch16_224",
+    "model.init_args.model_args.in_chans": 3,
+    "model.init_args.sample_channels": True,
+    "model.init_args.weight_decay_end": 0.4,
+}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [{}, {"model": PRETRAINING}, CHANNELS],
+    ids=["classifier", "autoencoder", "channels"],
+)
 def test_killed_twice_and_resumed(write_recipe, task):
     whole = write_recipe(task, name="whole")
     assert main(["fit", "--config", str(whole)]) == 0
