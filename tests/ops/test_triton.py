@@ -63,13 +63,14 @@ WALKS = [
     ("h w c", "h w"),
     ("h w c", ""),
 ]
-# Rows shorter than the window, and of one, two and four runs that they are no multiple of.
-GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2), (2, 35, 1)]
+# Rows shorter than the window, and of one, two and four runs that they are no multiple of; cells of
+# few channels and of several.
+GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2), (2, 35, 1), (4, 3, 5)]
 STEPS = [1, 6, 9]  # of the scan: in groups of four, with rests
 WIDTHS = [6, 40]
 if ON_GPU:  # the interpreter would take minutes
     GRIDS += [(1, 7, 1), (7, 1, 1), (7, 9, 1), (14, 14, 1), (197, 1, 1), (4, 49, 1), (3, 300, 1)]
-    GRIDS += [(1, 135, 1)]
+    GRIDS += [(1, 135, 1), (14, 14, 8), (2, 300, 3)]
     STEPS += [7, 17, 33, 63, 196, 197, 3000]
     WIDTHS += [32, 72, 384, 1000, 2560]
 

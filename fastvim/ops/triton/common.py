@@ -88,13 +88,20 @@ def sigmoid(x, FAST: tl.constexpr):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
+# Added to a number it leaves no bits for fractions: what is rounded so needs no conversion unit.
+ROUND = tl.constexpr(12582912.0)
+ROUND_BITS = tl.constexpr(0x4B400000)
+
+
 @triton.jit
-def _power(whole, f):
-    """2**(whole + f) for f in [-1/2, 1/2] and a result that is normal: a Chebyshev fit of 2**f."""
+def _power(rounded, f):
+    """2**(n + f), where `rounded` is ROUND + n and f in [-1/2, 1/2], for a result that is normal: a
+    Chebyshev fit of 2**f."""
     p = 0.0013400427997112274 + f * 0.00015461444854736328
     p = 0.24022650718688965 + f * (0.05550327152013779 + f * (0.009618056938052177 + f * p))
     p = 1.0 + f * (0.6931471824645996 + f * p)
-    return p * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    exponent = rounded.to(tl.int32, bitcast=True) + (127 - ROUND_BITS)
+    return p * (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -109,8 +116,8 @@ def exp2(x, FAST: tl.constexpr):
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     x = tl.where(x < -126.0, -126.0, x)  # which keeps what is not a number, unlike a maximum
-    whole = tl.floor(x + 0.5)
-    return _power(whole, x - whole)
+    rounded = x + ROUND
+    return _power(rounded, x - (rounded - ROUND))
 
 
 @triton.jit
@@ -119,9 +126,10 @@ def exp(x, FAST: tl.constexpr):
     if FAST:
         return exp2(x * 1.4426950408889634, FAST)
     x = tl.where(x < -87.0, -87.0, tl.where(x > 88.0, 88.0, x))
-    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    rounded = x * 1.4426950408889634 + ROUND
+    whole = rounded - ROUND
     rest = (x - whole * 0.693359375) + whole * 2.12194440e-4  # log(2), in a short part and the rest
-    return _power(whole, rest * 1.4426950408889634)
+    return _power(rounded, rest * 1.4426950408889634)
 
 
 @triton.jit

@@ -37,6 +37,8 @@ LONGEST = 16  # tokens of a run, all unrolled
 AHEAD = 16  # tokens loaded ahead of use
 MOST_RUNS = 64  # of a program
 MOST_VALUES = 1024  # runs times channels
+MOST_CHANNELS = 16  # of an image, whose cells are then walked whole
+LONGEST_WALK = 256  # cells of such a walk
 
 
 _launches: Launches[Launch] = Launches()
@@ -116,6 +118,82 @@ def _runs_kernel(
         p_segment = pooled + (segment.to(tl.int64) * E)[:, None] + columns[None, :]
         tl.store(p_segment, forward * scale, mask=mask)
         tl.store(p_segment + direction, backward * scale, mask=mask)
+
+
+@triton.jit
+def _load_cell(p, token, mask, step, K: tl.constexpr):
+    """K tokens that lie `step` elements apart, of R runs."""
+    values = ()
+    for c in tl.static_range(K):
+        values = values + (tl.load(p + token + c * step, mask=mask, other=0.0),)
+    return values
+
+
+@triton.jit
+def _channels_kernel(
+    x, weight, bias, D, pooled, skip,
+    scale: tl.constexpr, B, L, S, direction, stride_batch, n0, n1, m0, m1,
+    E: tl.constexpr, m2: tl.constexpr, stride_token: tl.constexpr, K: tl.constexpr,
+    MAX: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Rows of n1 cells of K tokens (the channels of an image): a segment has one of each cell.
+
+    R rows at once, cell by cell, with the tokens of a cell and its neighbours in registers.
+    """
+    run = tl.program_id(0) * R + tl.arange(0, R)
+    columns = tl.program_id(1) * C + tl.arange(0, C)
+    batch = (run // n0).to(tl.int64)
+    row = run % n0
+    mask = (batch < B)[:, None] & (columns < E)[None, :]
+    p_x = x + (batch * stride_batch)[:, None] + columns[None, :]
+    p_skip = skip + (batch * L * E)[:, None] + columns[None, :]
+    f0, f1, f2, f3, fb, fd = load_taps(weight, bias, D, columns, E)
+    g0, g1, g2, g3, gb, gd = load_taps(weight + E * 4, bias + E, D + E, columns, E)
+    zero = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
+    forward = ()
+    backward = ()
+    for _c in tl.static_range(K):
+        forward = forward + (zero,)
+        backward = backward + (zero,)
+    before = (row - 1) * m0 + (n1 - 1) * m1 + (K - 3) * m2
+    exists = mask & (row > 0)[:, None]
+    step: tl.constexpr = m2 * stride_token
+    previous = _load_cell(p_x, (before * stride_token)[:, None], exists, step, 3)
+    current = _load_cell(p_x, (row * m0 * stride_token)[:, None], mask, step, K)
+    for j in range(n1):
+        ends = j + 1 == n1
+        token = tl.where(ends, (row + 1) * m0, row * m0 + (j + 1) * m1)
+        exists = mask & ((not ends) | (row + 1 < n0))[:, None]
+        following = _load_cell(p_x, (token * stride_token)[:, None], exists, step, K)
+        window = previous + current + (following[0], following[1], following[2])
+        p_token = p_skip + ((row * m0 + j * m1) * E)[:, None]
+        forward_after = ()
+        backward_after = ()
+        for c in tl.static_range(K):
+            x0 = window[c].to(tl.float32)
+            x1 = window[c + 1].to(tl.float32)
+            x2 = window[c + 2].to(tl.float32)
+            x3 = window[c + 3].to(tl.float32)
+            x4 = window[c + 4].to(tl.float32)
+            x5 = window[c + 5].to(tl.float32)
+            x6 = window[c + 6].to(tl.float32)
+            there = silu_twice(fb + f0 * x0 + f1 * x1 + f2 * x2 + f3 * x3, FAST)
+            back = silu_twice(gb + g3 * x3 + g2 * x4 + g1 * x5 + g0 * x6, FAST)
+            tl.store(p_token + c * m2 * E, fd * there + gd * back, mask=mask)
+            if MAX:
+                forward_after = forward_after + (tl.maximum(forward[c], there),)
+                backward_after = backward_after + (tl.maximum(backward[c], back),)
+            else:
+                forward_after = forward_after + (forward[c] + there,)
+                backward_after = backward_after + (backward[c] + back,)
+        forward = forward_after
+        backward = backward_after
+        previous = (current[K - 3], current[K - 2], current[K - 1])
+        current = following
+    p_segment = pooled + ((batch * S + row * K) * E)[:, None] + columns[None, :]
+    for c in tl.static_range(K):
+        tl.store(p_segment + c * E, forward[c] * scale, mask=mask)
+        tl.store(p_segment + c * E + direction, backward[c] * scale, mask=mask)
 
 
 @triton.jit
@@ -225,6 +303,14 @@ def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Lau
         grid = (triton.cdiv(B * (L // row) * pieces, R), triton.cdiv(E, C))
         warps = max(1, R * C // (PER_THREAD * 32))
         return Launch(_runs_kernel, x.device, grid, numbers, num_warps=warps)
+    if flags[-2:] == [True, False] and 3 <= row <= MOST_CHANNELS and n[1] <= LONGEST_WALK:
+        R = max(1, PER_THREAD * WARPS * 32 // C)
+        numbers = (
+            scale, B, L, S, direction, x.stride(0), *n[:2], *m[:2], E, m[2], x.stride(1), row,
+            pooling == "max", fast, R, C,
+        )  # fmt: skip
+        grid = (triton.cdiv(B * n[0], R), triton.cdiv(E, C))
+        return Launch(_channels_kernel, x.device, grid, numbers, num_warps=WARPS)
     R = 16
     numbers = (
         scale, B, L, S, direction, x.stride(0), *n[1:], *m, *_scattered(sizes, flags),

@@ -8,6 +8,8 @@ Gradients of taps, bias and skip are summed over the runs of each program first,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -48,13 +50,30 @@ def _slope(half, FAST: tl.constexpr):
 
 
 @triton.jit
+def _segment(
+    position, row, s1, s2, k0, k1, k2, POOLED: tl.constexpr, SCATTERED: tl.constexpr
+):  # fmt: skip
+    """Number of the segment of a path position."""
+    if POOLED:
+        return position // row
+    if SCATTERED:
+        rest = position // s2
+        return (rest // s1) * k0 + (rest % s1) * k1 + (position % s2) * k2
+    return position
+
+
+@triton.jit
 def _runs_backward_kernel(
     x, weight, bias, D, dpooled, dskip, dx, sums,
     scale: tl.constexpr, B, L, S, pieces, direction, stride_batch, n1, n2, m0, m1, groups, programs,
+    s1, s2, k0, k1, k2,
     E: tl.constexpr, m2: tl.constexpr, stride_token: tl.constexpr,
-    P: tl.constexpr, EVEN: tl.constexpr, SHORT: tl.constexpr, POOLED: tl.constexpr,
+    P: tl.constexpr, EVEN: tl.constexpr, SHORT: tl.constexpr,
+    POOLED: tl.constexpr, SCATTERED: tl.constexpr,
     FAST: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    """Segments are the rows (POOLED), tokens, or SCATTERED: the path's axes have sizes .., s1, s2,
+    and segments lie k0, k1, k2 apart along them."""
     rows = L // n2
     columns = tl.program_id(1) * C + tl.arange(0, C)
     in_row = (columns < E)[None, :]
@@ -103,7 +122,7 @@ def _runs_backward_kernel(
                     gradient = own_forward
                 else:
                     exists = mask & (position < L)[:, None]
-                    step = position // n2 if POOLED else position
+                    step = _segment(position, n2, s1, s2, k0, k1, k2, POOLED, SCATTERED)
                     p_step = p_dpooled + (step * E)[:, None]
                     gradient = scale * tl.load(p_step, mask=exists, other=0.0).to(tl.float32)
                 b_dskip = upstream[j - AHEAD + 3].to(tl.float32)
@@ -127,7 +146,7 @@ def _runs_backward_kernel(
                     gradient = own_backward
                 else:
                     exists = mask & ((position >= 0) & (position < L))[:, None]
-                    step = position // n2 if POOLED else position
+                    step = _segment(position, n2, s1, s2, k0, k1, k2, POOLED, SCATTERED)
                     p_step = p_dpooled + direction + (step * E)[:, None]
                     gradient = scale * tl.load(p_step, mask=exists, other=0.0).to(tl.float32)
                 b_dskip = upstream[j - AHEAD].to(tl.float32)
@@ -159,10 +178,17 @@ def _runs_backward_kernel(
 
 
 def _plan(x: Tensor, segments: Segments, pool_scale: float) -> tuple[Launch, int]:
-    """The launch for a traversal of rows, and the programs that sum apart."""
+    """The launch for a traversal, and the programs that sum apart."""
     B, L, E = x.shape[0], x.shape[1], int(x.shape[2])
     S, pools = segments.num_segments, segments.pools
-    sizes, strides, _ = collapse(segments)
+    sizes, strides, flags = collapse(segments)
+    scattered = pools and (not flags[-1] or any(flags[:-1]))
+    s, k = [1, 1, 1], [0, 0, 0]
+    if scattered:  # the walk's own rows, whatever they are pooled with
+        pooled = Segments(tuple(sizes), tuple(strides), tuple(flags))
+        s, k = pad_axes(sizes, 1), pad_axes(pooled.segment_strides, 0)
+        walk = replace(segments, pooled=(False,) * len(segments.sizes))
+        sizes, strides, _ = collapse(walk)
     n, m = pad_axes(sizes, 1), pad_axes(strides, 0)
     scale = pool_scale / int(segments.segment_size) if pools else pool_scale
     row = n[2]
@@ -175,7 +201,8 @@ def _plan(x: Tensor, segments: Segments, pool_scale: float) -> tuple[Launch, int
     programs = min(groups, triton.cdiv(PROGRAMS, blocks))
     numbers = (
         scale, B, L, S, pieces, B * S * E, x.stride(0), *n[1:], *m[:2], groups, programs,
-        E, m[2], x.stride(1), P, row == pieces * P, row < 4, pools,
+        *s[1:], *k, E, m[2], x.stride(1), P, row == pieces * P, row < 4,
+        pools and not scattered, scattered,
         x.dtype != torch.float32 and not INTERPRETED, AHEAD, R, C,
     )  # fmt: skip
     grid = (programs, blocks)
@@ -195,7 +222,7 @@ def _run(
     dpooled: Tensor,
     dskip: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and D, where segments are rows of the path, or tokens."""
+    """Gradients of x, weight, bias and D."""
     segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
     if x.numel() == 0:
         return x.new_zeros(x.shape), weight * 0, bias * 0, D * 0
@@ -235,7 +262,7 @@ def _by_definition(
     dpooled: Tensor,
     dskip: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same where no kernel has them: for maxima, and segments that are no rows of the path."""
+    """The same for maxima, of which no kernel has the gradients."""
     segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
     by: Pooling = "max" if pooling == "max" else "mean"
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, D)]
@@ -281,6 +308,4 @@ _otherwise = Op("fastvim::conv_pool_backward_by_definition", _by_definition, _fa
 
 def backward_op(segments: Segments, pooling: str) -> Op:
     """What gives the gradients of x, weight, bias and D for a traversal."""
-    _, _, flags = collapse(segments)
-    scattered = segments.pools and (not flags[-1] or any(flags[:-1]))
-    return _otherwise if scattered or (pooling == "max" and segments.pools) else _by_kernel
+    return _otherwise if pooling == "max" and segments.pools else _by_kernel
