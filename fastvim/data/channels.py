@@ -1,0 +1,375 @@
+"""Images of any number of channels, listed in a table with a label each.
+
+C, H, W: channels, height and width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from timm.utils.misc import natural_key
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from fastvim.data import samples
+from fastvim.data.arrays import read_array
+from fastvim.data.channel_transforms import evaluation_transform, training_transform
+from fastvim.data.files import MAX_UNREADABLE
+from fastvim.data.images import LEAST, ROLES, SAMPLE_PREFIX
+from fastvim.data.remote import UnreadableFileError, is_url, join
+from fastvim.data.sampler import evaluation_loader, training_loader
+from fastvim.data.table import (
+    random_splits,
+    read_table,
+    require_columns,
+    require_values,
+    split_names,
+)
+from fastvim.errors import UserError, nearest
+
+_logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
+COUNTERS = 1024  # one for the main process and one for each worker
+
+
+class ChannelImages(Dataset[tuple[Tensor, int]]):
+    """Image files and their class indices, (float32 (C, H, W), int).
+
+    With `on_error="skip"` an unreadable image is left out with a warning, is counted in `skipped`,
+    and the next readable one takes its place; after `MAX_UNREADABLE` of them in a row that, too, is
+    an error. The order of the others never changes.
+
+    Args:
+        paths: files that `read` opens.
+        targets: class index of each.
+        transform: from the stored values, float32 (C, H, W), to the image.
+        in_chans: what every file must have.
+        read: from a path to an array (C, H, W).
+        on_error: "raise" or "skip".
+
+    Raises:
+        UnreadableFileError: when reading, naming the file.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        targets: Sequence[int] | np.ndarray,
+        transform: Callable[[Tensor], Tensor],
+        in_chans: int,
+        *,
+        read: Callable[[str], np.ndarray] = read_array,
+        on_error: OnError = "raise",
+    ) -> None:
+        # Arrays, not lists: counting references to their items would copy them into every worker.
+        self._paths = np.array([path.encode() for path in paths])
+        self._targets = np.asarray(targets, dtype=np.int64)
+        self.transform = transform
+        self.in_chans = in_chans
+        self.read = read
+        self.on_error = on_error
+        # Shared with the workers, each of which writes to its own place.
+        self._skipped = torch.zeros(COUNTERS, dtype=torch.int64).share_memory_()
+
+    @property
+    def skipped(self) -> int:
+        """How often an image was left out, in all workers so far."""
+        return int(self._skipped.sum())
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        for attempt in range(MAX_UNREADABLE):
+            position = (index + attempt) % len(self)
+            try:
+                image = self._read(position)
+            except UnreadableFileError as error:
+                if self.on_error == "raise":
+                    raise
+                message = str(error)
+                worker = get_worker_info()
+                self._skipped[0 if worker is None else 1 + worker.id % (COUNTERS - 1)] += 1
+                _logger.warning("%s: the next one takes its place", message)
+            else:
+                return self.transform(image), int(self._targets[position])
+        raise UnreadableFileError(f"{message}, the last of {MAX_UNREADABLE} such in a row")
+
+    def filename(self, index: int) -> str:
+        """The path or URL of an image."""
+        return self._paths[index].decode()
+
+    def _read(self, index: int) -> Tensor:
+        array = self.read(self.filename(index))
+        if len(array) != self.in_chans:
+            raise UnreadableFileError(
+                f"{self.filename(index)}: shape {array.shape}: expected {self.in_chans} channels"
+            )
+        return torch.from_numpy(array.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a table tells: equally long arrays.
+
+    Attributes:
+        paths: of the files, as read.
+        labels: names of the classes.
+        splits: "train", "val" or "test".
+        class_names: all classes in index order; None for the labels in natural order.
+    """
+
+    paths: np.ndarray
+    labels: np.ndarray
+    splits: np.ndarray
+    class_names: list[str] | None = None
+
+
+class ChannelData(L.LightningDataModule):
+    """Images of any number of channels in a table with the columns path, label and split.
+
+    The table is a CSV, TSV or Parquet file, the images are NPY, TIFF, OME-TIFF, PNG or JPEG files;
+    all of them lie on disk or behind any URL that fsspec opens. The training split's labels, in
+    natural order, number the classes. Without a split column a permutation of the rows drawn with
+    `split_seed` divides them 60/20/20; without test rows the validation split tests.
+
+    A batch is (images, targets): float32 (B, C, H, W), normalised, and int64 (B,). Training resumes
+    with the batches that it would have seen (`fastvim.data.sampler`).
+
+    Args:
+        root: directory or URL that relative paths begin at, or `sample:NAME` for a set of
+            `fastvim.data.samples`.
+        table: path or URL of the table.
+        in_chans: channels of every image.
+        mean: per channel, of the values as stored (`fastvim data stats` computes them); a single
+            value serves every channel.
+        std: as `mean`.
+        path_column: name of the column of the files.
+        label_column: of the labels.
+        split_column: of "train", "val" and "test"; a table may lack it.
+        split_seed: of the permutation, at least 0.
+        batch_size: training images per process.
+        eval_batch_size: images per process in evaluation; None for `batch_size`.
+        num_workers: loading processes per process.
+        seed: of order and augmentation, at least 0.
+        img_size: height and width in pixels, or one number for both.
+        augment: options of `fastvim.data.channel_transforms.training_transform`.
+        on_error: what becomes of an unreadable image in training: "raise" ends the run, "skip"
+            puts the next one in its place; a line at the end of the epoch tells how many. In
+            evaluation it is always an error.
+        attempts: to fetch a file, at least 1.
+        wait: seconds before the second attempt, doubled before each further one.
+        storage_options: arguments of the fsspec filesystem, such as `{anon: true}` for S3.
+
+    Raises:
+        UserError: for an argument out of range, and in `setup` for a missing or odd table.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        in_chans: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        table: str = "table.csv",
+        path_column: str = "path",
+        label_column: str = "label",
+        split_column: str = "split",
+        split_seed: int = 0,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int = 4,
+        seed: int = 0,
+        img_size: int | tuple[int, int] = 224,
+        augment: dict[str, Any] | None = None,
+        on_error: OnError = "raise",
+        attempts: int = 4,
+        wait: float = 0.5,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = str(root)
+        self.table = str(table)
+        self.path_column = path_column
+        self.label_column = label_column
+        self.split_column = split_column
+        self.split_seed = split_seed
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.in_chans = in_chans
+        self.on_error = on_error
+        self._check_arguments()
+        self.mean = _per_channel("mean", mean, in_chans)
+        self.std = _per_channel("std", std, in_chans)
+        self._reading: dict[str, Any] = {
+            "attempts": attempts,
+            "wait": wait,
+            "storage_options": storage_options,
+        }
+        common = (img_size, self.mean, self.std)
+        self._train_transform = training_transform(*common, **_known_options(augment or {}))
+        self._eval_transform = evaluation_transform(*common)
+        self._rows: Rows | None = None
+        self._class_names: list[str] = []
+        self._datasets: dict[str, ChannelImages] = {}
+        self._reported = 0  # of `skipped`
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes in index order; known after `setup`."""
+        if not self._class_names:
+            raise RuntimeError(f"{type(self).__name__}.class_names: call setup() first")
+        return self._class_names
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; known after `setup`."""
+        return len(self.class_names)
+
+    @property
+    def skipped(self) -> int:
+        """How often an unreadable training image was replaced, in this process and its workers."""
+        return self._datasets["train"].skipped if "train" in self._datasets else 0
+
+    def eval_transform(self) -> Callable[[Tensor], Tensor]:
+        """What evaluation does to stored values (C, H, W): a function to a float32 tensor."""
+        return self._eval_transform
+
+    def prepare_data(self) -> None:
+        """Fetch a sample set, once for all processes of a machine."""
+        self._directory()
+
+    def setup(self, stage: str) -> None:
+        """Open the splits of a stage: "fit", "validate" or "test"; those already open stay so."""
+        roles = ROLES.get(stage, ())
+        if roles and self._rows is None:
+            self._rows = self._read_rows()
+            self._class_names = self._find_class_names(self._rows)
+        for role in roles:
+            if role not in self._datasets:
+                self._datasets[role] = self._open(role)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return training_loader(self._datasets["train"], **self._loading(self.batch_size))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return evaluation_loader(self._datasets["val"], **self._loading(self.eval_batch_size))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return evaluation_loader(self._datasets["test"], **self._loading(self.eval_batch_size))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Tell, with the last training batch of an epoch, how many images were replaced in it."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training or not trainer.is_last_batch:
+            return batch
+        if new := self.skipped - self._reported:
+            self._reported += new
+            _logger.warning(
+                "%s: %d unreadable images were replaced in this epoch, %d since the start",
+                self._table_url(),
+                new,
+                self._reported,
+            )
+        return batch
+
+    def _loading(self, batch_size: int) -> dict[str, Any]:
+        return {
+            "batch_size": batch_size,
+            "num_workers": self.num_workers,
+            "seed": self.seed,
+            "trainer": self.trainer,
+        }
+
+    def _open(self, role: str) -> ChannelImages:
+        """The dataset of a role, "train", "val" or "test"."""
+        assert self._rows is not None
+        rows, training = self._rows, role == "train"
+        splits = set(rows.splits)
+        split = "val" if role == "test" and "test" not in splits else role
+        if split not in splits:
+            raise UserError(f"{self._table_url()}: no rows of the split {split!r}")
+        chosen = rows.splits == split
+        index = {name: position for position, name in enumerate(self._class_names)}
+        labels = rows.labels[chosen]
+        if unknown := [label for label in labels if label not in index]:
+            raise UserError(
+                f"{self._table_url()}: label {unknown[0]!r} of the split {split!r} is none of the "
+                f"{len(index)} classes of the training split"
+            )
+        directory = self._directory()
+        return ChannelImages(
+            [join(directory, path) for path in rows.paths[chosen]],
+            [index[label] for label in labels],
+            self._train_transform if training else self._eval_transform,
+            self.in_chans,
+            read=partial(read_array, **self._reading),
+            on_error=self.on_error if training else "raise",
+        )
+
+    def _read_rows(self) -> Rows:
+        """The table; a subclass may have another layout."""
+        url = self._table_url()
+        table = read_table(url, **self._reading)
+        needed = [self.path_column, self.label_column]
+        require_columns(table, needed, url)
+        for column in needed:
+            require_values(table, column, url)
+        if self.split_column in table.columns:
+            splits = split_names(table[self.split_column], url)
+        else:
+            splits = random_splits(len(table), self.split_seed)
+        paths, labels = (table[column].astype(str).to_numpy(dtype=object) for column in needed)
+        return Rows(paths, labels, splits)
+
+    def _find_class_names(self, rows: Rows) -> list[str]:
+        if rows.class_names is not None:
+            return rows.class_names
+        training = rows.labels[rows.splits == "train"]
+        if not len(training):
+            _logger.warning("%s: no training rows; all give the classes", self._table_url())
+        return sorted({*(training if len(training) else rows.labels)}, key=natural_key)
+
+    def _table_url(self) -> str:
+        return join(self._directory(), self.table)
+
+    def _directory(self) -> str:
+        if self.root.startswith(SAMPLE_PREFIX):
+            return str(samples.fetch(self.root.removeprefix(SAMPLE_PREFIX)))
+        return self.root if is_url(self.root) else str(Path(self.root).expanduser())
+
+    def _check_arguments(self) -> None:
+        for name, least in {**LEAST, "split_seed": 0, "in_chans": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)}: expected {least} or more")
+        if self.on_error not in ("raise", "skip"):
+            raise UserError(f"on_error {self.on_error!r}: expected 'raise' or 'skip'")
+
+
+def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """One value for each channel, from as many or from one for all."""
+    if len(values) not in (1, in_chans):
+        raise UserError(f"{name} of {len(values)} values: expected 1 or in_chans {in_chans}")
+    return tuple(values) * (in_chans if len(values) == 1 else 1)
+
+
+def _known_options(augment: dict[str, Any]) -> dict[str, Any]:
+    """The same options, all of which `training_transform` has."""
+    parameters = inspect.signature(training_transform).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for name in augment:
+        if name not in known:
+            raise UserError(f"augment has no option {name!r}{nearest(name, known)}")
+    return augment

@@ -1,0 +1,166 @@
+"""The bytes of a file on disk or behind a URL, in spite of errors that pass."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from fastvim.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+TIMEOUT = 300.0  # seconds of one attempt at a URL
+S3 = ("s3://", "s3a://")
+RETRIED_STATUS = (408, 429)  # of HTTP, besides 500 and above
+# Errors of the system and of the network libraries that another attempt does not mend.
+LASTING = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ValueError,
+)
+LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+NETWORK_LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "http", "urllib3")
+
+
+class UnreadableFileError(UserError):
+    """A file that cannot be fetched or decoded."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises a worker's error again with the traceback as message: keep the line.
+        line = message.strip().rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(" ".join(line.split()))
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec opens the path, as in `s3://BUCKET/KEY` or `simplecache::s3://BUCKET/KEY`."""
+    return "://" in path or "::" in path
+
+
+def join(root: str, path: str) -> str:
+    """`path` below `root`, a directory or a URL; an absolute path or a URL stays as it is."""
+    if not root or is_url(path) or Path(path).is_absolute():
+        return path
+    return f"{root.rstrip('/')}/{path}" if is_url(root) else str(Path(root).expanduser() / path)
+
+
+def read_bytes(
+    url: str,
+    *,
+    attempts: int = 4,
+    wait: float = 0.5,
+    storage_options: dict[str, Any] | None = None,
+) -> bytes:
+    """The content of a file.
+
+    Refused and broken connections, time-outs, answers of a server in trouble (408, 429, 5xx) and
+    bodies shorter than announced are tried again after `wait`, `2 * wait`, `4 * wait`, … seconds;
+    a missing or forbidden file is not. S3's libraries do not retry besides; when the server drops a
+    connection, aiohttp asks once more each time. Every process opens connections of its own: safe
+    in the workers of a DataLoader.
+
+    Args:
+        url: a local path, or a URL of any protocol that fsspec knows, chains such as
+            `simplecache::s3://BUCKET/KEY` included.
+        attempts: at least 1.
+        wait: seconds before the second attempt, at least 0.
+        storage_options: arguments of the fsspec filesystem, such as `{"anon": True}` for S3.
+
+    Raises:
+        UnreadableFileError: naming the URL, the attempts and the last error.
+        UserError: for an argument out of range, options or a protocol that fsspec does not know,
+            or a package that is not installed.
+    """
+    if attempts < 1 or wait < 0:
+        raise UserError(f"attempts {attempts}, wait {wait}: expected at least 1 and at least 0")
+    for attempt in range(1, attempts + 1):
+        try:
+            return _fetch(url, storage_options or {}) if is_url(url) else Path(url).read_bytes()
+        except UserError:
+            raise
+        except Exception as error:
+            status = _http_status(error)
+            reason = f"{type(error).__name__}: {error}"
+            if not _is_of_file(error, status):
+                raise
+            if not _passes(error, status):
+                raise UnreadableFileError(f"{url}: {_explain(error, status)}") from error
+            if attempt == attempts:
+                times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+                raise UnreadableFileError(f"{url}: unreadable in {times} ({reason})") from error
+            _logger.debug("%s: attempt %d of %d failed: %s", url, attempt, attempts, reason)
+            time.sleep(wait * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+def _fetch(url: str, storage_options: dict[str, Any]) -> bytes:
+    filesystem = _filesystem(url, storage_options)
+    limit = {"timeout": TIMEOUT} if filesystem.async_impl else {}
+    return filesystem.cat_file(filesystem._strip_protocol(url), **limit)
+
+
+# By process and thread, place and options. A worker must not use its parent's, nor let go of them:
+# closing a connection in a fork takes it from the parent too, whose event queue it shares.
+_filesystems: dict[tuple[Any, ...], Any] = {}
+
+
+def _filesystem(url: str, storage_options: dict[str, Any]) -> Any:
+    """The fsspec filesystem of a URL, made once for each thread of each process."""
+    protocol, _, rest = url.rpartition("::")[2].partition("://")
+    place = (url.rpartition("::")[0], protocol, rest.partition("/")[0])
+    key = (os.getpid(), threading.get_ident(), *place, repr(storage_options))
+    if key not in _filesystems:
+        options = {"skip_instance_cache": True, **storage_options}
+        if url.startswith(S3):
+            options.setdefault("max_concurrency", 1)  # one request, not one for the size as well
+            once = {"retries": {"total_max_attempts": 1}}
+            options["config_kwargs"] = once | options.get("config_kwargs", {})
+        try:
+            import fsspec
+
+            _filesystems[key], _ = fsspec.core.url_to_fs(url, **options)
+        except ImportError as error:
+            raise UserError(f"{url}: {error}; pip install fastvim[microscopy]") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{url}: cannot be opened: {error}") from error
+        if url.startswith(S3):
+            _filesystems[key].retries = 1
+    return _filesystems[key]
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The status of the HTTP answer that an error tells of."""
+    for name in ("status", "status_code", "code"):  # aiohttp, Azure, Google
+        if isinstance(status := getattr(error, name, None), int) and 100 <= status < 600:
+            return status
+    # s3fs turns botocore's errors into the system's, from which they are the cause.
+    response = getattr(error.__cause__ or error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return None
+
+
+def _is_of_file(error: Exception, status: int | None) -> bool:
+    """Whether the file or the way to it is at fault, and not a defect of a program."""
+    library = type(error).__module__.partition(".")[0]
+    return status is not None or isinstance(error, OSError) or library in NETWORK_LIBRARIES
+
+
+def _passes(error: Exception, status: int | None) -> bool:
+    """Whether another attempt may succeed."""
+    if status is not None and status != 200:
+        return status >= 500 or status in RETRIED_STATUS
+    return not isinstance(error, LASTING) and type(error).__name__ not in LASTING_NAMES
+
+
+def _explain(error: Exception, status: int | None) -> str:
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return "no such file"
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return f"access denied ({error})"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,118 @@
+"""Tables of images: CSV, TSV and Parquet files, their columns and splits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import PurePosixPath
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastvim.data.files import SPLIT_NAMES
+from fastvim.data.remote import UnreadableFileError, read_bytes
+from fastvim.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_logger = logging.getLogger(__name__)
+
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+PARQUET = (".parquet", ".pq")
+SPLITS = ("train", "val", "test")
+SHARES = (0.6, 0.2)  # of training and validation; the rest tests
+
+
+def import_pandas() -> ModuleType:
+    """pandas, or a UserError that says how to install it."""
+    try:
+        import pandas
+        import pyarrow  # noqa: F401  # what pandas reads Parquet with
+    except ImportError as error:
+        raise UserError(f"tables need {error.name}; pip install fastvim[microscopy]") from error
+    return pandas
+
+
+def read_table(
+    url: str,
+    *,
+    attempts: int = 4,
+    wait: float = 0.5,
+    storage_options: dict[str, Any] | None = None,
+) -> pd.DataFrame:
+    """A table, all text as it is written; an empty cell is missing.
+
+    Args:
+        url: a path or URL ending in .csv, .tsv or .txt (tabs), .parquet or .pq; fetched by
+            `read_bytes`, whose the other arguments are.
+
+    Raises:
+        UserError: for another ending, a table without rows, or a package that is not installed;
+            `UnreadableFileError` for a file that cannot be fetched or decoded.
+    """
+    suffix = PurePosixPath(url).suffix.lower()
+    if suffix not in SEPARATORS and suffix not in PARQUET:
+        endings = ", ".join((*SEPARATORS, *PARQUET))
+        raise UserError(f"{url}: expected a table ending in {endings}")
+    pandas = import_pandas()
+    data = read_bytes(url, attempts=attempts, wait=wait, storage_options=storage_options)
+    try:
+        if suffix in PARQUET:
+            table = pandas.read_parquet(BytesIO(data), engine="pyarrow")
+        else:
+            text = {"dtype": str, "keep_default_na": False, "na_values": [""]}
+            table = pandas.read_csv(BytesIO(data), sep=SEPARATORS[suffix], **text)
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are such
+        raise UnreadableFileError(f"{url}: unreadable table ({error})") from error
+    if table.empty:
+        raise UserError(f"{url}: no rows")
+    return table
+
+
+def require_columns(table: pd.DataFrame, columns: Iterable[str], url: str) -> None:
+    """Raises UserError for a column that the table lacks."""
+    found = [str(column) for column in table.columns]
+    for column in columns:
+        if column not in found:
+            raise UserError(
+                f"{url}: no column {column!r}{nearest(column, found)}; it has {', '.join(found)}"
+            )
+
+
+def require_values(table: pd.DataFrame, column: str, url: str) -> None:
+    """Raises UserError where a cell of the column is missing, naming the first such row."""
+    missing = np.flatnonzero(table[column].isna())
+    if len(missing):
+        raise UserError(f"{url}: row {missing[0] + 1} has no {column!r} ({len(missing)} such rows)")
+
+
+def split_names(values: pd.Series, url: str) -> np.ndarray:
+    """ "train", "val" or "test" of each row, from a column that says so.
+
+    Raises:
+        UserError: for a value that is no name of a split.
+    """
+    known = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
+    known["test"] = "test"
+    texts = values.astype(str).str.strip().str.lower()
+    unknown = np.flatnonzero(~texts.isin(list(known)))
+    if len(unknown):
+        row = unknown[0]
+        raise UserError(
+            f"{url}: split {values.iloc[row]!r} in row {row + 1}: expected {', '.join(SPLITS)}"
+        )
+    return texts.map(known).to_numpy(dtype=object)
+
+
+def random_splits(size: int, seed: int) -> np.ndarray:
+    """ "train", "val" or "test" of each of `size` rows: 60, 20 and 20 % of a seeded permutation."""
+    # RandomState, unlike newer generators, never changes its order.
+    order = np.random.RandomState(seed).permutation(size)
+    ends = [round(size * SHARES[0]), round(size * sum(SHARES))]
+    names = np.empty(size, dtype=object)
+    for name, rows in zip(SPLITS, np.split(order, ends), strict=True):
+        names[rows] = name
+    return names

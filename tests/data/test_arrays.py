@@ -1,0 +1,246 @@
+"""Image files of any channel count: what is in them comes out, or an error names the file."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim.data.arrays import read_array
+from fastvim.data.remote import UnreadableFileError
+from fastvim.errors import UserError
+
+tifffile = pytest.importorskip("tifffile")
+
+IMAGE = np.random.default_rng(0).integers(0, 60000, (5, 12, 16)).astype(np.uint16)
+PLAIN = {"photometric": "minisblack"}
+
+
+def tiff(path: Path, array: np.ndarray, **settings) -> str:
+    tifffile.imwrite(path, array, **settings)
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2", "int32", "float32", "float64", "bool"])
+def test_npy(tmp_path: Path, dtype: str) -> None:
+    array = IMAGE.astype(dtype)
+    np.save(tmp_path / "a.npy", array)
+    read = read_array(str(tmp_path / "a.npy"))
+    np.testing.assert_array_equal(read, array)
+    assert read.dtype == array.dtype
+    np.save(tmp_path / "grey.npy", array[0])
+    np.testing.assert_array_equal(read_array(str(tmp_path / "grey.npy")), array[:1])
+
+
+def test_a_url(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    np.save(tmp_path / "a.npy", IMAGE)
+    np.testing.assert_array_equal(read_array((tmp_path / "a.npy").as_uri()), IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("array", "settings", "expected"),
+    [
+        (IMAGE, PLAIN, IMAGE),
+        (IMAGE, {**PLAIN, "metadata": None}, IMAGE),  # pages and no description
+        (IMAGE, {"metadata": {"axes": "CYX"}, **PLAIN}, IMAGE),
+        (IMAGE, {"compression": "zlib", **PLAIN}, IMAGE),
+        (IMAGE, {"byteorder": ">", **PLAIN}, IMAGE),
+        (IMAGE, {"bigtiff": True, **PLAIN}, IMAGE),
+        (IMAGE, {"imagej": True, "metadata": {"axes": "CYX"}}, IMAGE),
+        (IMAGE[0], PLAIN, IMAGE[:1]),
+        (IMAGE[:3].transpose(1, 2, 0), {"photometric": "rgb"}, IMAGE[:3]),
+        (IMAGE[:3], {"photometric": "rgb", "planarconfig": "separate"}, IMAGE[:3]),
+        (IMAGE.transpose(1, 2, 0), {"planarconfig": "contig", **PLAIN}, IMAGE),
+        (IMAGE.astype(np.float32), PLAIN, IMAGE),
+        (IMAGE[:, :1], {"metadata": {"axes": "CYX"}, **PLAIN}, IMAGE[:, :1]),  # one row
+    ],
+)
+def test_tiff(tmp_path: Path, array: np.ndarray, settings: dict, expected: np.ndarray) -> None:
+    np.testing.assert_array_equal(read_array(tiff(tmp_path / "a.tif", array, **settings)), expected)
+
+
+@pytest.mark.parametrize(
+    ("array", "axes", "expected"),
+    [
+        (IMAGE, "CYX", IMAGE),
+        (IMAGE[0], "YX", IMAGE[:1]),
+        (IMAGE[None, :, None], "TCZYX", IMAGE),
+        (IMAGE[:3].transpose(1, 2, 0), "YXS", IMAGE[:3]),
+    ],
+)
+def test_ome_tiff(tmp_path: Path, array: np.ndarray, axes: str, expected: np.ndarray) -> None:
+    photometric = "rgb" if axes == "YXS" else "minisblack"
+    settings = {"photometric": photometric, "metadata": {"axes": axes}, "ome": True}
+    path = tiff(tmp_path / "a.ome.tif", np.ascontiguousarray(array), **settings)
+    np.testing.assert_array_equal(read_array(path), expected)
+
+
+@pytest.mark.parametrize(
+    ("array", "axes", "told"),
+    [
+        (IMAGE, "ZYX", r"axes T 1, Z 5, C 1, Y 12, X 16, S 1: expected Y, X and at most one"),
+        (IMAGE, "TYX", r"axes T 5, "),
+        (np.stack([IMAGE, IMAGE]), "ZCYX", r"axes T 1, Z 2, C 5, Y 12, X 16"),
+    ],
+)
+def test_stacks_are_refused(tmp_path: Path, array: np.ndarray, axes: str, told: str) -> None:
+    settings = {"photometric": "minisblack", "metadata": {"axes": axes}, "ome": True}
+    path = tiff(tmp_path / "a.ome.tiff", array, **settings)
+    with pytest.raises(UnreadableFileError, match=f"{path}: unreadable image .{told}"):
+        read_array(path)
+
+
+def test_several_images_in_a_tiff(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as writer:
+        for image in (IMAGE, IMAGE[:, ::2]):
+            writer.write(image, metadata={}, **PLAIN)
+    with pytest.raises(UnreadableFileError, match="2 images of different kinds: expected one"):
+        read_array(str(path))
+
+
+def test_missing_files_of_an_ome_tiff(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tif"
+    settings = {"photometric": "minisblack", "metadata": {"axes": "CYX"}, "ome": True}
+    tiff(path, IMAGE, **settings)
+    with tifffile.TiffFile(path) as file:
+        description = file.ome_metadata
+    page = '<TiffData FirstC="4" IFD="0"><UUID FileName="b.ome.tif">urn:uuid:b</UUID></TiffData>'
+    start = description.index("<TiffData")
+    end = description.index("</Pixels>")
+    described = '<TiffData FirstC="0" IFD="0" PlaneCount="4"/>' + page
+    described = description[:start] + described + description[end:]
+    tiff(path, IMAGE[:4], description=described.encode(), metadata=None, **PLAIN)
+    with pytest.raises(UnreadableFileError, match="pages that it names are missing"):
+        read_array(str(path))
+
+
+@pytest.mark.parametrize("settings", [{}, {"metadata": None}, {"compression": "zlib"}])
+def test_a_tiff_cut_short(tmp_path: Path, settings: dict) -> None:
+    path = tmp_path / "a.tif"
+    tiff(path, IMAGE, **PLAIN, **settings)
+    whole = path.read_bytes()
+    for size in range(0, len(whole) - 100, 97):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UnreadableFileError, match=f"^{path}: unreadable image "):
+            read_array(str(path))
+
+
+def test_a_cut_tiff_is_noticed_without_a_log(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tiff(path, IMAGE, metadata=None, **PLAIN)
+    path.write_bytes(path.read_bytes()[:-300])  # its last page
+    logging.disable()
+    try:
+        with pytest.raises(UnreadableFileError, match="cut off after 4 pages"):
+            read_array(str(path))
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("I;16", 1), ("RGB", 3), ("RGBA", 4)])
+def test_png(tmp_path: Path, mode: str, channels: int) -> None:
+    array = IMAGE[:channels].transpose(1, 2, 0).squeeze()
+    array = array if mode == "I;16" else (array >> 8).astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    read = read_array(str(tmp_path / "a.png"))
+    assert read.shape == (channels, 12, 16)
+    np.testing.assert_array_equal(read.transpose(1, 2, 0).squeeze(), array)
+
+
+def test_palettes_and_bits_become_values(tmp_path: Path) -> None:
+    colour = Image.fromarray(np.full((4, 4, 3), (10, 200, 30), np.uint8))
+    colour.quantize(4).save(tmp_path / "p.png")
+    assert read_array(str(tmp_path / "p.png"))[:, 0, 0].tolist() == [10, 200, 30]
+    Image.fromarray(np.ones((4, 4), bool)).save(tmp_path / "b.png")
+    assert read_array(str(tmp_path / "b.png")).max() == 255
+
+
+def test_jpeg(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 10, 3), 77, np.uint8)).save(tmp_path / "A.JPG")
+    read = read_array(str(tmp_path / "A.JPG"))
+    assert (read.shape, int(read[0, 0, 0])) == ((3, 8, 10), 77)
+
+
+def test_a_png_that_pillow_would_cut_to_8_bits(tmp_path: Path) -> None:
+    from struct import pack
+    from zlib import compress, crc32
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return pack(">I", len(data)) + name + data + pack(">I", crc32(name + data))
+
+    header = chunk(b"IHDR", pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", compress(bytes(13)))
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
+    with pytest.raises(UnreadableFileError, match="16-bit colour PNG"):
+        read_array(str(path))
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return (Path(BOMBED).touch, ())
+
+
+BOMBED = "bombed"
+
+
+def test_no_pickle_is_ever_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("object.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    Path("pickle.npy").write_bytes(pickle.dumps(Bomb()))
+    for name in ("object.npy", "pickle.npy"):
+        with pytest.raises(UnreadableFileError, match=f"^{name}: unreadable image"):
+            read_array(name)
+    assert not Path(BOMBED).exists()
+
+
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (IMAGE[None], r"shape \(1, 5, 12, 16\): expected \(channels, height, width\)"),
+        (IMAGE[:, :0], r"shape \(5, 0, 16\)"),
+        (IMAGE[0, 0], r"shape \(16,\)"),
+        (IMAGE.astype(complex), "type complex128: expected integers or real numbers"),
+        (IMAGE.astype(str), "type <U5"),
+        (np.where(IMAGE > 9, np.nan, 1.0), "values that are not finite"),
+    ],
+)
+def test_arrays_that_are_no_images(tmp_path: Path, array: np.ndarray, told: str) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(UnreadableFileError, match=f"a.npy: unreadable image .{told}"):
+        read_array(str(tmp_path / "a.npy"))
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.tif", "a.png"])
+def test_damaged_files(tmp_path: Path, name: str) -> None:
+    buffer = io.BytesIO()
+    if name == "a.npy":
+        np.save(buffer, IMAGE)
+    elif name == "a.tif":
+        tifffile.imwrite(buffer, IMAGE, **PLAIN)
+    else:
+        Image.fromarray((IMAGE[:3] >> 8).astype(np.uint8).transpose(1, 2, 0)).save(buffer, "png")
+    for data in (b"", b"no image", buffer.getvalue()[:-200]):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UnreadableFileError, match=f"{name}: unreadable image"):
+            read_array(str(tmp_path / name))
+
+
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.czi", "npy", "s3://bucket/a.npz?x=.npy"):
+        with pytest.raises(UserError, match=r"expected a file ending in \.npy, \.tif") as caught:
+            read_array(name)
+        assert not isinstance(caught.value, UnreadableFileError)  # no row to skip
+    path = tiff(tmp_path / "a.tif", IMAGE, **PLAIN)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(UserError, match=r"pip install fastvim\[microscopy\]") as caught:
+        read_array(path)
+    assert not isinstance(caught.value, UnreadableFileError)
