@@ -58,6 +58,18 @@ def _benchmark() -> Run:
     return run
 
 
+def _data() -> Run:
+    from fastvim.cli.data import run
+
+    return run
+
+
+def _channels() -> Run:
+    from fastvim.cli.channels import run
+
+    return run
+
+
 # `fit`, `validate` and `test` are one module: it gets the command's name as the first argument.
 COMMANDS = {
     "fit": Command("train a model as a recipe says", _train),
@@ -65,6 +77,8 @@ COMMANDS = {
     "test": Command("evaluate a checkpoint on the test images", _train),
     "predict": Command("classify image files and folders", _predict),
     "reconstruct": Command("draw what a masked autoencoder makes of images", _reconstruct),
+    "channels": Command("evaluate channel models on subsets of the channels", _channels),
+    "data": Command("compute the mean and deviation of each channel of images", _data),
     "convert": Command("turn published weights into a safetensors file", _convert),
     "benchmark": Command("time models, each checked for correctness first", _benchmark),
     "models": Command("list the models and the engines that compute them", _models),
