@@ -4,11 +4,12 @@ BIN := .venv/bin
 # Idle OpenMP threads that spin would take the cores from the workers that load images.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install test lint quickstart mae clean
+.PHONY: help install test lint quickstart mae channels clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a small FastVim on handwritten digits"
 	@echo "make mae          pre-train one without labels, then show what that is worth with few labels"
+	@echo "make channels     classify land cover from fewer and fewer bands of a satellite image"
 	@echo "make test         install what the tests need and run them all"
 	@echo "make lint         formatting, lint, types and the import contract"
 	@echo "make install      the environment alone: everything, editable, in .venv"
@@ -51,6 +52,14 @@ mae: install
 	@$(BIN)/fastvim test $(PROBE) $(RANDOM)_probe --ckpt_path last
 	@echo "linear probe of the pre-trained features:"
 	@$(BIN)/fastvim test $(PROBE) --ckpt_path last
+
+# What training on sampled channels is for, on five Landsat bands.
+channels: install
+	$(BIN)/fastvim fit --config recipes/channels/landsat.yaml
+	$(BIN)/fastvim fit --config recipes/channels/landsat.yaml --model.sample_channels false \
+	    --trainer.default_root_dir runs/landsat_all
+	$(BIN)/fastvim channels runs/landsat/model.safetensors runs/landsat_all/model.safetensors \
+	    --names "sampled channels" "all channels" --root sample:landsat --out runs/landsat
 
 clean:
 	rm -rf .venv runs build *.egg-info

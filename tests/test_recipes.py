@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 IMAGENET = [file for file in RECIPES if file.parent.name == "imagenet"]
 PRETRAINING = [file for file in RECIPES if file.stem.startswith("pretrain_")]
+CELLS = [file for file in RECIPES if file.parent.name == "jumpcp"]
 FINETUNING = [file for file in RECIPES if file.stem.startswith("finetune_")]
 
 
@@ -48,6 +49,13 @@ def test_there_are_recipes():
         "digits_pretrain",
         "digits_finetune",
         "digits_probe",
+        "fastchannelvim_small_patch16",
+        "fastchannelvim_small_patch16_max",
+        "fastchannelvim_small_patch8",
+        "fastchannelvim_small_patch8_max",
+        "channelvim_small_patch16",
+        "channelvim_small_patch8",
+        "landsat",
     }
 
 
@@ -63,7 +71,8 @@ def test_recipe_builds(recipe):
         parameter_groups(task.model, task.weight_decay),
         key=lambda group: (-group["weight_decay"], -group["params"][0].ndim),
     )
-    assert decaying["weight_decay"] == (0 if isinstance(task, LinearProbe) else 0.05)
+    special = {"jumpcp": 0.04}.get(recipe.parent.name, 0.05)
+    assert decaying["weight_decay"] == (0 if isinstance(task, LinearProbe) else special)
     assert exempt["weight_decay"] == 0
     count = sum(parameter.requires_grad for parameter in task.model.parameters())
     assert len(decaying["params"]) + len(exempt["params"]) == count
@@ -162,3 +171,22 @@ def test_the_recipes_of_the_digits_fit_together():
     first, second = ({**vars(setting)} for setting in settings)
     differing = {name for name in first if first[name] != second[name]}
     assert differing == {"train_images", "batch_size"}
+
+
+@pytest.mark.parametrize("recipe", CELLS, ids=lambda file: file.stem)
+def test_cell_recipes_are_the_published_one(recipe):
+    cli = build(recipe)
+    task, data = cli.model, cli.datamodule
+    assert global_batch(cli) == 256
+    assert (task.lr, task.lr_batch, task.min_lr) == (1e-3, 256, 1e-6)
+    assert (task.warmup_epochs, cli.trainer.max_epochs) == (10, 100)
+    assert (task.weight_decay, task.weight_decay_end) == (0.04, 0.4)
+    assert task.sample_channels
+    assert (task.mixup_alpha, task.cutmix_alpha, task.label_smoothing) == (0, 0, 0)
+    assert task.ema_decay is None
+    pooling = {"pooling": "max"} if recipe.stem.endswith("max") else {}
+    assert task.model_args == {"drop_path_rate": 0.05, **pooling}
+    assert task.model_name == f"{recipe.stem.removesuffix('_max')}_224"
+    assert (data.in_chans, data.label) == (8, "target")
+    assert data.mean[0] == 4.0317
+    assert data.std[-1] == 21.6395

@@ -128,19 +128,31 @@ def draw_predictions(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    scale, shift = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
     for axes, prediction in zip(grid.flat, predictions, strict=False):
-        pixels = (prediction.image.float() * scale + shift).clamp(0, 1).permute(1, 2, 0)
-        _show(axes, pixels, prediction, class_names)
+        _show(axes, _picture(prediction.image.float(), mean, std), prediction, class_names)
     return figure
 
 
-def _show(axes: Axes, pixels: Tensor, prediction: Prediction, class_names: Sequence[str]) -> None:
-    """One image; `pixels` is (H, W, C) in [0, 1]."""
+def _picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(H, W) or (H, W, 3) in [0, 1] of a normalised image (C, H, W).
+
+    Other channel counts than grey and RGB have no colours, nor their values a known range: the
+    first three channels are shown, each from its darkest to its brightest pixel.
+    """
+    if len(image) in (1, 3):
+        scale, shift = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
+        picture = (image * scale + shift).clamp(0, 1)
+    else:
+        shown = image[:3] if len(image) > 3 else image[:1]
+        low, high = shown.amin((1, 2), keepdim=True), shown.amax((1, 2), keepdim=True)
+        picture = (shown - low) / (high - low).clamp(min=1e-6)
+    return picture.permute(1, 2, 0) if len(picture) == 3 else picture[0]
+
+
+def _show(axes: Axes, picture: Tensor, prediction: Prediction, class_names: Sequence[str]) -> None:
+    """One image with what the model said."""
     wrong = prediction.target not in (None, prediction.predicted)
     colour = GREY if prediction.target is None else RED if wrong else GREEN
-    # Other channel counts than grey and RGB have no colours: their first channel is shown.
-    picture = pixels if pixels.shape[-1] == 3 else pixels[..., 0]
     axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_axis_on()
     axes.set(xticks=[], yticks=[])
