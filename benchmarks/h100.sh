@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fills h100.json, h100_modes.json and h100_training.json in this folder, or in the one that is
-# named, and draws h100.png: our models beside timm's ViT of the same width. A quarter of an hour on
-# one GPU and 16 cores: everything is compiled first, in parallel, then measured in a row. Rows that
-# are there are measured again.
+# Fills h100.json, h100_modes.json, h100_training.json and h100_channels.json in this folder, or in
+# the one that is named, and draws h100.png: our models beside timm's ViT of the same width. Some
+# twenty minutes on one GPU and 16 cores: everything is compiled first, in parallel, then measured
+# in a row. Rows that are there are measured again.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=$(cd "${1:-$here}" && pwd)
@@ -21,6 +21,15 @@ tables() { # calls "$1 FILE SIZES BATCHES MODELS and options" for every table
     "$1" h100_training.json "224 512 1024" "128 16 4" $tiny $train
     "$1" h100_training.json 224 128 fastvim_small_patch16_224 vit_small_patch16_224 $train
     "$1" h100_training.json 224 64 fastvim_base_patch16_224 vit_base_patch16_224 $train
+}
+
+channels() { # eight channels in patches of 8 beside a ViT over as many tokens, 6,272
+    local ours="fastchannelvim_small_patch8_224 channelvim_small_patch8_224"
+    local vit="vit_small_patch16_224 --mode compiled-graph"
+    "$1" h100_channels.json 224 32 $ours --mode graph --dtype bfloat16
+    "$1" h100_channels.json 1024x1568 32 $vit --dtype bfloat16
+    "$1" h100_channels.json 224 8 $ours --mode graph --train
+    "$1" h100_channels.json 1024x1568 8 $vit --train
 }
 
 warm() { # a process for each model and size, 14 at a time
@@ -49,10 +58,12 @@ measure() {
 }
 
 tables warm
+channels warm
 wait
 tables measure
+channels measure
 python -m fastvim.cli benchmark --from "$folder/h100.json" --markdown --plot "$folder/h100.png"
-for table in h100_modes h100_training; do
+for table in h100_modes h100_training h100_channels; do
     python -m fastvim.cli benchmark --from "$folder/$table.json" --markdown
 done
 exit $status

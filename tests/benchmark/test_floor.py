@@ -7,7 +7,7 @@ import torch
 from tiny_models import OURS, VIM
 
 from fastvim.benchmark import floor, timing
-from fastvim.benchmark.cases import create
+from fastvim.benchmark.cases import channels_of, create
 from fastvim.benchmark.floor import Blocks, copy_rate, product_seconds
 
 CPU = torch.device("cpu")
@@ -21,6 +21,13 @@ def short_groups(monkeypatch):
 def test_sizes_of_a_model():
     assert Blocks.of(create(OURS, (32, 32)), 3, (48, 32)) == Blocks(2, 3 * 6 * 4, 16, 32)
     assert Blocks.of(create(VIM, (32, 32)), 3, (48, 32)) == Blocks(2, 3 * (6 * 4 + 1), 16, 32)
+
+
+def test_sizes_of_a_channel_model():
+    model = create("fastchannelvim_small_patch16_224", (32, 32))
+    assert channels_of(model) == 8
+    assert Blocks.of(model, 3, (48, 32)) == Blocks(24, 3 * 8 * 3 * 2, 384, 768)
+    assert channels_of(create(OURS, (32, 32))) == 3
 
 
 def test_bytes_as_defined():
