@@ -13,20 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from timm.utils.misc import natural_key
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
-from fastvim.data import samples
 from fastvim.data.arrays import read_array
 from fastvim.data.channel_transforms import evaluation_transform, training_transform
 from fastvim.data.files import MAX_UNREADABLE
-from fastvim.data.images import LEAST, ROLES, SAMPLE_PREFIX
+from fastvim.data.labelled import LabelledData
 from fastvim.data.remote import UnreadableFileError, is_url, join
-from fastvim.data.sampler import evaluation_loader, training_loader
 from fastvim.data.table import (
     random_splits,
     read_table,
@@ -135,7 +132,7 @@ class Rows:
     class_names: list[str] | None = None
 
 
-class ChannelData(L.LightningDataModule):
+class ChannelData(LabelledData):
     """Images of any number of channels in a table with the columns path, label and split.
 
     The table is a CSV, TSV or Parquet file, the images are NPY, TIFF, OME-TIFF, PNG or JPEG files;
@@ -197,20 +194,17 @@ class ChannelData(L.LightningDataModule):
         wait: float = 0.5,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.root = str(root)
+        super().__init__(root, batch_size, eval_batch_size, num_workers, seed)
         self.table = str(table)
         self.path_column = path_column
         self.label_column = label_column
         self.split_column = split_column
         self.split_seed = split_seed
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
         self.in_chans = in_chans
         self.on_error = on_error
-        self._check_arguments()
+        self.check_least(split_seed=0, in_chans=1)
+        if on_error not in ("raise", "skip"):
+            raise UserError(f"on_error {on_error!r}: expected 'raise' or 'skip'")
         self.mean = _per_channel("mean", mean, in_chans)
         self.std = _per_channel("std", std, in_chans)
         self._reading: dict[str, Any] = {
@@ -222,53 +216,17 @@ class ChannelData(L.LightningDataModule):
         self._train_transform = training_transform(*common, **_known_options(augment or {}))
         self._eval_transform = evaluation_transform(*common)
         self._rows: Rows | None = None
-        self._class_names: list[str] = []
-        self._datasets: dict[str, ChannelImages] = {}
         self._reported = 0  # of `skipped`
-
-    @property
-    def class_names(self) -> list[str]:
-        """The classes in index order; known after `setup`."""
-        if not self._class_names:
-            raise RuntimeError(f"{type(self).__name__}.class_names: call setup() first")
-        return self._class_names
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes; known after `setup`."""
-        return len(self.class_names)
 
     @property
     def skipped(self) -> int:
         """How often an unreadable training image was replaced, in this process and its workers."""
-        return self._datasets["train"].skipped if "train" in self._datasets else 0
+        images = self._datasets.get("train")
+        return images.skipped if isinstance(images, ChannelImages) else 0
 
     def eval_transform(self) -> Callable[[Tensor], Tensor]:
         """What evaluation does to stored values (C, H, W): a function to a float32 tensor."""
         return self._eval_transform
-
-    def prepare_data(self) -> None:
-        """Fetch a sample set, once for all processes of a machine."""
-        self._directory()
-
-    def setup(self, stage: str) -> None:
-        """Open the splits of a stage: "fit", "validate" or "test"; those already open stay so."""
-        roles = ROLES.get(stage, ())
-        if roles and self._rows is None:
-            self._rows = self._read_rows()
-            self._class_names = self._find_class_names(self._rows)
-        for role in roles:
-            if role not in self._datasets:
-                self._datasets[role] = self._open(role)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return training_loader(self._datasets["train"], **self._loading(self.batch_size))
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return evaluation_loader(self._datasets["val"], **self._loading(self.eval_batch_size))
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return evaluation_loader(self._datasets["test"], **self._loading(self.eval_batch_size))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Tell, with the last training batch of an epoch, how many images were replaced in it."""
@@ -285,17 +243,10 @@ class ChannelData(L.LightningDataModule):
             )
         return batch
 
-    def _loading(self, batch_size: int) -> dict[str, Any]:
-        return {
-            "batch_size": batch_size,
-            "num_workers": self.num_workers,
-            "seed": self.seed,
-            "trainer": self.trainer,
-        }
-
-    def _open(self, role: str) -> ChannelImages:
-        """The dataset of a role, "train", "val" or "test"."""
-        assert self._rows is not None
+    def open(self, role: str) -> ChannelImages:
+        if self._rows is None:
+            self._rows = self._read_rows()
+            self._class_names = self._find_class_names(self._rows)
         rows, training = self._rows, role == "train"
         splits = set(rows.splits)
         split = "val" if role == "test" and "test" not in splits else role
@@ -309,7 +260,7 @@ class ChannelData(L.LightningDataModule):
                 f"{self._table_url()}: label {unknown[0]!r} of the split {split!r} is none of the "
                 f"{len(index)} classes of the training split"
             )
-        directory = self._directory()
+        directory = self.directory()
         return ChannelImages(
             [join(directory, path) for path in rows.paths[chosen]],
             [index[label] for label in labels],
@@ -343,19 +294,11 @@ class ChannelData(L.LightningDataModule):
         return sorted({*(training if len(training) else rows.labels)}, key=natural_key)
 
     def _table_url(self) -> str:
-        return join(self._directory(), self.table)
+        return join(self.directory(), self.table)
 
-    def _directory(self) -> str:
-        if self.root.startswith(SAMPLE_PREFIX):
-            return str(samples.fetch(self.root.removeprefix(SAMPLE_PREFIX)))
-        return self.root if is_url(self.root) else str(Path(self.root).expanduser())
-
-    def _check_arguments(self) -> None:
-        for name, least in {**LEAST, "split_seed": 0, "in_chans": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} {getattr(self, name)}: expected {least} or more")
-        if self.on_error not in ("raise", "skip"):
-            raise UserError(f"on_error {self.on_error!r}: expected 'raise' or 'skip'")
+    def directory(self) -> str:
+        directory = super().directory()
+        return directory if is_url(directory) else str(Path(directory).expanduser())
 
 
 def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:

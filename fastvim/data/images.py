@@ -6,15 +6,13 @@ import logging
 import os
 from typing import Any
 
-import lightning as L
 import torch
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
-from fastvim.data import samples
 from fastvim.data.files import ImageFiles, find_split, open_folder, reader_classes
-from fastvim.data.sampler import evaluation_loader, training_loader
+from fastvim.data.labelled import LabelledData
 from fastvim.data.transforms import (
     IMAGE_MODES,
     Transform,
@@ -25,13 +23,10 @@ from fastvim.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-SAMPLE_PREFIX = "sample:"
-ROLES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # by Lightning's stage
-LEAST = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
 READERS = ("hfds", "hfids", "tfds", "wds")  # timm's, besides folders and tar files
 
 
-class ImageData(L.LightningDataModule):
+class ImageData(LabelledData):
     """Images in class folders, or what timm's dataset readers open.
 
     The folder layout is `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` (.jpg, .jpeg, .png;
@@ -108,17 +103,12 @@ class ImageData(L.LightningDataModule):
         re_prob: float = 0.25,
         re_mode: str = "pixel",
     ) -> None:
-        super().__init__()
-        self.root = str(root)
+        super().__init__(root, batch_size, eval_batch_size, num_workers, seed)
         self.dataset = dataset
         self.train_split = train_split
         self.val_split = val_split
         self.test_split = test_split
         self.train_images = train_images
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
         self.mean, self.std = tuple(mean), tuple(std)
         self._check_arguments()
         common: dict[str, Any] = {"img_size": img_size, "mean": mean, "std": std}
@@ -130,53 +120,12 @@ class ImageData(L.LightningDataModule):
         self._eval_transform = evaluation_transform(**common, crop_pct=crop_pct)
         self._image_mode = IMAGE_MODES[in_chans]
         self._num_classes = num_classes
-        self._class_names: list[str] = []
-        self._datasets: dict[str, Dataset[Any]] = {}
-
-    @property
-    def class_names(self) -> list[str]:
-        """The classes in index order; known after `setup`."""
-        if not self._class_names:
-            raise RuntimeError("ImageData.class_names: call setup() first")
-        return self._class_names
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes; known after `setup`."""
-        return len(self.class_names)
 
     def eval_transform(self) -> Transform:
         """What evaluation does to a PIL image: a function to a float32 tensor (C, H, W)."""
         return self._eval_transform
 
-    def prepare_data(self) -> None:
-        """Fetch a sample set, once for all processes of a machine."""
-        self._directory()
-
-    def setup(self, stage: str) -> None:
-        """Open the splits of a stage: "fit", "validate" or "test"; those already open stay so."""
-        for role in ROLES.get(stage, ()):
-            if role not in self._datasets:
-                self._datasets[role] = self._open(role)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return training_loader(self._datasets["train"], **self._loading(self.batch_size))
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return evaluation_loader(self._datasets["val"], **self._loading(self.eval_batch_size))
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return evaluation_loader(self._datasets["test"], **self._loading(self.eval_batch_size))
-
-    def _loading(self, batch_size: int) -> dict[str, Any]:
-        return {
-            "batch_size": batch_size,
-            "num_workers": self.num_workers,
-            "seed": self.seed,
-            "trainer": self.trainer,
-        }
-
-    def _open(self, role: str) -> Dataset[Any]:
+    def open(self, role: str) -> Dataset[Any]:
         """The dataset of a role, "train", "val" or "test"; the first one settles the classes."""
         split = self._split(role)
         training = role == "train"
@@ -205,11 +154,11 @@ class ImageData(L.LightningDataModule):
     def _source(self, split: str, training: bool) -> ImageDataset | IterableImageDataset:
         """timm's dataset of a split, without a transform."""
         if not self.dataset:
-            return open_folder(self._directory(), split)
+            return open_folder(self.directory(), split)
         try:
             return create_dataset(
                 self.dataset,
-                root=self._directory(),
+                root=self.directory(),
                 split=split,
                 is_training=training,
                 batch_size=self.batch_size if training else self.eval_batch_size,
@@ -223,8 +172,8 @@ class ImageData(L.LightningDataModule):
     def _find_class_names(self, reader: Any, training: bool) -> list[str]:
         """The training split's class names, or without one those of `reader`'s own split."""
         if not training and not self.dataset:
-            if find_split(self._directory(), self.train_split):
-                reader = open_folder(self._directory(), self.train_split).reader
+            if find_split(self.directory(), self.train_split):
+                reader = open_folder(self.directory(), self.train_split).reader
             else:
                 _logger.warning("%s: no training split; its own folders give classes", reader.root)
         names = reader_classes(reader)
@@ -239,19 +188,14 @@ class ImageData(L.LightningDataModule):
             return self.train_split
         if role == "test" and self.test_split:
             return self.test_split
-        if role == "test" and not self.dataset and find_split(self._directory(), "test"):
+        if role == "test" and not self.dataset and find_split(self.directory(), "test"):
             return "test"
         return self.val_split
 
-    def _directory(self) -> str:
-        if self.root.startswith(SAMPLE_PREFIX):
-            return str(samples.fetch(self.root.removeprefix(SAMPLE_PREFIX)))
-        return os.path.expanduser(self.root)
+    def directory(self) -> str:
+        return os.path.expanduser(super().directory())
 
     def _check_arguments(self) -> None:
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} {getattr(self, name)}: expected {least} or more")
         if self.dataset and self.dataset.partition("/")[0].lower() not in READERS:
             raise UserError(
                 f'dataset {self.dataset!r}: expected "" for folders or a name that begins with '

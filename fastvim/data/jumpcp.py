@@ -127,7 +127,7 @@ class CellData(ChannelData):
         return {well: label for well, label in labels.items() if label}
 
     def _read(self, table: str) -> tuple[str, pd.DataFrame]:
-        url = join(self._directory(), table)
+        url = join(self.directory(), table)
         return url, read_table(url, **self._reading)
 
 

@@ -1,0 +1,103 @@
+"""What the data modules of labelled images share: splits, classes, loaders, sample sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset
+
+from fastvim.data import samples
+from fastvim.data.sampler import evaluation_loader, training_loader
+from fastvim.errors import UserError
+
+SAMPLE_PREFIX = "sample:"
+ROLES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # by Lightning's stage
+
+
+class LabelledData(L.LightningDataModule):
+    """Images with a class each. A subclass opens a split and thereby settles `_class_names`.
+
+    Args:
+        root: the directory (or URL), or `sample:NAME` for a set of `fastvim.data.samples`.
+        batch_size: training images per process.
+        eval_batch_size: images per process in evaluation; None for `batch_size`.
+        num_workers: loading processes per process.
+        seed: of order and augmentation, at least 0.
+
+    Raises:
+        UserError: for an argument out of range.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int,
+        eval_batch_size: int | None,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.root = str(root)
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._class_names: list[str] = []
+        self._datasets: dict[str, Dataset[Any]] = {}
+        self.check_least(batch_size=1, eval_batch_size=1, num_workers=0, seed=0)
+
+    def check_least(self, **least: int) -> None:
+        """Raise UserError at the first attribute that is below the number given for it."""
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise UserError(f"{name} {getattr(self, name)}: expected {number} or more")
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes in index order; known after `setup`."""
+        if not self._class_names:
+            raise RuntimeError(f"{type(self).__name__}.class_names: call setup() first")
+        return self._class_names
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; known after `setup`."""
+        return len(self.class_names)
+
+    def prepare_data(self) -> None:
+        """Fetch a sample set, once for all processes of a machine."""
+        self.directory()
+
+    def setup(self, stage: str) -> None:
+        """Open the splits of a stage: "fit", "validate" or "test"; those already open stay so."""
+        for role in ROLES.get(stage, ()):
+            if role not in self._datasets:
+                self._datasets[role] = self.open(role)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return training_loader(self._datasets["train"], **self._loading(self.batch_size))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return evaluation_loader(self._datasets["val"], **self._loading(self.eval_batch_size))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return evaluation_loader(self._datasets["test"], **self._loading(self.eval_batch_size))
+
+    def open(self, role: str) -> Dataset[Any]:
+        """The dataset of a role, "train", "val" or "test"; the first one settles the classes."""
+        raise NotImplementedError
+
+    def directory(self) -> str:
+        """Where the files are: the root, or a sample set's folder."""
+        if self.root.startswith(SAMPLE_PREFIX):
+            return str(samples.fetch(self.root.removeprefix(SAMPLE_PREFIX)))
+        return self.root
+
+    def _loading(self, batch_size: int) -> dict[str, Any]:
+        return {
+            "batch_size": batch_size,
+            "num_workers": self.num_workers,
+            "seed": self.seed,
+            "trainer": self.trainer,
+        }
