@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from timm.data import get_img_extensions, resolve_model_data_config
 from torch import Tensor, nn
 
+from fastvim.data.arrays import read_array
 from fastvim.data.files import UNREADABLE
+from fastvim.data.remote import UnreadableFileError
 from fastvim.data.transforms import Transform
 from fastvim.errors import UserError
 
@@ -26,17 +29,46 @@ class Failure(NamedTuple):
     reason: str
 
 
-def find_images(patterns: list[str]) -> tuple[list[Path], list[Failure]]:
+Read = Callable[[Path], Tensor]  # from a file to a prepared image (C, H, W)
+
+
+def pictures(transform: Transform) -> Read:
+    """Reads the image files that Pillow opens."""
+
+    def read(path: Path) -> Tensor:
+        with Image.open(path) as image:
+            return transform(image)
+
+    return read
+
+
+def arrays(transform: Callable[[Tensor], Tensor]) -> Read:
+    """Reads files of any number of channels (`fastvim.data.arrays`)."""
+
+    def read(path: Path) -> Tensor:
+        return transform(torch.from_numpy(read_array(str(path)).astype(np.float32)))
+
+    return read
+
+
+def find_images(
+    patterns: list[str], endings: Collection[str] | None = None
+) -> tuple[list[Path], list[Failure]]:
     """Image files that files, folders (with all below them) and globs name, each once.
 
     A name that leads to nothing is a failure among the others, not the end.
+
+    Args:
+        patterns: what names them.
+        endings: of image files, for folders; None for what Pillow opens.
     """
+    endings = get_img_extensions() if endings is None else endings
     found: dict[Path, None] = {}
     failures = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in get_img_extensions()]
+            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in endings]
             reason = "a folder without images"
         elif path.exists():
             files, reason = [path], ""
@@ -50,7 +82,7 @@ def find_images(patterns: list[str]) -> tuple[list[Path], list[Failure]]:
 
 
 def read_batches(
-    paths: list[Path], transform: Transform, size: int, failures: list[Failure]
+    paths: list[Path], read: Read, size: int, failures: list[Failure]
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Files that could be read and their images (B, C, H, W); the others join `failures`."""
     remaining = iter(paths)
@@ -58,9 +90,10 @@ def read_batches(
         files, images = [], []
         for path in chunk:
             try:
-                with Image.open(path) as image:
-                    images.append(transform(image))
+                images.append(read(path))
                 files.append(path)
+            except UnreadableFileError as error:
+                failures.append(Failure(path, str(error).removeprefix(f"{path}: ")))
             except UnidentifiedImageError:
                 failures.append(Failure(path, "not an image"))
             except UNREADABLE as error:

@@ -1,4 +1,7 @@
-"""`fastvim predict`: classes of image files, to the terminal, a file and a picture."""
+"""`fastvim predict`: classes of image files, to the terminal, a file and a picture.
+
+Channel models read every file that `fastvim.data.arrays` does, with all of their channels.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,18 @@ from fastvim.checkpoint import load_model
 from fastvim.cli.arguments import Parser, usable_device
 from fastvim.cli.images import (
     Failure,
+    arrays,
     find_images,
     image_settings,
+    pictures,
     read_batches,
     report_failures,
 )
+from fastvim.data import channel_transforms
+from fastvim.data.arrays import DECODERS
 from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError
-from fastvim.models import MaskedAutoencoder
+from fastvim.models import FastChannelVim, MaskedAutoencoder
 from fastvim.tasks.report import Prediction, draw_predictions
 
 SHEET_IMAGES = 100  # pictures on the contact sheet at most
@@ -54,8 +61,9 @@ def run(argv: list[str]) -> None:
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: expected at least 1")
-    paths, failures = find_images(arguments.images)
     model, metadata = load_model(arguments.model, arguments.checkpoint)
+    of_channels = isinstance(model, FastChannelVim)
+    paths, failures = find_images(arguments.images, DECODERS if of_channels else None)
     if isinstance(model, MaskedAutoencoder):
         raise UserError(
             f"{arguments.checkpoint or arguments.model} is a masked autoencoder, which has no "
@@ -69,7 +77,12 @@ def run(argv: list[str]) -> None:
 
     lines: list[dict[str, Any]] = []
     shown: list[Prediction] = []
-    batches = read_batches(paths, evaluation_transform(**settings), arguments.batch_size, failures)
+    if of_channels:
+        size = (settings["img_size"], settings["mean"], settings["std"])
+        read = arrays(channel_transforms.evaluation_transform(*size))
+    else:
+        read = pictures(evaluation_transform(**settings))
+    batches = read_batches(paths, read, arguments.batch_size, failures)
     total = -(-len(paths) // arguments.batch_size)
     quiet = not errors.is_terminal
     for files, images in track(

@@ -15,6 +15,7 @@ from fastvim.cli.arguments import Parser, usable_device
 from fastvim.cli.images import (
     find_images,
     image_settings,
+    pictures,
     read_batches,
     report_failures,
 )
@@ -85,7 +86,7 @@ def run(argv: list[str]) -> None:
     lines: list[str] = []
     names: set[str] = set()
     # One by one: an image's mask then depends on the seed alone, not on the files beside it.
-    batches = read_batches(paths, _upright(evaluation_transform(**settings)), 1, failures)
+    batches = read_batches(paths, pictures(_upright(evaluation_transform(**settings))), 1, failures)
     for (path,), images in track(
         batches,
         "reconstructing",

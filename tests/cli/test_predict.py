@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,31 @@ def test_files_folders_and_globs(weights, image_folder, tmp_path, capsys):
     assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert all(name in output for name in {line["class"] for line in written})
+
+
+def test_images_of_many_channels(tmp_path, capsys):
+    options = {**SMALL, "in_chans": 5}
+    name = "fastchannelvim_small_patch16_224"
+    torch.manual_seed(0)
+    model = create_model(name, **options).eval()
+    told = {"class_names": NAMES, "img_size": 32, "mean": [9.0] * 5, "std": [3.0] * 5}
+    path = tmp_path / "model.safetensors"
+    save(path, model.state_dict(), {"model": name, "model_args": options, **told})
+    folder = tmp_path / "images"
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 20, (3, 5, 32, 32), dtype=np.uint8)
+    for i, image in enumerate(images):
+        np.save(folder / f"{i}.npy", image)
+    (folder / "cut.npy").write_bytes((folder / "0.npy").read_bytes()[:100])
+    out = tmp_path / "out"
+    assert main(["predict", "--checkpoint", str(path), "--out", str(out), str(folder)]) == 0
+    assert "cut.npy: unreadable image" in capsys.readouterr().err
+    with torch.no_grad():
+        expected = model((torch.from_numpy(images).float() - 9) / 3).softmax(1)
+    written = [line for line in lines(out) if "class" in line]
+    assert [line["index"] for line in written] == expected.argmax(1).tolist()
+    assert [line["probability"] for line in written] == pytest.approx(expected.amax(1).tolist())
+    assert (out / "predictions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_predictions_are_the_models(weights, model, image_folder, tmp_path):
