@@ -1,7 +1,7 @@
 """A pre-training step of a masked autoencoder, with most patches masked and with none.
 
     python benchmarks/masked_step.py [--model mae_fastvim_base_patch16_224] [--batch 128]
-        [--out benchmarks/masked_step.json]
+        [--kernels 30] [--out benchmarks/masked_step.json]
 
 Forward and backward under bfloat16 autocast, captured as one CUDA graph (on a CPU eager, in
 float32). Beside them the step of the encoder alone over all tokens, as a classifier. First the
@@ -18,6 +18,7 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import fastvim
 from fastvim.benchmark.cases import PRECISIONS, Precision
@@ -58,6 +59,17 @@ def check(model: nn.Module, images: Tensor, precision: Precision) -> float:
     return max(relative_error(a, e) for a, e in zip(results, expected, strict=True))
 
 
+def print_kernels(step: TrainingStep, most: int) -> None:
+    """The kernels of a step that take the longest: microseconds in all, launches, each."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    rows = sorted(trace.key_averages(), key=lambda event: -event.device_time_total)
+    for event in rows[:most]:
+        total, count = event.device_time_total, event.count
+        print(f"  {total:9.1f} {count:5} {total / count:9.1f}  {event.key[:90]}")  # noqa: T201
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -67,6 +79,7 @@ def main() -> int:
     add("--ratios", type=float, nargs="+", default=[0.75, 0.0])
     add("--repeats", type=int, default=10)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--kernels", type=int, default=0, help="print so many kernels of each step (GPU)")
     add("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -95,11 +108,13 @@ def main() -> int:
             step = TrainingStep(masked, images, precision, capture=on_gpu, loss=own_loss)
         seconds = measure(step, device, warmup=3, repeats=arguments.repeats).median
         gib = peak_gib(device)
-        step.release()
         rows.append({"step": name, "ms": 1e3 * seconds, "gib": gib})
         speed = arguments.batch / seconds
         memory = "" if gib is None else f", {gib:.2f} GiB"
         print(f"{name}: {1e3 * seconds:.2f} ms, {speed:,.0f} images/s{memory}", flush=True)  # noqa: T201
+        if arguments.kernels and on_gpu:
+            print_kernels(step, arguments.kernels)
+        step.release()
     record = {
         "device": device_name(device),
         "torch": torch.__version__,
