@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 IMAGENET = [file for file in RECIPES if file.parent.name == "imagenet"]
 PRETRAINING = [file for file in RECIPES if file.stem.startswith("pretrain_")]
+SEGMENTATION = [file for file in RECIPES if file.parent.name == "ade20k"]
 CELLS = [file for file in RECIPES if file.parent.name == "jumpcp"]
 FINETUNING = [file for file in RECIPES if file.stem.startswith("finetune_")]
 
@@ -71,7 +72,7 @@ def test_recipe_builds(recipe):
         parameter_groups(task.model, task.weight_decay),
         key=lambda group: (-group["weight_decay"], -group["params"][0].ndim),
     )
-    special = {"jumpcp": 0.04}.get(recipe.parent.name, 0.05)
+    special = {"jumpcp": 0.04, "ade20k": 0.01}.get(recipe.parent.name, 0.05)
     assert decaying["weight_decay"] == (0 if isinstance(task, LinearProbe) else special)
     assert exempt["weight_decay"] == 0
     count = sum(parameter.requires_grad for parameter in task.model.parameters())
@@ -190,3 +191,25 @@ def test_cell_recipes_are_the_published_one(recipe):
     assert (data.in_chans, data.label) == (8, "target")
     assert data.mean[0] == 4.0317
     assert data.std[-1] == 21.6395
+
+
+@pytest.mark.parametrize("recipe", SEGMENTATION, ids=lambda file: file.stem)
+def test_segmentation_recipes_are_the_published_one(recipe):
+    cli = build(recipe)
+    task, data, trainer = cli.model, cli.config.data.init_args, cli.trainer
+    assert global_batch(cli) == 16
+    assert (task.lr, task.lr_batch, task.min_lr, task.warmup_lr) == (6e-5, 16, 0, 1e-6)
+    assert (task.warmup_steps, trainer.max_steps) == (1500, 160_000)
+    assert (trainer.check_val_every_n_epoch, trainer.val_check_interval) == (None, 16_000)
+    assert cli.config.trainer.sync_batchnorm
+    assert task.model_args == {"img_size": 512, "norm": "layer", "drop_path_rate": 0.4}
+    assert task.out_indices == (5, 11, 17, 23)
+    assert (task.source, task.aux_weight, task.drop_rate) == ("mixer", 0.4, 0.1)
+    assert (task.channels, task.aux_channels) == (512, 256)
+    assert (task.window, task.stride) == (512, 341)
+    assert (data.num_classes, data.reduce_zero_label, data.max_share) == (150, True, 0.75)
+    assert (data.img_size, data.base_size, data.ratio) == (512, (2048, 512), (0.5, 2.0))
+
+
+def test_there_are_segmentation_recipes():
+    assert {f.stem for f in SEGMENTATION} == {"fastvim_tiny", "fastvim_small", "fastvim_base"}

@@ -9,6 +9,8 @@ from fastvim.models.dense import FeatureMaps
 from fastvim.models.masked import FastMaskVim, MaskedAutoencoder, MaskedOutput
 from fastvim.models.published import from_published, to_published
 from fastvim.models.registry import checkpoint_filter_fn, create_model
+from fastvim.models.sliding import sliding_window
+from fastvim.models.upernet import UPerNet
 from fastvim.models.vision import FastVim
 
 __all__ = [
@@ -18,9 +20,11 @@ __all__ = [
     "FeatureMaps",
     "MaskedAutoencoder",
     "MaskedOutput",
+    "UPerNet",
     "checkpoint_filter_fn",
     "create_model",
     "from_published",
     "sample_channels",
+    "sliding_window",
     "to_published",
 ]

@@ -3,6 +3,7 @@
 from fastvim.tasks.classification import Classification
 from fastvim.tasks.pretraining import Pretraining
 from fastvim.tasks.probe import LinearProbe
+from fastvim.tasks.segmentation import Segmentation
 from fastvim.tasks.task import Task
 
-__all__ = ["Classification", "LinearProbe", "Pretraining", "Task"]
+__all__ = ["Classification", "LinearProbe", "Pretraining", "Segmentation", "Task"]

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from timm.models import group_parameters
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import optim
 
 from fastvim.errors import UserError
@@ -119,3 +119,22 @@ class WeightDecayCosine:
         for group, start in zip(self._optimizer.param_groups, self._starts, strict=True):
             if start > 0:
                 group["weight_decay"] = self._end + (start - self._end) * left
+
+
+def warmup_linear(
+    optimizer: optim.Optimizer, total_steps: int, warmup_steps: int, warmup_lr: float, min_lr: float
+) -> PolyLRScheduler:
+    """Linear warm-up from `warmup_lr`, then a line from the optimiser's rate to `min_lr`.
+
+    Both count optimiser steps; the way down starts when the warm-up has ended.
+    """
+    return PolyLRScheduler(
+        optimizer,
+        t_initial=total_steps - warmup_steps,
+        power=1.0,
+        lr_min=min_lr,
+        warmup_t=warmup_steps,
+        warmup_lr_init=warmup_lr,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )

@@ -30,8 +30,8 @@ class Prediction(NamedTuple):
 class Report(L.Callback):
     """After a test: the metrics as JSON, and a picture of predictions with the mistakes marked.
 
-    The test step must return logits (B, classes). With several processes the picture shows the
-    first one's images.
+    The test step returns logits (B, classes), or None for metrics alone. With several processes the
+    picture shows the first one's images.
 
     Args:
         folder: gets `metrics.json` and `predictions.png`.
@@ -68,6 +68,8 @@ class Report(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if outputs is None:  # a task without a class for each image
+            return
         images, target = (part.cpu() for part in batch)
         certainty, predicted = outputs.cpu().softmax(dim=-1).max(dim=-1)
         for i, (guess, truth) in enumerate(zip(predicted.tolist(), target.tolist(), strict=True)):
@@ -94,6 +96,8 @@ class Report(L.Callback):
         record = {"checkpoint": str(trainer.ckpt_path or ""), **metrics}
         (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
 
+        if not self._seen:
+            return
         correct = sorted(self._correct, key=lambda prediction: prediction.predicted)
         figure = draw_predictions(
             [*self._mistakes, *correct],

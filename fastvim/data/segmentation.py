@@ -1,0 +1,357 @@
+"""Images with a class for every pixel, in the layout of ADE20K.
+
+C, H, W: channels, height and width
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as TF
+
+from fastvim.data.files import UNREADABLE, UnreadableImageError
+from fastvim.data.labelled import LabelledData
+from fastvim.errors import UserError
+
+IGNORE = 255  # target of pixels that do not count
+SUFFIXES = (".jpg", ".jpeg", ".png")
+MASK_MODES = ("1", "L", "P", "I", "I;16")  # PIL's: one number a pixel
+CROP_TRIES = 10
+
+Pair = tuple[Tensor, Tensor]  # float32 image (3, H, W), normalised; int64 classes (H, W)
+
+
+class TrainingTransform:
+    """Random resizing, crop, flip and colours, of an image and its classes alike.
+
+    Args:
+        img_size: height and width of the crop; a smaller image is padded at the bottom and right
+            with the mean colour, its classes with `IGNORE`.
+        base_size: longer and shorter side that an image is resized to fit in, keeping its shape.
+        ratio: range of a random factor on `base_size`.
+        max_share: a crop with a larger share of one class is drawn again, ten times at most.
+        hflip: probability of a horizontal flip.
+        distortion: probability of each change of brightness, contrast, saturation and hue.
+        mean: per channel, for values in 0..1.
+        std: as `mean`.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        base_size: tuple[int, int],
+        ratio: tuple[float, float],
+        max_share: float,
+        hflip: float,
+        distortion: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.img_size, self.base_size = img_size, base_size
+        self.ratio, self.max_share = ratio, max_share
+        self.hflip, self.distortion = hflip, distortion
+        self.mean, self.std = list(mean), list(std)
+
+    def __call__(self, image: Image.Image, mask: np.ndarray) -> Pair:
+        """An RGB image and its classes, uint8 (H, W), to a pair of `img_size`."""
+        factor = _uniform(*self.ratio)
+        size = fit(image.size, (self.base_size[0] * factor, self.base_size[1] * factor))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        left, top, right, bottom = self._crop(mask)
+        pixels = TF.to_dtype(TF.pil_to_tensor(image.crop((left, top, right, bottom))), scale=True)
+        classes = torch.from_numpy(mask[top:bottom, left:right].astype(np.int64))
+        if _chance(self.hflip):
+            pixels, classes = pixels.flip(-1), classes.flip(-1)
+        pixels = TF.normalize(distort(pixels, self.distortion), self.mean, self.std)
+        missing = (0, self.img_size[1] - (right - left), 0, self.img_size[0] - (bottom - top))
+        return F.pad(pixels, missing), F.pad(classes, missing, value=IGNORE)
+
+    def _crop(self, mask: np.ndarray) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of a random crop in which no class prevails."""
+        height, width = (min(pair) for pair in zip(self.img_size, mask.shape, strict=True))
+        for _ in range(CROP_TRIES):
+            top = _integer(mask.shape[0] - height)
+            left = _integer(mask.shape[1] - width)
+            crop = mask[top : top + height, left : left + width]
+            counts = np.bincount(crop[crop != IGNORE], minlength=1)
+            if 0 < counts.max() <= self.max_share * counts.sum():
+                break
+        return left, top, left + width, top + height
+
+
+class EvaluationTransform:
+    """An image resized to fit in `base_size`; its classes as they are stored.
+
+    The arguments are those of `TrainingTransform`.
+    """
+
+    def __init__(
+        self, base_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.base_size = base_size
+        self.mean, self.std = list(mean), list(std)
+
+    def __call__(self, image: Image.Image, mask: np.ndarray) -> Pair:
+        """An RGB image and its classes, uint8 (H, W); the sizes of the pair may differ."""
+        image = image.resize(fit(image.size, self.base_size), Image.Resampling.BILINEAR)
+        pixels = TF.to_dtype(TF.pil_to_tensor(image), scale=True)
+        return TF.normalize(pixels, self.mean, self.std), torch.from_numpy(mask.astype(np.int64))
+
+
+class SegmentationFiles(Dataset[Pair]):
+    """Images, and as many PNG files with the class index of each pixel.
+
+    Args:
+        pairs: paths of an image and its classes.
+        transform: what becomes of both.
+        num_classes: an index is below it, or `IGNORE`.
+        reduce_zero_label: a stored 0 is ignored and the classes are stored from 1.
+
+    Raises:
+        UnreadableImageError: when reading, naming the file: it is damaged, its indices are out of
+            range, or an image and its classes are of different sizes.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        transform: TrainingTransform | EvaluationTransform,
+        num_classes: int,
+        reduce_zero_label: bool,
+    ) -> None:
+        self.pairs = pairs
+        self.transform = transform
+        self.num_classes = num_classes
+        self.reduce_zero_label = reduce_zero_label
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        image_path, mask_path = self.pairs[index]
+        image = _open(image_path).convert("RGB")
+        mask = self._read_mask(mask_path)
+        if mask.shape != (image.height, image.width):
+            raise UnreadableImageError(
+                f"{mask_path}: {mask.shape[1]}x{mask.shape[0]} pixels; expected "
+                f"{image.width}x{image.height}, as {image_path.name} has"
+            )
+        return self.transform(image, mask)
+
+    def _read_mask(self, path: Path) -> np.ndarray:
+        image = _open(path)
+        if image.mode not in MASK_MODES:
+            raise UnreadableImageError(f"{path}: mode {image.mode}; expected one number a pixel")
+        mask = np.array(image).astype(np.int64)
+        last = self.num_classes - (not self.reduce_zero_label)
+        wrong = mask[((mask < 0) | (mask > last)) & (mask != IGNORE)]
+        if wrong.size:
+            raise UnreadableImageError(f"{path}: value {wrong[0]}; expected 0 to {last}, or 255")
+        if self.reduce_zero_label:
+            mask = np.where((mask == 0) | (mask == IGNORE), IGNORE, mask - 1)
+        return mask.astype(np.uint8)
+
+
+class SegmentationData(LabelledData):
+    """Images and the class of each pixel, in the layout of ADE20K (ADEChallengeData2016).
+
+    The images are `root/images/{training,validation}/NAME.jpg` (.jpeg, .png), their classes
+    `root/annotations/{training,validation}/NAME.png`, an index a pixel; 255 does not count.
+
+    A training batch is (images, classes): float32 (B, 3, H, W), normalised, and int64 (B, H, W). An
+    evaluation batch is a pair of lists, of one image (3, H, W) whose shorter side is resized, and
+    of its classes (H', W') as stored. Training resumes with the batches that it would have seen
+    (`fastvim.data.sampler`). The defaults are the published ADE20K recipe.
+
+    Args:
+        root: the directory.
+        num_classes: that the files use, at most 255.
+        reduce_zero_label: a stored 0 is ignored and the classes are stored from 1, as in ADE20K.
+        class_file: text file below `root` with a class name a line; of a table with tabs, such as
+            `objectInfo150.txt`, the last column below its header. None numbers the classes.
+        train_split: name of the folders of the training split.
+        val_split: of the validation split.
+        test_split: of the test split; None for `val_split`.
+        batch_size: training images per process.
+        num_workers: loading processes per process.
+        seed: of order and augmentation, at least 0.
+        img_size: height and width of a training crop, or one number for both.
+        base_size: longer and shorter side that an image is resized to fit in, keeping its shape.
+        ratio: range of a random factor on `base_size` in training.
+        max_share: a crop with a larger share of one class is drawn again, ten times at most.
+        hflip: probability of a horizontal flip.
+        distortion: probability of each change of brightness, contrast, saturation and hue.
+        mean: per channel, for values in 0..1.
+        std: as `mean`.
+
+    Raises:
+        UserError: for an argument out of range, and in `setup` for missing files;
+            `UnreadableImageError` when reading.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        num_classes: int = 150,
+        reduce_zero_label: bool = True,
+        class_file: str | None = None,
+        train_split: str = "training",
+        val_split: str = "validation",
+        test_split: str | None = None,
+        batch_size: int = 2,
+        num_workers: int = 4,
+        seed: int = 0,
+        img_size: int | tuple[int, int] = 512,
+        base_size: tuple[int, int] = (2048, 512),
+        ratio: tuple[float, float] = (0.5, 2.0),
+        max_share: float = 0.75,
+        hflip: float = 0.5,
+        distortion: float = 0.5,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        super().__init__(root, batch_size, 1, num_workers, seed)
+        if not 1 <= num_classes <= IGNORE:
+            raise UserError(f"num_classes {num_classes}: expected 1 to {IGNORE}")
+        if not 0 < ratio[0] <= ratio[1]:
+            raise UserError(f"ratio {list(ratio)}: expected two factors above 0, the lower first")
+        if min(base_size) < 1 or base_size[0] < base_size[1]:
+            raise UserError(f"base_size {list(base_size)}: expected the longer side first")
+        self._count = num_classes
+        self.reduce_zero_label = reduce_zero_label
+        self.class_file = class_file
+        test = val_split if test_split is None else test_split
+        self._splits = {"train": train_split, "val": val_split, "test": test}
+        crop = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self._train_transform = TrainingTransform(
+            crop, base_size, ratio, max_share, hflip, distortion, mean, std
+        )
+        self._eval_transform = EvaluationTransform(base_size, mean, std)
+
+    def open(self, role: str) -> SegmentationFiles:
+        if not self._class_names:
+            self._class_names = self._find_class_names()
+        transform = self._train_transform if role == "train" else self._eval_transform
+        pairs = find_pairs(self._root(), self._splits[role])
+        return SegmentationFiles(pairs, transform, self._count, self.reduce_zero_label)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return _with_lists(super().val_dataloader())
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return _with_lists(super().test_dataloader())
+
+    def _root(self) -> Path:
+        return Path(self.directory()).expanduser()
+
+    def _find_class_names(self) -> list[str]:
+        if self.class_file is None:
+            return [str(index) for index in range(self._count)]
+        path = self._root() / self.class_file
+        if not path.is_file():
+            raise UserError(f"class_file: no file {path}")
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if "\t" in lines[0]:
+            lines = lines[1:]
+        names = [line.rpartition("\t")[2].strip() for line in lines]
+        if len(names) != self._count:
+            raise UserError(f"{path}: {len(names)} names; expected num_classes {self._count}")
+        return names
+
+
+def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
+    """The images of a split, sorted by name, and the files of their classes.
+
+    Raises:
+        UserError: no such split, no image in it, or an image without classes.
+    """
+    images, masks = root / "images" / split, root / "annotations" / split
+    if not images.is_dir():
+        raise UserError(
+            f"{images}: no such directory; expected {images}/NAME.jpg and {masks}/NAME.png"
+        )
+    files = sorted(file for file in images.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{images}: no images; expected files ending {', '.join(SUFFIXES)}")
+    labelled = {file.name for file in masks.glob("*.png")}
+    missing = [file for file in files if f"{file.stem}.png" not in labelled]
+    if missing:
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{masks / missing[0].stem}.png: no such file{others}; {missing[0]} has it")
+    return [(file, masks / f"{file.stem}.png") for file in files]
+
+
+def fit(size: tuple[int, int], bounds: tuple[float, float]) -> tuple[int, int]:
+    """The largest size of the same shape whose longer and shorter sides are within `bounds`."""
+    factor = min(max(bounds) / max(size), min(bounds) / min(size))
+    return max(1, math.floor(size[0] * factor + 0.5)), max(1, math.floor(size[1] * factor + 0.5))
+
+
+def distort(image: Tensor, probability: float) -> Tensor:
+    """Change colours as in SSD (arXiv 1512.02325), each way with a probability of its own.
+
+    Brightness up to ±32/255, contrast and saturation by 0.5 to 1.5, hue by up to a tenth of the
+    circle; contrast comes before the two others or after them.
+
+    Args:
+        image: (3, H, W) in 0..1.
+        probability: of each change.
+    """
+    if _chance(probability):
+        image = (image + _uniform(-32 / 255, 32 / 255)).clamp(0, 1)
+    contrast_first = _chance(0.5)
+    contrast = _uniform(0.5, 1.5) if _chance(probability) else 1.0
+    if contrast_first:
+        image = (image * contrast).clamp(0, 1)
+    if _chance(probability):
+        image = TF.adjust_saturation(image, _uniform(0.5, 1.5))
+    if _chance(probability):
+        image = TF.adjust_hue(image, _uniform(-0.1, 0.1))
+    return image if contrast_first else (image * contrast).clamp(0, 1)
+
+
+def _with_lists(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Batches of lists: images of an evaluation have sizes of their own."""
+    loader.collate_fn = _collate_lists
+    return loader
+
+
+def _collate_lists(samples: list[Pair]) -> tuple[list[Tensor], list[Tensor]]:
+    return [image for image, _ in samples], [classes for _, classes in samples]
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except UNREADABLE as error:
+        message = f"{path}: unreadable image ({error}); repair or delete it"
+        raise UnreadableImageError(message) from error
+    return image
+
+
+# From torch's generator, which `fastvim.data.sampler` seeds for each sample.
+
+
+def _chance(probability: float) -> bool:
+    return torch.rand(()).item() < probability
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+def _integer(high: int) -> int:
+    """Of 0 to `high`."""
+    return int(torch.randint(high + 1, ()).item())

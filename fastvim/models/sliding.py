@@ -1,0 +1,69 @@
+"""Logits of an image of any size, averaged over overlapping windows of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from torch import Tensor
+
+from fastvim.errors import UserError
+
+
+def sliding_window(
+    model: Callable[[Tensor], Tensor],
+    image: Tensor,
+    window: int | tuple[int, int],
+    stride: int | tuple[int, int],
+) -> Tensor:
+    """Logits of a model that is given one window at a time.
+
+    The last window of a row or column is shifted back inside the image. An image smaller than the
+    window is padded with zeros at the bottom and right.
+
+    Args:
+        model: from (B, C, height, width) of the window to logits (B, K, height, width).
+        image: (B, C, height, width), any size.
+        window: side in pixels, or (height, width).
+        stride: pixels from one window to the next; at most the window.
+
+    Returns:
+        Logits (B, K, height, width), float32, each the mean of the windows that hold the pixel.
+
+    Raises:
+        UserError: a stride below 1 or above the window.
+    """
+    windows, strides = to_2tuple(window), to_2tuple(stride)
+    if not all(1 <= step <= side for step, side in zip(strides, windows, strict=True)):
+        raise UserError(f"stride {stride}: expected at least 1 and at most the window {window}")
+    height, width = image.shape[-2:]
+    image = F.pad(image, (0, max(0, windows[1] - width), 0, max(0, windows[0] - height)))
+    rows = _starts(image.shape[-2], windows[0], strides[0])
+    columns = _starts(image.shape[-1], windows[1], strides[1])
+    total: Tensor | None = None
+    for row in rows:
+        for column in columns:
+            place = (..., slice(row, row + windows[0]), slice(column, column + windows[1]))
+            logits = model(image[place]).float()
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], *image.shape[-2:])
+            total[place] += logits
+    assert total is not None
+    counts = _counts(image.shape[-2], rows, windows[0])[:, None]
+    counts = counts * _counts(image.shape[-1], columns, windows[1])
+    return (total / counts.to(total.device))[..., :height, :width]
+
+
+def _starts(size: int, window: int, stride: int) -> list[int]:
+    """Where the windows along one axis begin; together they cover it."""
+    return [*range(0, size - window, stride), size - window]
+
+
+def _counts(size: int, starts: list[int], window: int) -> Tensor:
+    """How many windows hold each place of one axis."""
+    counts = torch.zeros(size)
+    for start in starts:
+        counts[start : start + window] += 1
+    return counts

@@ -1,0 +1,58 @@
+"""Metrics of segmentation, from a confusion matrix.
+
+K  classes
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class SegmentationScores(TypedDict):
+    """What `SegmentationMetrics` computes.
+
+    Attributes:
+        miou: mean of `iou` over the classes that occur in the targets or the predictions.
+        acc: share of the labelled pixels that are right.
+        iou: (K,), intersection over union of each class; NaN for one that never occurs.
+    """
+
+    miou: Tensor
+    acc: Tensor
+    iou: Tensor
+
+
+class SegmentationMetrics(Metric):
+    """Intersection over union and pixel accuracy of everything seen, over all processes.
+
+    Args:
+        num_classes: K.
+        ignore_index: target of the pixels that do not count.
+    """
+
+    full_state_update = False
+    matrix: Tensor  # (K, K): pixels by target and prediction
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        zeros = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.add_state("matrix", zeros, dist_reduce_fx="sum")
+
+    def update(self, predicted: Tensor, target: Tensor) -> None:
+        """Count pixels: class indices of one shape, predicted and right."""
+        counted = target != self.ignore_index
+        pairs = target[counted] * self.num_classes + predicted[counted]
+        counts = torch.bincount(pairs, minlength=self.num_classes**2)
+        self.matrix += counts.view_as(self.matrix)
+
+    def compute(self) -> SegmentationScores:
+        right = self.matrix.diag()
+        union = self.matrix.sum(0) + self.matrix.sum(1) - right
+        iou = right / union  # 0 / 0 is NaN
+        return {"miou": iou.nanmean(), "acc": right.sum() / self.matrix.sum(), "iou": iou}

@@ -1,0 +1,270 @@
+"""Semantic segmentation: the published UPerNet recipe as a LightningModule.
+
+B  batch, K  classes
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+from fastvim.checkpoint import Checkpoint, load_state, read
+from fastvim.errors import UserError
+from fastvim.models import FastVim, FeatureMaps, checkpoint_filter_fn, create_model
+from fastvim.models.sliding import sliding_window
+from fastvim.models.upernet import UPerNet
+from fastvim.models.vision import Source
+from fastvim.tasks.metrics import SegmentationMetrics
+from fastvim.tasks.optim import count_steps, parameter_groups, warmup_linear
+from fastvim.tasks.task import Task
+
+_logger = logging.getLogger(__name__)
+
+IGNORE = 255  # class of pixels that do not count
+NO_DECAY = ("*pos_embed", "*cls_token", "*A_log")
+
+# Images (3, H, W) and classes (H, W) each: tensors in training, lists in evaluation.
+Batch = tuple[Iterable[Tensor], Iterable[Tensor]]
+
+
+class Segmentation(Task):
+    """Trains and evaluates UPerNet over a FastVim or Vim on (image, class of each pixel) batches.
+
+    The defaults are the published ADE20K recipe: AdamW, a linear warm-up, then a line to 0. The
+    data module must have `batch_size`, `class_names` and, where `num_classes` is None,
+    `num_classes`. A prediction is resized to the size of the classes that it is compared with.
+
+    Args:
+        model: name of a fastvim or vim model, e.g. `fastvim_tiny_patch16_224`.
+        model_args: options of that model, e.g. `{norm: layer, drop_path_rate: 0.4}`.
+        num_classes: K; None takes the data's.
+        checkpoint: file of weights to start from: a classifier's or masked autoencoder's, of which
+            head and last norm are left out, or a whole segmentation model's. RMS norms give their
+            weights to the LayerNorms of `norm: layer`. None starts from random ones. A run that
+            goes on from its own checkpoint leaves it be.
+        out_indices: blocks whose maps the head reads.
+        source: "mixer" as published, or the "residual" stream (`fastvim.models.FeatureMaps`).
+        channels: width of the head.
+        aux_channels: width of the auxiliary head, which reads the last map but one.
+        aux_weight: of the auxiliary loss.
+        drop_rate: of both heads.
+        window: side of the windows of a prediction; None predicts the whole image at once.
+        stride: pixels from one window to the next.
+        lr: peak learning rate for `lr_batch` images a step. The rate used is
+            `lr * global batch / lr_batch`, the global batch being images per process times
+            processes times `accumulate_grad_batches`.
+        lr_batch: see `lr`.
+        min_lr: where the rate ends.
+        warmup_lr: where the linear warm-up starts.
+        warmup_steps: length of the warm-up, in optimiser steps.
+        weight_decay: of every parameter of two or more dimensions but those of `no_decay`.
+        no_decay: shell patterns of parameter names without weight decay; None for the position
+            embedding, the class token and A_log.
+        betas: of AdamW.
+        grad_checkpointing: recompute each block in the backward pass, for memory.
+
+    Raises:
+        UserError: unknown model or model option; a model or a checkpoint that does not fit; one
+            image a step; warm-up as long as the run.
+    """
+
+    monitor, monitor_mode = "val/miou", "max"
+
+    def __init__(
+        self,
+        model: str,
+        model_args: dict[str, Any] | None = None,
+        num_classes: int | None = None,
+        checkpoint: str | None = None,
+        out_indices: tuple[int, ...] = (5, 11, 17, 23),
+        source: Source = "mixer",
+        channels: int = 512,
+        aux_channels: int = 256,
+        aux_weight: float = 0.4,
+        drop_rate: float = 0.1,
+        window: int | None = 512,
+        stride: int = 341,
+        lr: float = 6e-5,
+        lr_batch: int = 16,
+        min_lr: float = 0.0,
+        warmup_lr: float = 1e-6,
+        warmup_steps: int = 1500,
+        weight_decay: float = 0.01,
+        no_decay: list[str] | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            model_args,
+            checkpoint,
+            lr=lr,
+            lr_batch=lr_batch,
+            min_lr=min_lr,
+            warmup_lr=warmup_lr,
+            warmup_epochs=0,
+            grad_checkpointing=grad_checkpointing,
+        )
+        self.save_hyperparameters()  # a checkpoint says what it is a checkpoint of
+        self.num_classes = num_classes
+        self.out_indices, self.source = tuple(out_indices), source
+        self.channels, self.aux_channels = channels, aux_channels
+        self.aux_weight, self.drop_rate = aux_weight, drop_rate
+        self.window, self.stride = window, stride
+        self.warmup_steps = warmup_steps
+        self.weight_decay, self.betas = weight_decay, betas
+        self.no_decay = list(NO_DECAY) if no_decay is None else no_decay
+
+    # The network and its weights.
+
+    def configure_model(self) -> None:
+        """Build the network and the metrics; Lightning calls it."""
+        if self.model is not None:
+            return
+        num_classes = self.num_classes or self._data.num_classes
+        self.model = self.build_model(num_classes=num_classes)
+        self.val_metrics = SegmentationMetrics(num_classes, IGNORE)
+        self.test_metrics = SegmentationMetrics(num_classes, IGNORE)
+
+    def build_model(self, **options: Any) -> nn.Module:
+        backbone = self._build_backbone()
+        given = None
+        if self.checkpoint is not None and not self.trainer.ckpt_path:
+            given = read(self.checkpoint)
+        whole = given is not None and any(name.startswith("aux_head.") for name in given.state)
+        if given is not None and not whole:
+            if not self.fitting:
+                raise UserError(f"{given.path} holds no segmentation head: expected a file of one")
+            load_backbone(backbone, given)
+        maps = FeatureMaps(backbone, self.out_indices, self.source)
+        sizes: dict[str, Any] = {"channels": self.channels, "aux_channels": self.aux_channels}
+        model = UPerNet(maps, drop_rate=self.drop_rate, **sizes, **options)
+        if given is not None and whole:
+            load_state(model, given)
+        return model
+
+    def _build_backbone(self) -> FastVim:
+        backbone = create_model(self.model_name, **self.model_args)
+        if not isinstance(backbone, FastVim):
+            raise UserError(f"model {self.model_name}: expected a fastvim or vim model")
+        depth = len(backbone.blocks)
+        if len(self.out_indices) < 2 or not all(-depth <= i < depth for i in self.out_indices):
+            raise UserError(
+                f"out_indices {list(self.out_indices)}: expected two or more of the {depth} blocks "
+                f"of {self.model_name}"
+            )
+        if self.grad_checkpointing:
+            backbone.set_grad_checkpointing()
+        return backbone
+
+    def exported_metadata(self) -> dict[str, Any]:
+        assert isinstance(self.model, UPerNet)
+        head = {
+            "num_classes": self.model.num_classes,
+            "out_indices": list(self.out_indices),
+            "source": self.source,
+            "channels": self.channels,
+            "aux_channels": self.aux_channels,
+        }
+        names = list(self._data.class_names)
+        return {**super().exported_metadata(), "segmentation": head, "class_names": names}
+
+    # Training.
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, classes = batch
+        assert self.model is not None
+        logits, auxiliary = self.model(images)
+        loss = _cross_entropy(logits, classes)
+        loss = loss + self.aux_weight * _cross_entropy(auxiliary, classes)
+        self.log_training(loss)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        if self._data.batch_size * self.trainer.world_size == 1:
+            raise UserError("batch_size 1: expected 2 or more, the head has batch norms")
+        total_steps = count_steps(self.trainer)[1]
+        warmup_steps = 0 if self.trainer.fast_dev_run else self.warmup_steps  # type: ignore[attr-defined]
+        if warmup_steps >= total_steps:
+            raise UserError(
+                f"warmup_steps is {warmup_steps} but the whole run is {total_steps} steps: shorten "
+                "the warm-up or train longer"
+            )
+        optimizer = self.make_optimizer()
+        scheduler = warmup_linear(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def make_optimizer(self) -> optim.Optimizer:
+        groups = parameter_groups(self.model, self.weight_decay, no_decay=self.no_decay)
+        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
+
+    # Evaluation.
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K, H, W) of normalised images (B, C, H, W), in evaluation mode."""
+        assert self.model is not None
+        if self.window is None:
+            return self.model(images).float()
+        return sliding_window(self.model, images, self.window, self.stride)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val/loss", self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test/loss", self.test_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test", self.test_metrics)
+
+    def _evaluate(self, batch: Batch, loss_name: str, metrics: SegmentationMetrics) -> None:
+        for image, classes in zip(*batch, strict=True):
+            logits = self(image[None])
+            logits = F.interpolate(logits, size=classes.shape, mode="bilinear", align_corners=False)
+            metrics.update(logits.argmax(dim=1), classes[None])
+            loss = _cross_entropy(logits, classes[None])
+            self.log(loss_name, loss, on_epoch=True, batch_size=1, sync_dist=True)
+
+    def _log_metrics(self, stage: str, metrics: SegmentationMetrics) -> None:
+        scores = metrics.compute()
+        self.log(f"{stage}/miou", scores["miou"], prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/acc", scores["acc"], sync_dist=True)
+        metrics.reset()
+
+
+def load_backbone(backbone: FastVim, checkpoint: Checkpoint) -> None:
+    """Load a classifier's or a masked autoencoder's weights but for the head and the last norm.
+
+    LayerNorms take the weights of RMS norms, and keep their own biases of 0.
+
+    Raises:
+        UserError: the weights are another architecture's.
+    """
+    own = backbone.state_dict()
+    state = checkpoint_filter_fn(checkpoint.state, backbone)
+    unused = ("head.", "norm.")
+    state = {name: weight for name, weight in state.items() if not name.startswith(unused)}
+    state |= {name: weight for name, weight in own.items() if name.startswith(unused)}
+    biases = [name for name in own if name.endswith(".norm.bias") and ".mixer." not in name]
+    absent = [name for name in biases if name not in state]
+    if absent and len(absent) == sum(name.startswith("blocks.") for name in biases):
+        _logger.warning("%s has RMS norms: LayerNorms take their weights", checkpoint.path)
+        state |= {name: torch.zeros_like(own[name]) for name in absent}
+    load_state(backbone, replace(checkpoint, state=state))
+
+
+def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    """Mean over the pixels that count, (B, K, H, W) and (B, H, W); 0 if none does."""
+    total = F.cross_entropy(logits.float(), classes, ignore_index=IGNORE, reduction="sum")
+    return total / (classes != IGNORE).sum().clamp(min=1)

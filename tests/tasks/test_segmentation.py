@@ -1,0 +1,291 @@
+"""Segmentation: metrics, schedule, what a checkpoint gives, and that it learns."""
+
+from __future__ import annotations
+
+import math
+import signal
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from harness import fit, last, trainer
+from PIL import Image, ImageDraw
+from torch import optim
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from fastvim.checkpoint import read, save
+from fastvim.cli import main
+from fastvim.data.segmentation import SegmentationData
+from fastvim.errors import UserError
+from fastvim.models import FastVim, create_model
+from fastvim.models.upernet import UPerNet
+from fastvim.tasks.metrics import SegmentationMetrics
+from fastvim.tasks.optim import warmup_linear
+from fastvim.tasks.segmentation import Segmentation, _cross_entropy
+
+MODEL = "fastvim_tiny_patch16_224"
+ARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "norm": "layer"}
+SMALL = {"out_indices": (0, 1, 2, 3), "channels": 24, "aux_channels": 12, "window": 32}
+COLOURS = ("red", "lime", "blue")
+
+
+def write_shapes(root, split: str, count: int) -> None:
+    """Grey noise (stored 1) with a rectangle (2), a disc (3), and a frame that does not count."""
+    generator = np.random.default_rng(len(split))
+    for kind in ("images", "annotations"):
+        (root / kind / split).mkdir(parents=True)
+    for index in range(count):
+        noise = generator.integers(60, 120, (40, 48, 3), dtype=np.uint8)
+        image, mask = Image.fromarray(noise), Image.new("L", (48, 40), 1)
+        for stored, shape in ((2, "rectangle"), (3, "ellipse")):
+            left, top = (int(generator.integers(2, 22)) for _ in "xy")
+            box = (left, top, left + 16, top + 16)
+            getattr(ImageDraw.Draw(image), shape)(box, fill=COLOURS[stored - 1])
+            getattr(ImageDraw.Draw(mask), shape)(box, fill=stored)
+        ImageDraw.Draw(mask).rectangle((0, 0, 47, 39), outline=0)
+        image.save(root / "images" / split / f"{index}.png")
+        mask.save(root / "annotations" / split / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    write_shapes(root, "training", 12)
+    write_shapes(root, "validation", 4)
+    return root
+
+
+def data(root, **options) -> SegmentationData:
+    sizes = {"num_classes": 3, "img_size": 32, "base_size": (64, 40), "ratio": (0.8, 1.25)}
+    return SegmentationData(str(root), **{**sizes, "batch_size": 4, "num_workers": 0, **options})
+
+
+def task(**options) -> Segmentation:
+    defaults = {"model_args": ARGS, "stride": 16, "warmup_steps": 0, **SMALL}
+    return Segmentation(MODEL, **{**defaults, **options})
+
+
+# Metrics.
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_metrics_are_those_of_torchmetrics(classes):
+    generator = torch.Generator().manual_seed(classes)
+    metrics = SegmentationMetrics(classes)
+    same = {
+        "iou": MulticlassJaccardIndex(classes, average="none", ignore_index=255),
+        "miou": MulticlassJaccardIndex(classes, ignore_index=255),
+        "acc": MulticlassAccuracy(classes, average="micro", ignore_index=255),
+    }
+    for _ in range(3):
+        predicted = torch.randint(classes, (2, 9, 7), generator=generator)
+        target = torch.where(
+            torch.rand(predicted.shape, generator=generator) < 0.4,
+            predicted,
+            torch.randint(classes, predicted.shape, generator=generator),
+        )
+        target[torch.rand(target.shape, generator=generator) < 0.1] = 255
+        for metric in (metrics, *same.values()):
+            metric.update(predicted, target)
+    scores = metrics.compute()
+    for name, metric in same.items():
+        torch.testing.assert_close(scores[name], metric.compute())
+
+
+def test_absent_classes_do_not_count():
+    metrics = SegmentationMetrics(5)
+    #  Class 0 is right in two of three, 2 is never right, 1 never predicted, 3 and 4 are absent.
+    metrics.update(torch.tensor([0, 0, 2, 0, 4]), torch.tensor([0, 0, 1, 1, 255]))
+    scores = metrics.compute()
+    expected = [2 / 3, 0, 0, math.nan, math.nan]
+    torch.testing.assert_close(scores["iou"], torch.tensor(expected), equal_nan=True)
+    assert scores["miou"].item() == pytest.approx(2 / 9)
+    assert scores["acc"].item() == pytest.approx(0.5)
+
+
+def test_loss_is_over_the_pixels_that_count():
+    logits, classes = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
+    classes[0, :2] = 255
+    counted = classes != 255
+    expected = torch.nn.functional.cross_entropy(logits.movedim(1, -1)[counted], classes[counted])
+    torch.testing.assert_close(_cross_entropy(logits, classes), expected)
+    assert _cross_entropy(logits, torch.full_like(classes, 255)) == 0
+
+
+# Training.
+
+
+def test_it_learns(tmp_path, shapes):
+    """Tells shapes that it has not seen, in windows and as a whole image."""
+    torch.manual_seed(0)
+    run = trainer(tmp_path, max_epochs=30, check_val_every_n_epoch=30)
+    segmentation, module = task(lr=3e-3, lr_batch=4), data(shapes)
+    run.fit(segmentation, datamodule=module)
+    assert run.callback_metrics["val/miou"] > 0.8
+    assert run.callback_metrics["val/acc"] > 0.9
+
+    exported = tmp_path / "model.safetensors"
+    save(exported, segmentation.exported_weights(), segmentation.exported_metadata())
+    metadata = read(exported).metadata
+    assert metadata["class_names"] == ["0", "1", "2"]
+    assert metadata["segmentation"]["num_classes"] == 3
+    test = trainer(tmp_path)
+    test.test(task(checkpoint=str(exported)), datamodule=module, verbose=False)
+    assert test.callback_metrics["test/miou"] == run.callback_metrics["val/miou"]
+    whole = task(checkpoint=str(exported), window=None)
+    test.test(whole, datamodule=module, verbose=False)
+    assert test.callback_metrics["test/miou"] > 0.8
+
+
+class Rates(L.Callback):
+    """The rate of every step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def test_rate_rises_and_falls_by_steps(tmp_path, shapes):
+    rates = Rates()
+    run = trainer(tmp_path, rates, max_epochs=-1, max_steps=8, limit_val_batches=0)
+    run.fit(task(lr=0.01, lr_batch=4, warmup_lr=0.002, warmup_steps=4), datamodule=data(shapes))
+    expected = [0.002, 0.004, 0.006, 0.008, 0.01, 0.0075, 0.005, 0.0025]
+    assert rates.rates == pytest.approx(expected)
+
+
+def test_the_line_ends_at_zero():
+    optimizer = optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=6e-5)
+    scheduler = warmup_linear(optimizer, 160_000, 1500, 1e-6, 0.0)
+    seen = {}
+    for step in (0, 750, 1500, 80_750, 160_000):
+        scheduler.step_update(step)
+        seen[step] = optimizer.param_groups[0]["lr"]
+    assert list(seen.values()) == pytest.approx([1e-6, 3.05e-5, 6e-5, 3e-5, 0.0])
+
+
+def test_what_does_not_decay(tmp_path, shapes):
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    segmentation = task()
+    run.fit(segmentation, datamodule=data(shapes))
+    assert isinstance(segmentation.model, UPerNet)
+    names = {id(p): name for name, p in segmentation.model.named_parameters()}
+    decay = {
+        names[id(p)]: group["weight_decay"]
+        for group in run.optimizers[0].param_groups
+        for p in group["params"]
+    }
+    assert decay.keys() == set(names.values())
+    block = "maps.backbone.blocks.1"
+    for name in ("mixer.A_log", "mixer.D", "norm.weight", "mixer.norm.weight"):
+        assert decay[f"{block}.{name}"] == 0, name
+    for name in ("maps.backbone.pos_embed", "maps.norms.0.weight", "head.fusion.1.weight"):
+        assert decay[name] == 0, name
+    for name in (f"{block}.mixer.in_proj", "head.fusion.0", "aux_head.classifier"):
+        assert decay[f"{name}.weight"] == 0.01, name
+
+
+def test_killed_in_an_epoch_and_resumed(write_recipe, shapes):
+    """It validates by batches, not epochs, and ends with the very weights of a run left alone."""
+    model = {"model": MODEL, "model_args": {**ARGS, "drop_path_rate": 0.2}, **SMALL}
+    module = {"root": str(shapes), "num_classes": 3, "img_size": 32, "base_size": [64, 40]}
+    recipe = {
+        "model": {
+            "class_path": "fastvim.tasks.segmentation.Segmentation",
+            "init_args": {**model, "out_indices": [0, 1, 2, 3], "stride": 16, "warmup_steps": 2},
+        },
+        "data": {
+            "class_path": "fastvim.data.segmentation.SegmentationData",
+            "init_args": {**module, "batch_size": 2, "num_workers": 0},
+        },
+        "trainer.max_epochs": -1,
+        "trainer.max_steps": 8,
+        "trainer.check_val_every_n_epoch": None,
+        "trainer.val_check_interval": 4,
+    }
+    whole = write_recipe(recipe, name="whole")
+    assert main(["fit", "--config", str(whole)]) == 0
+    kill = {"class_path": "stops.KillAt", "init_args": {"batch": 9}}
+    killed = write_recipe({**recipe, "trainer.callbacks": [kill]}, name="killed")
+    assert fit(killed) == -signal.SIGKILL
+    assert last(killed)["global_step"] == 4  # of 3 an epoch
+    write_recipe(recipe, name="killed")
+    assert main(["fit", "--config", str(killed), "--ckpt_path", "last"]) == 0
+    one, other = last(whole), last(killed)
+    assert one["global_step"] == other["global_step"] == 8
+    for key in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
+
+
+# Weights to start from.
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_it_starts_from_a_classifier(tmp_path, shapes, norm, caplog):
+    options = {**ARGS, "norm": norm, "num_classes": 7, "img_size": 24}
+    classifier = create_model(MODEL, **options)
+    assert isinstance(classifier, FastVim)
+    file = tmp_path / "classifier.safetensors"
+    save(file, classifier.state_dict(), {"model": MODEL, "model_args": options})
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    segmentation = task(checkpoint=str(file), lr=0.0)
+    run.fit(segmentation, datamodule=data(shapes))
+    assert isinstance(segmentation.model, UPerNet)
+    own = segmentation.model.maps.backbone.state_dict()
+    assert own["pos_embed"].shape[1] == 64
+    for name, weight in classifier.state_dict().items():
+        if name.startswith(("norm.", "head.")):
+            assert name not in own
+        elif name != "pos_embed":
+            assert torch.equal(own[name], weight), name
+    assert ("RMS norms" in caplog.text) == (norm == "rms")
+
+
+def test_it_starts_from_a_masked_autoencoder(tmp_path, shapes):
+    sizes = {key: ARGS[key] for key in ("img_size", "patch_size", "embed_dim", "depth")}
+    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1}
+    pretrained = create_model(f"mae_{MODEL}", **sizes, **decoder)
+    file = tmp_path / "mae.safetensors"
+    save(file, pretrained.state_dict(), {"model": f"mae_{MODEL}", "model_args": sizes})
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    segmentation = task(checkpoint=str(file), lr=0.0)
+    run.fit(segmentation, datamodule=data(shapes))
+    assert isinstance(segmentation.model, UPerNet)
+    own = segmentation.model.maps.backbone.state_dict()
+    encoder = pretrained.state_dict()
+    for name in ("blocks.3.mixer.in_proj.weight", "pos_embed", "patch_embed.proj.bias"):
+        assert torch.equal(own[name], encoder[f"encoder.{name}"]), name
+
+
+def test_evaluation_needs_a_whole_model(tmp_path, shapes):
+    file = tmp_path / "classifier.safetensors"
+    save(file, create_model(MODEL, **ARGS).state_dict(), {})
+    with pytest.raises(UserError, match="no segmentation head"):
+        trainer(tmp_path).test(task(checkpoint=str(file)), datamodule=data(shapes))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out_indices": (0, 4)}, r"out_indices \[0, 4\]: expected two or more of the 4 blocks"),
+        ({"out_indices": (1,)}, "expected two or more"),
+        ({"model": "resnet10t", "model_args": {}}, "model resnet10t: expected a fastvim"),
+        ({"warmup_steps": 3}, "the whole run is 3 steps"),
+        ({"checkpoint": "nowhere.ckpt"}, "no checkpoint at nowhere.ckpt"),
+        ({"data": {"batch_size": 1}}, "batch_size 1: expected 2 or more"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, shapes, options, message):
+    options = {
+        "model": MODEL,
+        "model_args": ARGS,
+        "warmup_steps": 0,
+        "data": {},
+        **SMALL,
+        **options,
+    }
+    module = data(shapes, **options.pop("data"))
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path).fit(Segmentation(**options), datamodule=module)
