@@ -4,6 +4,7 @@
 >>> model = timm.create_model("fastvim_tiny_patch16_224")
 """
 
+from fastvim.models.cascade import CascadeMaskRCNN
 from fastvim.models.channel import FastChannelVim, sample_channels
 from fastvim.models.dense import FeatureMaps
 from fastvim.models.masked import FastMaskVim, MaskedAutoencoder, MaskedOutput
@@ -14,6 +15,7 @@ from fastvim.models.upernet import UPerNet
 from fastvim.models.vision import FastVim
 
 __all__ = [
+    "CascadeMaskRCNN",
     "FastChannelVim",
     "FastMaskVim",
     "FastVim",

@@ -1,0 +1,221 @@
+"""Cascade Mask R-CNN on a plain backbone: boxes and masks of objects.
+
+The detector of arXiv 1712.00726 on the pyramid of ViTDet (arXiv 2203.16527), out of torchvision's
+region proposals, pooling and matching.
+
+B  batch, C  channels of the pyramid, H W  an image's height and width in pixels
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from fastvim.errors import UserError
+from fastvim.models.cascade_heads import CascadeHeads, HeadOptions, Target, full_precision
+from fastvim.models.dense import FeatureMaps
+from fastvim.models.pyramid import LEVELS, SimpleFeaturePyramid
+from fastvim.models.vision import FastVim
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+class PadImages(GeneralizedRCNNTransform):
+    """Normalise images and pad them at the bottom and right to one size; nothing is resized.
+
+    Args:
+        mean, std: of each channel.
+        multiple: sides become multiples of this, so that every level's stride is exact.
+        least: and are at least this.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], multiple: int, least: int
+    ) -> None:
+        super().__init__(least, least, list(mean), list(std), size_divisible=multiple)
+        self.least = least
+
+    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
+        """As they are: the size in training and in a test is the data's choice."""
+        return image, target
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """(B, in_chans, height, width), zero where an image ends."""
+        sides = [max(self.least, *(image.shape[axis] for image in images)) for axis in (1, 2)]
+        height, width = (-(-side // size_divisible) * size_divisible for side in sides)
+        return torch.stack(
+            [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images]
+        )
+
+
+class ProposalHead(RPNHead):
+    """torchvision's, in full precision: boxes are decoded in the dtype of the offsets."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each level's map (B, C, h, w): logits (B, 3, h, w) and offsets (B, 12, h, w)."""
+        logits, offsets = super().forward(x)
+        return [full_precision(t) for t in logits], [full_precision(t) for t in offsets]
+
+
+class CascadeMaskRCNN(nn.Module):
+    """Boxes, classes and masks of the objects in images of any size.
+
+    Args:
+        backbone: a `FastVim`, of which the last block's map is taken; or any module from
+            (B, in_chans, H, W) to one map (B, d, H / stride, W / stride), alone or in a list.
+        num_classes: classes of objects; their labels are 1 to `num_classes`.
+        embed_dim: d; known for a `FastVim` and for `FeatureMaps`.
+        stride: pixels between the map's cells, a power of two from 4 on; likewise known.
+        channels: C.
+        pad_to: images are padded to squares of at least this side; 0: no further than necessary.
+        image_mean, image_std: of each channel, for images with values in 0 to 1.
+        proposals: regions that go from the proposal network to the first stage, per image.
+        heads: sizes and thresholds of the heads.
+
+    Raises:
+        UserError: a stride or a number of maps that the pyramid cannot take.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        embed_dim: int | None = None,
+        stride: int | None = None,
+        channels: int = 256,
+        pad_to: int = 0,
+        image_mean: Sequence[float] = _MEAN,
+        image_std: Sequence[float] = _STD,
+        proposals: int = 1000,
+        heads: HeadOptions | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(backbone, FastVim):
+            backbone = FeatureMaps(backbone, [len(backbone.blocks) - 1])
+        if isinstance(backbone, FeatureMaps):
+            if len(backbone.out_indices) != 1:
+                raise UserError(f"out_indices={backbone.out_indices}: expected one block")
+            embed_dim = backbone.backbone.embed_dim
+            stride = backbone.backbone.patch_embed.stride
+        if embed_dim is None or stride is None:
+            raise UserError(
+                f"embed_dim={embed_dim}, stride={stride}: both are needed for a "
+                f"{type(backbone).__name__}"
+            )
+        if num_classes < 1:
+            raise UserError(f"num_classes={num_classes}: expected 1 or more")
+        # torchvision's pooling rounds a level's stride to a power of two.
+        if stride < 4 or stride & (stride - 1):
+            raise UserError(f"stride={stride}: expected a power of two, 4 or more")
+        self.num_classes = num_classes
+        self.transform = PadImages(image_mean, image_std, 4 * stride, pad_to)
+        self.backbone = backbone
+        self.pyramid = SimpleFeaturePyramid(embed_dim, channels)
+        self.rpn = _proposal_network(channels, stride, proposals)
+        self.heads = CascadeHeads(channels, num_classes + 1, heads)
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[Target]:
+        """Losses in training, detections otherwise.
+
+        Args:
+            images: (in_chans, H, W) each, values in 0 to 1, of one size or several.
+            targets: in training, per image "boxes" (n, 4) as x1, y1, x2, y2 in pixels, "labels"
+                (n,) int64 from 1 on, and "masks" (n, H, W) of 0 and 1; n may be 0.
+
+        Returns:
+            In training the losses, weighted: their sum is to be minimised. Otherwise per image
+            "boxes", "labels", "scores" (n,), the best first, and "masks" (n, 1, H, W): for each
+            pixel the probability that it belongs to the object.
+
+        Raises:
+            UserError: no images, or some with other channels; no targets in training, or some that
+                do not fit.
+        """
+        sizes = self._sizes(images)
+        if not self.training:
+            targets = None
+        elif targets is None or len(targets) != len(images):
+            count = "None" if targets is None else len(targets)
+            raise UserError(f"targets of {count} images: expected {len(images)}, in training")
+        else:
+            for target, size in zip(targets, sizes, strict=True):
+                _check(target, size, self.num_classes)
+            dtype = torch.promote_types(images[0].dtype, torch.float32)
+            targets = [{**target, "boxes": target["boxes"].to(dtype)} for target in targets]
+        batch, targets = self.transform(list(images), targets)
+        padded = [(int(batch.tensors.shape[-2]), int(batch.tensors.shape[-1]))]
+        features = self.features(batch.tensors)
+        proposals, losses = self.rpn(batch, features, targets)
+        if targets is not None:
+            return {**losses, **self.heads.losses(features, proposals, sizes, padded, targets)}
+        found = self.heads.detect(features, proposals, sizes, padded)
+        return self.transform.postprocess(found, sizes, sizes)
+
+    def _sizes(self, images: Sequence[Tensor]) -> list[tuple[int, int]]:
+        if not images:
+            raise UserError("no images: expected one or more")
+        channels = len(self.transform.image_mean)
+        for image in images:
+            if image.ndim != 3 or len(image) != channels:
+                raise UserError(
+                    f"an image of shape {tuple(image.shape)}: expected ({channels}, H, W), a mean "
+                    "and a deviation per channel"
+                )
+        return [(int(image.shape[1]), int(image.shape[2])) for image in images]
+
+    def features(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """(B, in_chans, height, width), padded, to the levels of the pyramid."""
+        maps = self.backbone(images)
+        if not isinstance(maps, Tensor):
+            if len(maps) != 1:
+                raise UserError(f"the backbone returns {len(maps)} maps: expected one")
+            maps = maps[0]
+        # Anchors are laid out in the dtype of the maps.
+        return OrderedDict((name, full_precision(x)) for name, x in self.pyramid(maps).items())
+
+
+def _proposal_network(channels: int, stride: int, proposals: int) -> RegionProposalNetwork:
+    """Two convolutions; per cell three anchors, of 8 times the level's stride (ViTDet: 32 to 512).
+
+    Intersections over union, samples and their number before suppression are Faster R-CNN's.
+    """
+    sides = tuple((2 * stride * 2**i,) for i in range(len(LEVELS)))
+    return RegionProposalNetwork(
+        AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(LEVELS)),
+        ProposalHead(channels, 3, conv_depth=2),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
+        post_nms_top_n={"training": proposals, "testing": proposals},
+        nms_thresh=0.7,
+    )
+
+
+def _check(target: Target, size: tuple[int, int], num_classes: int) -> None:
+    """A target's shapes, boxes and labels."""
+    missing = {"boxes", "labels", "masks"} - target.keys()
+    if missing:
+        raise UserError(f"a target without {', '.join(sorted(missing))}")
+    boxes, labels = target["boxes"], target["labels"]
+    wanted = {"boxes": (len(labels), 4), "masks": (len(labels), *size)}
+    for name, shape in wanted.items():
+        if target[name].shape != shape:
+            raise UserError(f"{name} of shape {tuple(target[name].shape)}: expected {shape}")
+    if labels.dtype != torch.int64 or ((labels < 1) | (labels > num_classes)).any():
+        raise UserError(f"labels {labels.tolist()}: expected int64 from 1 to {num_classes}")
+    if not boxes.is_floating_point():
+        raise UserError(f"boxes of {boxes.dtype}: expected a floating dtype")
+    empty = ~(boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    if empty.any():
+        raise UserError(f"box {boxes[empty][0].tolist()}: expected x1 < x2 and y1 < y2")
