@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn, optim
 
 from fastvim.checkpoint import Checkpoint, load_state, read
@@ -21,7 +22,7 @@ from fastvim.models.sliding import sliding_window
 from fastvim.models.upernet import UPerNet
 from fastvim.models.vision import Source
 from fastvim.tasks.metrics import SegmentationMetrics
-from fastvim.tasks.optim import count_steps, parameter_groups, warmup_linear
+from fastvim.tasks.optim import parameter_groups, warmup_linear
 from fastvim.tasks.task import Task
 
 _logger = logging.getLogger(__name__)
@@ -186,22 +187,18 @@ class Segmentation(Task):
         self.log_training(loss)
         return loss
 
+    def warmup(self, steps_per_epoch: int) -> tuple[int, str]:
+        return self.warmup_steps, f"warmup_steps is {self.warmup_steps}"
+
+    def make_scheduler(
+        self, optimizer: optim.Optimizer, total_steps: int, warmup_steps: int
+    ) -> Scheduler:
+        return warmup_linear(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
+
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         if self._data.batch_size * self.trainer.world_size == 1:
             raise UserError("batch_size 1: expected 2 or more, the head has batch norms")
-        total_steps = count_steps(self.trainer)[1]
-        warmup_steps = 0 if self.trainer.fast_dev_run else self.warmup_steps  # type: ignore[attr-defined]
-        if warmup_steps >= total_steps:
-            raise UserError(
-                f"warmup_steps is {warmup_steps} but the whole run is {total_steps} steps: shorten "
-                "the warm-up or train longer"
-            )
-        optimizer = self.make_optimizer()
-        scheduler = warmup_linear(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return super().configure_optimizers()
 
     def make_optimizer(self) -> optim.Optimizer:
         groups = parameter_groups(self.model, self.weight_decay, no_decay=self.no_decay)

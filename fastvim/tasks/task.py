@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn, optim
 
 from fastvim.checkpoint import load_weights
@@ -125,20 +126,31 @@ class Task(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         return [] if self.ema_decay is None else [EMA(self.ema_decay)]
 
+    def warmup(self, steps_per_epoch: int) -> tuple[int, str]:
+        """Optimiser steps of the warm-up, and a line that says where they come from."""
+        steps = round(self.warmup_epochs * steps_per_epoch)
+        return steps, f"warmup_epochs is {self.warmup_epochs:g} ({steps} steps)"
+
+    def make_scheduler(
+        self, optimizer: optim.Optimizer, total_steps: int, warmup_steps: int
+    ) -> Scheduler:
+        """The learning rate over the steps of the run."""
+        return warmup_cosine(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
+
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         steps_per_epoch, total_steps = count_steps(self.trainer)
-        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        warmup_steps, source = self.warmup(steps_per_epoch)
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             warmup_steps = 0
         else:
             self._check_averaging(total_steps)
         if warmup_steps >= total_steps:
             raise UserError(
-                f"warmup_epochs is {self.warmup_epochs:g} ({warmup_steps} steps) but the whole "
-                f"run is {total_steps} steps: shorten the warm-up or train longer"
+                f"{source} but the whole run is {total_steps} steps: shorten the warm-up or train "
+                "longer"
             )
         optimizer = self.make_optimizer()
-        scheduler = warmup_cosine(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
+        scheduler = self.make_scheduler(optimizer, total_steps, warmup_steps)
         if self.weight_decay_end is not None:
             end = self.weight_decay_end
             self._weight_decay = WeightDecayCosine(optimizer, end, total_steps)
