@@ -22,12 +22,6 @@ DEPTH, DIM, DECODER, SIDE = 3, 32, 16, 4
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture(params=["reference", "numba"])
-def engine(request):
-    with use_engine(request.param):
-        yield request.param
-
-
 def patch_of(name: str) -> int:
     return 14 if "patch14" in name else 16
 
