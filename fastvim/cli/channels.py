@@ -19,7 +19,13 @@ from fastvim.cli.arguments import Parser, usable_device
 from fastvim.data.channels import ChannelData
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
-from fastvim.tasks.subsets import Subset, channel_subsets, draw_subsets, subset_accuracies
+from fastvim.tasks.subsets import (
+    Subset,
+    by_size,
+    channel_subsets,
+    draw_subsets,
+    subset_accuracies,
+)
 
 DESCRIPTION = """\
 Accuracy of the same weights on all channels of a table's images, and on every subset of them.
@@ -104,14 +110,13 @@ def _table(accuracies: dict[str, dict[Subset, float]]) -> Table:
     table = Table("channels", "subsets", *accuracies, box=None)
     for column in table.columns:
         column.justify = "right"
-    first = next(iter(accuracies.values()))
-    for size in sorted({len(subset) for subset in first}):
+    columns = [by_size(of) for of in accuracies.values()]
+    for size in columns[0]:
         cells = []
-        for of in accuracies.values():
-            values = [value for subset, value in of.items() if len(subset) == size]
+        for sizes in columns:
+            values = sizes[size]
             mean = f"{np.mean(values):.1%}"
             spread = f" ({min(values):.0%} to {max(values):.0%})" if len(values) > 1 else ""
             cells.append(mean + spread)
-        count = sum(len(subset) == size for subset in first)
-        table.add_row(str(size), str(count), *cells)
+        table.add_row(str(size), str(len(columns[0][size])), *cells)
     return table

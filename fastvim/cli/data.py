@@ -18,14 +18,7 @@ from rich.table import Table
 from fastvim.cli.arguments import Parser
 from fastvim.data.arrays import read_array
 from fastvim.data.remote import UnreadableFileError, is_url, join
-from fastvim.data.table import (
-    SPLITS,
-    random_splits,
-    read_table,
-    require_columns,
-    require_values,
-    split_names,
-)
+from fastvim.data.table import SPLITS, read_table, require_columns, require_values, splits_of
 from fastvim.errors import UserError
 
 DESCRIPTION = """\
@@ -130,12 +123,7 @@ def _paths(arguments: argparse.Namespace, reading: dict[str, Any]) -> list[str]:
     require_values(table, arguments.path_column, url)
     paths = table[arguments.path_column].astype(str).to_numpy(dtype=object)
     if arguments.split != "all":
-        has_splits = arguments.split_column in table.columns
-        splits = (
-            split_names(table[arguments.split_column], url)
-            if has_splits
-            else random_splits(len(table), arguments.split_seed)
-        )
+        splits = splits_of(table, arguments.split_column, arguments.split_seed, url)
         paths = paths[splits == arguments.split]
         if not len(paths):
             raise UserError(f"{url}: no rows of the split {arguments.split!r}")

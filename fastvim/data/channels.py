@@ -24,13 +24,7 @@ from fastvim.data.channel_transforms import evaluation_transform, training_trans
 from fastvim.data.files import MAX_UNREADABLE
 from fastvim.data.labelled import LabelledData
 from fastvim.data.remote import UnreadableFileError, is_url, join
-from fastvim.data.table import (
-    random_splits,
-    read_table,
-    require_columns,
-    require_values,
-    split_names,
-)
+from fastvim.data.table import read_table, require_columns, require_values, splits_of
 from fastvim.errors import UserError, nearest
 
 _logger = logging.getLogger(__name__)
@@ -278,10 +272,7 @@ class ChannelData(LabelledData):
         require_columns(table, needed, url)
         for column in needed:
             require_values(table, column, url)
-        if self.split_column in table.columns:
-            splits = split_names(table[self.split_column], url)
-        else:
-            splits = random_splits(len(table), self.split_seed)
+        splits = splits_of(table, self.split_column, self.split_seed, url)
         paths, labels = (table[column].astype(str).to_numpy(dtype=object) for column in needed)
         return Rows(paths, labels, splits)
 

@@ -89,6 +89,23 @@ def require_values(table: pd.DataFrame, column: str, url: str) -> None:
         raise UserError(f"{url}: row {missing[0] + 1} has no {column!r} ({len(missing)} such rows)")
 
 
+def splits_of(table: pd.DataFrame, column: str, seed: int, url: str) -> np.ndarray:
+    """The split of each row: what the column says, or a permutation where the table lacks it.
+
+    Args:
+        table: of images.
+        column: its name.
+        seed: of the permutation.
+        url: of the table, for messages.
+
+    Raises:
+        UserError: for a value that is no name of a split.
+    """
+    if column in table.columns:
+        return split_names(table[column], url)
+    return random_splits(len(table), seed)
+
+
 def split_names(values: pd.Series, url: str) -> np.ndarray:
     """ "train", "val" or "test" of each row, from a column that says so.
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -23,8 +24,6 @@ from fastvim.models.cascade_heads import CascadeHeads, HeadOptions, Target, full
 from fastvim.models.dense import FeatureMaps
 from fastvim.models.pyramid import LEVELS, SimpleFeaturePyramid
 from fastvim.models.vision import FastVim
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 class PadImages(GeneralizedRCNNTransform):
@@ -91,8 +90,8 @@ class CascadeMaskRCNN(nn.Module):
         stride: int | None = None,
         channels: int = 256,
         pad_to: int = 0,
-        image_mean: Sequence[float] = _MEAN,
-        image_std: Sequence[float] = _STD,
+        image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
         proposals: int = 1000,
         heads: HeadOptions | None = None,
     ) -> None:

@@ -210,7 +210,8 @@ class CascadeHeads(nn.Module):
             losses[f"loss_box_reg_{i}"] = weight * box
             if i == 0:
                 losses["loss_mask"] = self._mask_loss(features, samples, padded, targets)
-            boxes, _ = stage.refine(logits, offsets, samples.boxes, sizes, samples.labels)
+            if i + 1 < len(self.stages):
+                boxes, _ = stage.refine(logits, offsets, samples.boxes, sizes, samples.labels)
         return losses
 
     def detect(

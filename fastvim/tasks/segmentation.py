@@ -17,7 +17,7 @@ from torch import Tensor, nn, optim
 
 from fastvim.checkpoint import Checkpoint, load_state, read
 from fastvim.errors import UserError
-from fastvim.models import FastVim, FeatureMaps, checkpoint_filter_fn, create_model
+from fastvim.models import FastVim, FeatureMaps, checkpoint_filter_fn
 from fastvim.models.sliding import sliding_window
 from fastvim.models.upernet import UPerNet
 from fastvim.models.vision import Source
@@ -135,9 +135,7 @@ class Segmentation(Task):
 
     def build_model(self, **options: Any) -> nn.Module:
         backbone = self._build_backbone()
-        given = None
-        if self.checkpoint is not None and not self.trainer.ckpt_path:
-            given = read(self.checkpoint)
+        given = None if self.initial_weights is None else read(self.initial_weights)
         whole = given is not None and any(name.startswith("aux_head.") for name in given.state)
         if given is not None and not whole:
             if not self.fitting:
@@ -151,7 +149,7 @@ class Segmentation(Task):
         return model
 
     def _build_backbone(self) -> FastVim:
-        backbone = create_model(self.model_name, **self.model_args)
+        backbone = self.create_network()
         if not isinstance(backbone, FastVim):
             raise UserError(f"model {self.model_name}: expected a fastvim or vim model")
         depth = len(backbone.blocks)
@@ -160,8 +158,6 @@ class Segmentation(Task):
                 f"out_indices {list(self.out_indices)}: expected two or more of the {depth} blocks "
                 f"of {self.model_name}"
             )
-        if self.grad_checkpointing:
-            backbone.set_grad_checkpointing()
         return backbone
 
     def exported_metadata(self) -> dict[str, Any]:

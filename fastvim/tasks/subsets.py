@@ -73,6 +73,14 @@ def subset_accuracies(
     return dict(zip(subsets, (right / seen).tolist(), strict=True))
 
 
+def by_size(accuracies: Mapping[Subset, float]) -> dict[int, list[float]]:
+    """The accuracies of all subsets of each size, the smallest size first."""
+    sizes: dict[int, list[float]] = {}
+    for subset in sorted(accuracies, key=len):
+        sizes.setdefault(len(subset), []).append(accuracies[subset])
+    return sizes
+
+
 def draw_subsets(accuracies: Mapping[str, Mapping[Subset, float]], title: str) -> Figure:
     """Accuracy against the number of channels: the mean over subsets, and every subset.
 
@@ -84,12 +92,11 @@ def draw_subsets(accuracies: Mapping[str, Mapping[Subset, float]], title: str) -
     axes = figure.subplots()
     for i, (name, of) in enumerate(accuracies.items()):
         colour = COLOURS[i % len(COLOURS)]
-        sizes = sorted({len(subset) for subset in of})
-        means = [float(np.mean(_of_size(of, size))) for size in sizes]
-        axes.plot(sizes, means, color=colour, linewidth=2.2, label=name, zorder=3)
+        sizes = by_size(of)
+        means = [float(np.mean(values)) for values in sizes.values()]
+        axes.plot(list(sizes), means, color=colour, linewidth=2.2, label=name, zorder=3)
         shift = 0.08 * (i - (len(accuracies) - 1) / 2)  # apart, where subsets do equally well
-        for size in sizes:
-            points = _of_size(of, size)
+        for size, points in sizes.items():
             places = [size + shift] * len(points)
             axes.scatter(places, points, s=16, color=colour, alpha=0.45, linewidth=0, zorder=2)
     count = max(len(subset) for of in accuracies.values() for subset in of)
@@ -99,7 +106,3 @@ def draw_subsets(accuracies: Mapping[str, Mapping[Subset, float]], title: str) -
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     return figure
-
-
-def _of_size(accuracies: Mapping[Subset, float], size: int) -> list[float]:
-    return [value for subset, value in accuracies.items() if len(subset) == size]

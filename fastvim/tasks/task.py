@@ -87,12 +87,22 @@ class Task(L.LightningModule):
         (`trainer.ckpt_path`), which holds all weights. Training makes a new head if the file has
         none, or one for another number of classes.
         """
+        model = self.create_network(**options)
+        if self.initial_weights is not None:
+            load_weights(model, self.initial_weights, new_head=self.fitting)
+        return model
+
+    def create_network(self, **options: Any) -> nn.Module:
+        """The timm model, with its own initial weights."""
         model = create_model(self.model_name, **options, **self.model_args)
         if self.grad_checkpointing:
             model.set_grad_checkpointing()  # type: ignore[operator]
-        if self.checkpoint is not None and not self.trainer.ckpt_path:
-            load_weights(model, self.checkpoint, new_head=self.fitting)
         return model
+
+    @property
+    def initial_weights(self) -> str | None:
+        """The file to start from; None also where a checkpoint of the run's own is gone on from."""
+        return self.checkpoint if self.checkpoint and not self.trainer.ckpt_path else None
 
     def exported_weights(self) -> dict[str, Tensor]:
         """Weights of the trained model, as `fastvim.checkpoint.save` takes them."""

@@ -172,6 +172,11 @@ def row_pieces(width: int, most: int) -> tuple[int, int]:
     return piece, triton.cdiv(width, piece)
 
 
+def pools_rows(pooled: Sequence[bool]) -> bool:
+    """Whether the segments are the path's rows: its last axis is pooled, and no other."""
+    return pooled[-1] and not any(pooled[:-1])
+
+
 def collapse(segments: Segments) -> tuple[list[int], list[int], list[bool]]:
     """Sizes, memory strides and pooled flags of the path with as few axes as describe it."""
     sizes: list[int] = []

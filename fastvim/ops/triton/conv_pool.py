@@ -23,6 +23,7 @@ from fastvim.ops.triton.common import (
     load_taps,
     near,
     pad_axes,
+    pools_rows,
     row_of,
     silu_twice,
     token_at,
@@ -289,7 +290,7 @@ def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Lau
     if pools:
         pieces = triton.next_power_of_2(pieces)
     P = triton.cdiv(row, pieces)
-    along_path = not pools or (flags[-1] and not any(flags[:-1]) and pieces <= MOST_RUNS)
+    along_path = not pools or (pools_rows(flags) and pieces <= MOST_RUNS)
     C = min(CHANNELS, triton.next_power_of_2(E))
     if along_path:
         group = pieces if pools else 1

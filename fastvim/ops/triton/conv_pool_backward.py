@@ -24,6 +24,7 @@ from fastvim.ops.triton.common import (
     load_taps,
     near,
     pad_axes,
+    pools_rows,
     row_of,
     sigmoid,
 )
@@ -182,7 +183,7 @@ def _plan(x: Tensor, segments: Segments, pool_scale: float) -> tuple[Launch, int
     B, L, E = x.shape[0], x.shape[1], int(x.shape[2])
     S, pools = segments.num_segments, segments.pools
     sizes, strides, flags = collapse(segments)
-    scattered = pools and (not flags[-1] or any(flags[:-1]))
+    scattered = pools and not pools_rows(flags)
     s, k = [1, 1, 1], [0, 0, 0]
     if scattered:  # the walk's own rows, whatever they are pooled with
         pooled = Segments(tuple(sizes), tuple(strides), tuple(flags))

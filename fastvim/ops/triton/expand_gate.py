@@ -16,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvim.ops.traversal import Segments
-from fastvim.ops.triton.common import INTERPRETED, pad_axes, row_pieces, sigmoid, silu_twice
+from fastvim.ops.triton.common import (
+    INTERPRETED,
+    pad_axes,
+    pools_rows,
+    row_pieces,
+    sigmoid,
+    silu_twice,
+)
 from fastvim.ops.triton.launch import Launch, Launches, Op
 from fastvim.ops.triton.sums import sum_parts
 
@@ -251,7 +258,7 @@ def _run_backward(
     dz = torch.empty(skip.shape, dtype=z.dtype, device=skip.device)
     walk = (tuple(sizes), tuple(strides), tuple(pooled))
     segments = Segments(*walk)
-    rows_pooled = _rows_pooled(segments)
+    rows_pooled = pools_rows(segments.pooled)
     scattered = segments.pools and not rows_pooled
     # Segments that are no runs of the path: one value for each of their tokens, to be summed below.
     steps = skip.shape[1] if scattered else segments.num_segments
@@ -272,11 +279,6 @@ def _run_backward(
         return dskip, dz, dy, none, none
     dweight, dbias = sum_parts(sums[None])[0].to(norm_weight.dtype).unbind()
     return dskip, dz, dy, dweight.clone(), dbias.clone()
-
-
-def _rows_pooled(segments: Segments) -> bool:
-    """Whether the segments are the path's rows."""
-    return segments.pooled[-1] and not any(segments.pooled[:-1])
 
 
 def _prepared(
@@ -308,7 +310,7 @@ def _plan_backward(
     C, pieces = row_pieces(E, BACKWARD_PIECE)
     warps = triton.next_power_of_2(triton.cdiv(E, BACKWARD_CHANNELS))
     rows = max(1, BACKWARD_PER_THREAD * warps * 32 // C)
-    pooled = _rows_pooled(segments)
+    pooled = pools_rows(segments.pooled)
     run = int(segments.sizes[-1]) if pooled else rows
     programs = min(PROGRAMS, triton.cdiv(skip.shape[0] * skip.shape[1], run))
     numbers = (
