@@ -66,7 +66,7 @@ WALKS = [
 # Rows shorter than the window, and of one, two and four runs that they are no multiple of; cells of
 # few channels and of several.
 GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2), (2, 35, 1), (4, 3, 5)]
-STEPS = [1, 6, 9]  # of the scan: in groups of four, with rests
+STEPS = [1, 6, 9]  # of the scan: in groups of five, with rests
 WIDTHS = [6, 40]
 if ON_GPU:  # the interpreter would take minutes
     GRIDS += [(1, 7, 1), (7, 1, 1), (7, 9, 1), (14, 14, 1), (197, 1, 1), (4, 49, 1), (3, 300, 1)]
@@ -232,7 +232,7 @@ def test_registration_of_moves(grad):
     (x,) = (t.to(DEVICE).requires_grad_(grad) for t in to([normal(2, 5, 8)], torch.float32))
     values, y = (t.detach().clone().requires_grad_(grad) for t in (x.expand(2, -1, -1, -1),) * 2)
     opcheck(take.registered, (x, kept.order, kept.place, 0.5))
-    opcheck(sum_segments.registered, (values, kept.index, kept.members, kept.starts, 0.5))
+    opcheck(sum_segments.registered, (values, kept.index, kept.members, kept.starts, 0.5, x.dtype))
     y = y[:, :, : segments.num_segments]
     opcheck(spread.registered, (y, kept.order, kept.index, kept.tokens, kept.starts))
 

@@ -54,7 +54,7 @@ def _place(place, L, S, n1, n2, m0, m1, m2, s0, s1, s2):
 @triton.jit
 def _mix(
     p_skip, p_y, direction, present, columns,
-    eps: tl.constexpr, E: tl.constexpr, NORM: tl.constexpr,
+    eps: tl.constexpr, E: tl.constexpr, NORM: tl.constexpr, DIRECTIONS: tl.constexpr,
     ROWS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Skip and scan of a few tokens, in pieces of the row, and the row's mean and 1 / deviation."""
@@ -63,8 +63,10 @@ def _mix(
     for c in tl.static_range(PIECES):
         mask = present[:, None] & (columns < E - c * C)[None, :]
         value = tl.load(p_y + c * C, mask=mask, other=0.0).to(tl.float32)
-        value += tl.load(p_y + c * C + direction, mask=mask, other=0.0).to(tl.float32)
-        value = 0.5 * value + tl.load(p_skip + c * C, mask=mask, other=0.0).to(tl.float32)
+        if DIRECTIONS == 2:
+            value += tl.load(p_y + c * C + direction, mask=mask, other=0.0).to(tl.float32)
+            value *= 0.5
+        value += tl.load(p_skip + c * C, mask=mask, other=0.0).to(tl.float32)
         mixed = mixed + (value,)
         total += value
     mean = tl.zeros((ROWS,), tl.float32)
@@ -86,7 +88,7 @@ def _expand_gate_kernel(
     skip, z, y, norm_weight, norm_bias, out,
     eps: tl.constexpr, M, L, S, direction, skip_batch, z_batch, n1, n2, m0, m1, m2, s0, s1, s2,
     E: tl.constexpr, skip_token: tl.constexpr, z_token: tl.constexpr,
-    NORM: tl.constexpr, FAST: tl.constexpr,
+    NORM: tl.constexpr, FAST: tl.constexpr, DIRECTIONS: tl.constexpr,
     ROWS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -102,7 +104,7 @@ def _expand_gate_kernel(
         mask = present[:, None] & (columns < E - c * C)[None, :]
         gates = gates + (tl.load(p_z + c * C, mask=mask, other=0.0),)
     mixed, mean, scale = _mix(
-        p_skip, p_y, direction, present, columns, eps, E, NORM, ROWS, C, PIECES
+        p_skip, p_y, direction, present, columns, eps, E, NORM, DIRECTIONS, ROWS, C, PIECES
     )
     for c in tl.static_range(PIECES):
         in_row = (columns < E - c * C)[None, :]
@@ -123,7 +125,7 @@ def _expand_gate_backward_kernel(
     eps: tl.constexpr, M, L, S, direction, skip_batch, z_batch,
     n1, n2, m0, m1, m2, s0, s1, s2, programs,
     E: tl.constexpr, skip_token: tl.constexpr, z_token: tl.constexpr,
-    NORM: tl.constexpr, FAST: tl.constexpr,
+    NORM: tl.constexpr, FAST: tl.constexpr, DIRECTIONS: tl.constexpr,
     ROWS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr,
     RUN: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +152,7 @@ def _expand_gate_backward_kernel(
             o_out = ((batch * L + token) * E)[:, None] + columns[None, :]
             o_y = (place.to(tl.int64) * E)[:, None] + columns[None, :]
             mixed, mean, scale = _mix(
-                p_skip, p_y, direction, present, columns, eps, E, NORM, ROWS, C, PIECES
+                p_skip, p_y, direction, present, columns, eps, E, NORM, DIRECTIONS, ROWS, C, PIECES
             )
             along = tl.zeros((ROWS, C), tl.float32)
             total = tl.zeros((ROWS, C), tl.float32)
@@ -199,12 +201,12 @@ def _expand_gate_backward_kernel(
                 if POOLED:
                     after = after + (sum_y[c] + gradient,)
                 else:
-                    tl.store(dy + o_y + c * C, 0.5 * gradient, mask=mask)
+                    tl.store(dy + o_y + c * C, gradient / DIRECTIONS, mask=mask)
             if POOLED:
                 sum_y = after
         for c in tl.static_range(PIECES if POOLED else 0):
             p_dy = dy + (run + tl.zeros((C,), tl.int64)) * E + c * C + columns
-            tl.store(p_dy, 0.5 * tl.sum(sum_y[c], axis=0), mask=columns < E - c * C)
+            tl.store(p_dy, tl.sum(sum_y[c], axis=0) / DIRECTIONS, mask=columns < E - c * C)
     if NORM:
         p_sums = sums + tl.program_id(0) * 2 * E + columns
         for c in tl.static_range(PIECES):
@@ -298,7 +300,7 @@ def _plan(skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, ep
     C, pieces = row_pieces(int(skip.shape[2]), PIECE)
     rows = max(1, PER_THREAD * WARPS * 32 // C)
     grid = (triton.cdiv(skip.shape[0] * skip.shape[1], rows),)
-    numbers = (*_sizes(skip, z, y, segments, eps), *_constants(skip, z, norm), rows, C, pieces)
+    numbers = (*_sizes(skip, z, y, segments, eps), *_constants(skip, z, y, norm), rows, C, pieces)
     return Launch(_expand_gate_kernel, skip.device, grid, numbers, num_warps=WARPS)
 
 
@@ -314,7 +316,7 @@ def _plan_backward(
     run = int(segments.sizes[-1]) if pooled else rows
     programs = min(PROGRAMS, triton.cdiv(skip.shape[0] * skip.shape[1], run))
     numbers = (
-        *_sizes(skip, z, y, segments, eps), programs, *_constants(skip, z, norm),
+        *_sizes(skip, z, y, segments, eps), programs, *_constants(skip, z, y, norm),
         rows, C, pieces, run, pooled,
     )  # fmt: skip
     kernel = _expand_gate_backward_kernel
@@ -332,10 +334,10 @@ def _sizes(
     )  # fmt: skip
 
 
-def _constants(skip: Tensor, z: Tensor, norm: bool) -> tuple[int | bool, ...]:
-    """The kernels' numbers from E to FAST."""
+def _constants(skip: Tensor, z: Tensor, y: Tensor, norm: bool) -> tuple[int | bool, ...]:
+    """The kernels' numbers from E to DIRECTIONS."""
     fast = skip.dtype != torch.float32 and not INTERPRETED
-    return int(skip.shape[2]), skip.stride(1), z.stride(1), norm, fast
+    return int(skip.shape[2]), skip.stride(1), z.stride(1), norm, fast, int(y.shape[0])
 
 
 def _fake(
@@ -407,7 +409,8 @@ def expand_gate_triton(
     *,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`fastvim.ops.expand_gate` for GPU tensors of at most 32 bits, without a mask."""
+    """`fastvim.ops.expand_gate` for GPU tensors of at most 32 bits, without a mask; y (1, B, S, E)
+    is the mean of both directions."""
     walk = (segments.sizes, segments.strides, segments.pooled)
     out: Tensor = _op(skip, z, y, *walk, norm_weight, norm_bias, eps)
     return out

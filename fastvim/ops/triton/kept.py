@@ -137,17 +137,18 @@ def _sum(
     members: Tensor,
     starts: Tensor,
     scale: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     values = values.contiguous()
     _, B, n, E = values.shape
     S = starts.shape[2] - 1
-    out = torch.empty((2, B, S, int(E)), dtype=values.dtype, device=values.device)
+    out = torch.empty((2, B, S, int(E)), dtype=dtype, device=values.device)
     C, blocks = _blocks(int(E))
     stride = values.stride(0) if values.shape[0] == 2 else 0
     numbers = (scale, B, n, S, stride, int(E), C)
     launch = _launches.get(
         (values, members, starts),
-        ("sum", scale),
+        ("sum", scale, dtype),
         lambda: Launch(_sum_kernel, values.device, (2 * B * S, blocks), numbers, num_warps=1),
     )
     if out.numel():
@@ -156,24 +157,31 @@ def _sum(
 
 
 def _sum_fake(
-    values: Tensor, index: Tensor, members: Tensor, starts: Tensor, scale: float
+    values: Tensor,
+    index: Tensor,
+    members: Tensor,
+    starts: Tensor,
+    scale: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return values.new_empty((2, values.shape[1], starts.shape[2] - 1, values.shape[3]))
+    shape = (2, values.shape[1], starts.shape[2] - 1, values.shape[3])
+    return values.new_empty(shape, dtype=dtype)
 
 
 def _sum_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
-    ctx.scale = inputs[4]
+    ctx.scale, ctx.dtype = inputs[4], inputs[0].dtype
 
 
 def _sum_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
     table = index.flatten(0, 1)  # no permutation: without an inverse, there are no second gradients
-    dvalues = take(dout.flatten(0, 1), table, table, ctx.scale).view(*index.shape, dout.shape[3])
-    return dvalues, None, None, None, None
+    source = dout.to(ctx.dtype).flatten(0, 1)
+    dvalues = take(source, table, table, ctx.scale).view(*index.shape, dout.shape[3])
+    return dvalues, None, None, None, None, None
 
 
-# (values (2 or, of both directions, 1, B, n, E), index, members, starts, scale): sums of segments.
+# (values (2 or, of both directions, 1, B, n, E), index, members, starts, scale, dtype of the sums).
 sum_segments = Op("fastvim::sum_segments_triton", _sum, _sum_fake, _sum_keep, _sum_gradients)
 
 
@@ -208,8 +216,8 @@ def _spread_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _spread_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     index, tokens, starts = ctx.saved_tensors
-    dy = sum_segments(dout[None], index, tokens, starts, 0.5)
-    return dy.to(ctx.dtype), None, None, None, None
+    dy = sum_segments(dout[None], index, tokens, starts, 0.5, ctx.dtype)
+    return dy, None, None, None, None
 
 
 # (y (2, B, S, E), order, index, tokens, starts): the scan of each token, (B, n, E), in float32.
@@ -239,7 +247,8 @@ def conv_pool_kept(
     )  # not rounded before they are summed
     if segments.pools:
         mean = pool_scale / segments.segment_size
-        values = sum_segments(values, kept.index, kept.members, kept.starts, mean).to(x.dtype)
+        tables = (kept.index, kept.members, kept.starts)
+        values = sum_segments(values, *tables, mean, x.dtype)
     return values, take(skip, kept.place, kept.order, 1.0)
 
 
@@ -257,8 +266,7 @@ def expand_gate_kept(
     kept = segments.kept
     assert kept is not None
     scanned = spread(y, kept.order, kept.index, kept.tokens, kept.starts)
-    both = scanned.expand(2, *scanned.shape)  # their mean is what was spread
-    return expand_gate_triton(skip, z, both, _line(skip), norm_weight, norm_bias, eps=eps)
+    return expand_gate_triton(skip, z, scanned[None], _line(skip), norm_weight, norm_bias, eps=eps)
 
 
 def _line(x: Tensor) -> Segments:

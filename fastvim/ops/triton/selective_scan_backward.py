@@ -33,11 +33,11 @@ from fastvim.ops.triton.sums import sum_parts
 
 SPLIT = 4  # lanes that share the states of a channel
 V = 2  # channels of a lane
-STEPS = 4  # K, scanned at a time
+STEPS = 5  # K, scanned at a time
 ROWS = 16  # steps of a program that gives gradients of what the projections take,
 WEIGHT_ROWS = 32  # and of their weights
 SPLIT_ROWS = 32  # of the partial sums of these weights
-SELECT_DEPTH = 64  # channels that it sums at a time; in float32 EXACT_DEPTH
+SELECT_DEPTH = 128  # channels that it sums at a time; in float32 EXACT_DEPTH
 
 
 class _ScanBackward:
@@ -76,7 +76,7 @@ class _ScanBackward:
         self.last = Launch(scan_backward_kernel, u.device, grid, numbers, num_warps=1)
 
         exact = u.dtype == torch.float32
-        precision = "ieee" if exact else "tf32x3"  # products of float32
+        precision = "ieee" if exact else "tf32"  # products of float32
         steps = G // 2 * S
         depth = EXACT_DEPTH if exact else SELECT_DEPTH
         blocks = triton.cdiv(E, depth)
