@@ -122,6 +122,19 @@ def _runs_kernel(
 
 
 @triton.jit
+def _gather(total, rest, value, MAX: tl.constexpr, FAST: tl.constexpr):
+    """A sum or maximum with one value more, and the sum's `rest`, what rounding added to it:
+    without FAST the sum of any length keeps to the last place (Kahan)."""
+    if MAX:
+        return tl.maximum(total, value), rest
+    if FAST:
+        return total + value, rest
+    value -= rest
+    after = total + value
+    return after, (after - total) - value
+
+
+@triton.jit
 def _load_cell(p, token, mask, step, K: tl.constexpr):
     """K tokens that lie `step` elements apart, of R runs."""
     values = ()
@@ -154,8 +167,8 @@ def _channels_kernel(
     forward = ()
     backward = ()
     for _c in tl.static_range(K):
-        forward = forward + (zero,)
-        backward = backward + (zero,)
+        forward = forward + ((zero, zero),)
+        backward = backward + ((zero, zero),)
     before = (row - 1) * m0 + (n1 - 1) * m1 + (K - 3) * m2
     exists = mask & (row > 0)[:, None]
     step: tl.constexpr = m2 * stride_token
@@ -181,20 +194,16 @@ def _channels_kernel(
             there = silu_twice(fb + f0 * x0 + f1 * x1 + f2 * x2 + f3 * x3, FAST)
             back = silu_twice(gb + g3 * x3 + g2 * x4 + g1 * x5 + g0 * x6, FAST)
             tl.store(p_token + c * m2 * E, fd * there + gd * back, mask=mask)
-            if MAX:
-                forward_after = forward_after + (tl.maximum(forward[c], there),)
-                backward_after = backward_after + (tl.maximum(backward[c], back),)
-            else:
-                forward_after = forward_after + (forward[c] + there,)
-                backward_after = backward_after + (backward[c] + back,)
+            forward_after += (_gather(forward[c][0], forward[c][1], there, MAX, FAST),)
+            backward_after += (_gather(backward[c][0], backward[c][1], back, MAX, FAST),)
         forward = forward_after
         backward = backward_after
         previous = (current[K - 3], current[K - 2], current[K - 1])
         current = following
     p_segment = pooled + ((batch * S + row * K) * E)[:, None] + columns[None, :]
     for c in tl.static_range(K):
-        tl.store(p_segment + c * E, forward[c] * scale, mask=mask)
-        tl.store(p_segment + c * E + direction, backward[c] * scale, mask=mask)
+        tl.store(p_segment + c * E, forward[c][0] * scale, mask=mask)
+        tl.store(p_segment + c * E + direction, backward[c][0] * scale, mask=mask)
 
 
 @triton.jit
@@ -221,7 +230,9 @@ def _cells_kernel(
     f0, f1, f2, f3, fb, fd = load_taps(weight, bias, D, columns, E)
     g0, g1, g2, g3, gb, gd = load_taps(weight + E * 4, bias + E, D + E, columns, E)
     forward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
-    backward = tl.full((R, C), float("-inf") if MAX else 0.0, tl.float32)
+    backward = forward
+    forward_rest = forward
+    backward_rest = forward
     for j in range(P):
         position = base + (j // q1) * t0 + (j % q1) * t1
         window = ()
@@ -238,8 +249,8 @@ def _cells_kernel(
         back = silu_twice(behind, FAST)
         token = token_at(position, n1, n2, m0, m1, m2)
         tl.store(p_skip + (token * E)[:, None], fd * there + gd * back, mask=mask)
-        forward = tl.maximum(forward, there) if MAX else forward + there
-        backward = tl.maximum(backward, back) if MAX else backward + back
+        forward, forward_rest = _gather(forward, forward_rest, there, MAX, FAST)
+        backward, backward_rest = _gather(backward, backward_rest, back, MAX, FAST)
     p_segment = pooled + ((batch * S + segment) * E)[:, None] + columns[None, :]
     tl.store(p_segment, forward * scale, mask=mask)
     tl.store(p_segment + direction, backward * scale, mask=mask)

@@ -201,12 +201,12 @@ def _expand_gate_backward_kernel(
                 if POOLED:
                     after = after + (sum_y[c] + gradient,)
                 else:
-                    tl.store(dy + o_y + c * C, gradient / DIRECTIONS, mask=mask)
+                    tl.store(dy + o_y + c * C, gradient * (1.0 / DIRECTIONS), mask=mask)
             if POOLED:
                 sum_y = after
         for c in tl.static_range(PIECES if POOLED else 0):
             p_dy = dy + (run + tl.zeros((C,), tl.int64)) * E + c * C + columns
-            tl.store(p_dy, tl.sum(sum_y[c], axis=0) / DIRECTIONS, mask=columns < E - c * C)
+            tl.store(p_dy, tl.sum(sum_y[c], axis=0) * (1.0 / DIRECTIONS), mask=columns < E - c * C)
     if NORM:
         p_sums = sums + tl.program_id(0) * 2 * E + columns
         for c in tl.static_range(PIECES):

@@ -37,7 +37,13 @@ STEPS = 5  # K, scanned at a time
 ROWS = 16  # steps of a program that gives gradients of what the projections take,
 WEIGHT_ROWS = 32  # and of their weights
 SPLIT_ROWS = 32  # of the partial sums of these weights
-SELECT_DEPTH = 128  # channels that it sums at a time; in float32 EXACT_DEPTH
+# Of products, for each dtype of u: their precision, and the channels summed at a time. TF32 cuts
+# numbers off after 11 bits, as many as float16 has.
+PRODUCTS = {
+    torch.float32: ("ieee", EXACT_DEPTH),
+    torch.float16: ("tf32x3", 64),
+    torch.bfloat16: ("tf32", 128),
+}
 
 
 class _ScanBackward:
@@ -75,10 +81,8 @@ class _ScanBackward:
         grid = (G, self.blocks, chunks)
         self.last = Launch(scan_backward_kernel, u.device, grid, numbers, num_warps=1)
 
-        exact = u.dtype == torch.float32
-        precision = "ieee" if exact else "tf32"  # products of float32
+        precision, depth = PRODUCTS[u.dtype]
         steps = G // 2 * S
-        depth = EXACT_DEPTH if exact else SELECT_DEPTH
         blocks = triton.cdiv(E, depth)
         programs = triton.cdiv(steps, ROWS)
         parts = min(blocks, triton.cdiv(SPREAD, 2 * programs))
