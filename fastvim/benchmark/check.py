@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from fastvim.benchmark.cases import Precision, Settings, Size, channels_of, random_images
 from fastvim.benchmark.training import TrainingStep
 from fastvim.inference import Predictor
+from fastvim.layers.embed import ChannelPatchEmbed, PatchEmbed
 from fastvim.ops import use_engine
 
 # The definitions take a step per token for Vim, and in training keep the state of each: the
-# comparison with them is made on a small batch of images of at most so many pixels a side.
+# comparison with them is made on a small batch of square images of at most so many tokens.
 IMAGES = 2
-MOST_PIXELS = {False: 512, True: 224}
+MOST_TOKENS = {False: 1024, True: 196}
 PART = 16  # images at a time in the eager run beside a captured one
 _EXACT = Precision(torch.float32, None, 0.0)
 
@@ -36,9 +37,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error / scale if math.isfinite(error) and 0 < scale < math.inf else math.inf
 
 
-def checked_size(size: Size, train: bool) -> Size:
-    """The size of image at which the engines are compared with the definitions."""
-    most = MOST_PIXELS[train]
+def checked_size(model: nn.Module, size: Size, train: bool) -> Size:
+    """The size of image at which the engines of a model are compared with the definitions."""
+    patches = model.patch_embed
+    assert isinstance(patches, PatchEmbed)
+    tokens = patches.known_chans if isinstance(patches, ChannelPatchEmbed) else 1  # of a cell
+    most = math.isqrt(MOST_TOKENS[train] // tokens) * patches.stride
     return min(size[0], most), min(size[1], most)
 
 
@@ -50,7 +54,7 @@ def engine_error(model: nn.Module, size: Size, settings: Settings) -> float:
         size: of the images, cut to what the definitions can take.
         settings: with `train`, logits and gradients are compared; else the logits.
     """
-    shape = (IMAGES, channels_of(model), *checked_size(size, settings.train))
+    shape = (IMAGES, channels_of(model), *checked_size(model, size, settings.train))
     images = random_images(shape, settings)
     exact = copy.deepcopy(model).float()
     if settings.train:

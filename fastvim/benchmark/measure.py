@@ -99,7 +99,7 @@ class Bench:
         if settings.check:
             row.bound = settings.precision.bound
             if row.ours:
-                row.checked_size = check.checked_size(row.size, settings.train)
+                row.checked_size = check.checked_size(model, row.size, settings.train)
                 error = self._engine_error(row, model)
                 row.engine_error = _finite(error)
                 self._require(error, "the definitions")
@@ -156,7 +156,7 @@ class Bench:
         row.images_per_second = row.batch / timing.median
 
     def _engine_error(self, row: Row, model: nn.Module) -> float:
-        size = check.checked_size(row.size, self.settings.train)
+        size = check.checked_size(model, row.size, self.settings.train)
         key = (row.model, size)
         if key not in self._engine_errors:
             self._engine_errors[key] = check.engine_error(model, size, self.settings)

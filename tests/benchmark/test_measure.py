@@ -13,6 +13,7 @@ from tiny_models import CONV, OURS, VIM, WRONG
 from fastvim.benchmark import Bench, Case, Settings, check, check_names, measure, parse_size, timing
 from fastvim.benchmark.cases import PRECISIONS, create, random_images
 from fastvim.errors import UserError
+from fastvim.models import FastChannelVim, FastVim
 
 CPU = torch.device("cpu")
 QUICK = {"device": CPU, "warmup": 1, "repeats": 2}
@@ -124,8 +125,12 @@ def test_a_wrong_engine_is_found_and_not_timed():
 
 
 def test_large_images_are_checked_at_a_smaller_size():
-    assert check.checked_size((2048, 300), train=False) == (512, 300)
-    assert check.checked_size((2048, 300), train=True) == (224, 224)
+    model = FastVim(patch_size=16, embed_dim=16, depth=1)
+    assert check.checked_size(model, (2048, 300), train=False) == (512, 300)
+    assert check.checked_size(model, (2048, 300), train=True) == (224, 224)
+    model = FastChannelVim(patch_size=8, in_chans=8, embed_dim=16, depth=1)
+    assert check.checked_size(model, (2048, 60), train=False) == (88, 60)  # 11 x 11 cells of 8
+    assert check.checked_size(model, (2048, 60), train=True) == (32, 32)
 
 
 def test_the_definitions_are_asked_once(monkeypatch):
