@@ -1,89 +1,39 @@
-"""Masked autoencoders: what is masked, what the encoder sees, what is compared, and transfer."""
+"""Masked autoencoders: what is masked, what the encoder sees, what is compared."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from tiny_masked import (
+    DIM,
+    KINDS,
+    PATCH,
+    PUBLISHED,
+    all_kept,
+    classifier,
+    create,
+    every_kind,
+    image,
+    scramble,
+    some_kept,
+)
+from torch import Tensor
 
 from fastvim import UserError, use_engine
 from fastvim.layers import sincos_grid
 from fastvim.models import (
     FastVim,
-    MaskedAutoencoder,
     checkpoint_filter_fn,
-    create_model,
-    from_published,
-    to_published,
 )
 
 few = settings(max_examples=20, deadline=None, derandomize=True)
 
-PATCH, DIM, DEPTH = 4, 16, 3
-KINDS = {
-    "fastvim": {},
-    "max": {"pooling": "max"},
-    "fixed": {"alternate": False},
-    "vim": {"pooling": "none", "class_token": True},
-    "plain vim": {"pooling": "none"},
-}
-PUBLISHED = ("fastvim", "vim")
 # Directions of the mixer that the tensors are stacked by.
 STACKED = ("conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A_log", "D")
-
-every_kind = pytest.mark.parametrize("kind", KINDS)
 grids = st.tuples(st.integers(1, 5), st.integers(1, 5))
 seeds = st.integers(0, 1000)
-
-
-def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
-    """No two weights alike, in float64; fixed positions too, so that none can be mixed up."""
-    generator = torch.Generator().manual_seed(seed)
-    model.double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def create(kind: str = "fastvim", grid: tuple[int, int] = (4, 4), **options) -> MaskedAutoencoder:
-    return MaskedAutoencoder(
-        **{
-            "img_size": (grid[0] * PATCH, grid[1] * PATCH),
-            "patch_size": PATCH,
-            "embed_dim": DIM,
-            "depth": DEPTH,
-            "decoder_embed_dim": 12,
-            "decoder_depth": 2,
-            **KINDS[kind],
-            **options,
-        },
-    )
-
-
-def classifier(kind: str = "fastvim", grid: tuple[int, int] = (4, 4), **options) -> FastVim:
-    return FastVim(
-        img_size=(grid[0] * PATCH, grid[1] * PATCH),
-        **{"patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, **KINDS[kind], **options},
-    )
-
-
-def image(grid: tuple[int, int] = (4, 4), seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (2, 3, grid[0] * PATCH, grid[1] * PATCH)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def some_kept(grid: tuple[int, int], count: int, seed: int) -> Tensor:
-    noise = torch.rand(2, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
-    return noise.argsort(dim=1)[:, :count].sort(dim=1).values
-
-
-def all_kept(grid: tuple[int, int]) -> Tensor:
-    return torch.arange(grid[0] * grid[1]).expand(2, -1)
 
 
 # The encoder.
@@ -381,75 +331,7 @@ def test_another_size_is_the_model_of_that_size(kind):
                     torch.testing.assert_close(actual, expected)
 
 
-# Weights.
-
-
-@pytest.mark.parametrize("kind", PUBLISHED)
-@pytest.mark.parametrize("options", [{}, {"pool_scale": 0.25}])
-def test_the_encoder_goes_into_a_classifier(kind, options):
-    model = scramble(create(kind))
-    if kind == "vim":
-        options = {**options, "global_pool": "token"}
-    bare = classifier(kind, num_classes=0, **options).double().eval()
-    bare.load_state_dict(model.encoder_state_dict())
-    own = dict(model.encoder.named_parameters())
-    for name, tensor in model.encoder_state_dict().items():
-        assert tensor.data_ptr() == own[name].data_ptr()  # not a copy
-    whole = classifier(kind, num_classes=5, **options).double().eval()
-    for weights in (model.state_dict(), to_published(model.state_dict())):
-        fitted = checkpoint_filter_fn(weights, whole)
-        head = {name: tensor for name, tensor in whole.state_dict().items() if "head" in name}
-        assert fitted.keys() | head.keys() == whole.state_dict().keys()
-        whole.load_state_dict({**fitted, **head})
-        with torch.no_grad():
-            torch.testing.assert_close(whole(image()), whole.head(bare(image())))
-            if "pool_scale" not in options:
-                latent = model.forward_encoder(image(), all_kept((4, 4)))
-                read_out = latent[:, 8] if kind == "vim" else latent.mean(1)
-                torch.testing.assert_close(bare(image()), read_out)
-
-
-def test_registered_names_fit_each_other():
-    for family in PUBLISHED:
-        with torch.device("meta"):
-            masked = create_model(f"mae_{family}_base_patch16_224")
-            plain = create_model(f"{family}_base_patch16_224", num_classes=0)
-        shapes = {n: t.shape for n, t in masked.encoder_state_dict().items()}
-        assert shapes == {n: t.shape for n, t in plain.state_dict().items()}
-
-
-def test_a_larger_classifier_gets_resized_positions():
-    model, large = create("vim"), classifier("vim", (6, 6), num_classes=0, global_pool="token")
-    large.load_state_dict(checkpoint_filter_fn(model.state_dict(), large))
-    grid = model.encoder._cell_positions((4, 4)).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
-    resized = F.interpolate(grid, (6, 6), mode="bicubic", align_corners=False)
-    position = large.pos_embed
-    cells = torch.cat([position[:, :18], position[:, 19:]], dim=1)
-    torch.testing.assert_close(cells.mT.unflatten(2, (6, 6)), resized)
-    assert not position[:, 18].any()
-
-
-@pytest.mark.parametrize("kind", PUBLISHED)
-def test_published_names(kind):
-    """Those of section 9 of the models' description; the class token's position comes first."""
-    state = scramble(create(kind)).state_dict()
-    published = to_published(state)
-    assert not [n for n in published if n.startswith(("encoder.", "blocks.", "norm."))]
-    decoder = {"embed", "pos_embed", "blocks", "norm", "pred"}
-    assert {
-        n.split(".")[0].removeprefix("decoder_") for n in published if "decoder" in n
-    } == decoder
-    if kind == "vim":
-        for name, ours, place in (
-            ("pos_embed", "encoder.pos_embed", 8),
-            ("decoder_pos_embed", "decoder_pos_embed", 16),
-        ):
-            vectors = list(state[ours][0])
-            vectors.insert(0, vectors.pop(place))
-            assert torch.equal(published[name][0], torch.stack(vectors))
-    back = from_published(published)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+# Initial values.
 
 
 @every_kind

@@ -1,15 +1,16 @@
-"""Sliding windows: where they lie, and that each pixel is the mean of those that hold it."""
+"""Windows, and versions of an image: each pixel is the mean of those that hold it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvim import UserError
-from fastvim.models.sliding import sliding_window
+from fastvim.models.sliding import averaged, sliding_window
 
 sides = st.integers(1, 40)
 
@@ -83,3 +84,48 @@ def test_the_published_windows():
 def test_a_stride_that_leaves_gaps(stride):
     with pytest.raises(UserError, match="at most the window 6"):
         sliding_window(linear, torch.randn(1, 1, 8, 8), 6, stride)
+
+
+# Several versions of an image.
+
+
+def lopsided(image: Tensor) -> Tensor:
+    """Logits of each pixel that differ for the mirror image."""
+    ramp = torch.linspace(-1, 1, image.shape[-1]).expand_as(image[:, :1])
+    return torch.cat([image, ramp, image * ramp], dim=1)
+
+
+def resized(x: Tensor, *size: int) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def test_one_version_is_the_prediction_itself():
+    image = torch.randn(2, 1, 7, 9)
+    expected = resized(lopsided(image), 14, 12).log_softmax(dim=1)
+    torch.testing.assert_close(averaged(lopsided, image, (14, 12)), expected)
+
+
+def test_the_mean_is_of_probabilities():
+    image = torch.randn(1, 1, 8, 6) * 5
+    result = averaged(lopsided, image, (8, 6), scales=(0.5, 1.0, 1.25), flip=True)
+    total = torch.zeros(1, 3, 8, 6)
+    for height, width in ((4, 3), (8, 6), (10, 8)):  # 7.5 pixels become 8
+        version = resized(image, height, width)
+        for logits in (lopsided(version), lopsided(version.flip(-1)).flip(-1)):
+            total += resized(logits, 8, 6).softmax(dim=1)
+    torch.testing.assert_close(result.exp(), total / 6)
+
+
+def test_with_flip_a_mirror_image_gives_the_mirror_image():
+    image = torch.randn(1, 1, 6, 8)
+    one, other = (averaged(lopsided, x, (6, 8), flip=True) for x in (image, image.flip(-1)))
+    torch.testing.assert_close(one, other.flip(-1))
+    assert not torch.allclose(lopsided(image), lopsided(image.flip(-1)).flip(-1))
+
+
+def test_certain_predictions_keep_their_logarithms():
+    """A probability too small for float32 is a loss of its size, not an infinite one."""
+    image = torch.full((1, 1, 4, 4), 500.0)
+    result = averaged(lopsided, image, (4, 4), scales=(1.0, 2.0))
+    assert result.isfinite().all()
+    assert result.min() < -400
