@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvim.ops.triton.common import INTERPRETED
 
 ALIGNMENT = 16  # bytes; Triton compiles apart for pointers that are multiples of it
+MOST_KINDS = 4096  # of input that an op keeps launches for
 _T = TypeVar("_T")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -102,6 +103,8 @@ class Launches(Generic[_T]):
         )
         launch = self._known.get(key)
         if launch is None:
+            if len(self._known) >= MOST_KINDS:  # images of ever other sizes
+                self.clear()
             launch = self._known[key] = plan()
         return launch
 
