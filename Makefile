@@ -4,12 +4,14 @@ BIN := .venv/bin
 # Idle OpenMP threads that spin would take the cores from the workers that load images.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install test lint quickstart mae channels clean
+.PHONY: help install test lint quickstart mae channels cells nuclei clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a small FastVim on handwritten digits"
 	@echo "make mae          pre-train one without labels, then show what that is worth with few labels"
 	@echo "make channels     classify land cover from fewer and fewer bands of a satellite image"
+	@echo "make cells        find the nuclei of cells in a microscope's images"
+	@echo "make nuclei       find them one by one, each with a box and a mask"
 	@echo "make test         install what the tests need and run them all"
 	@echo "make lint         formatting, lint, types and the import contract"
 	@echo "make install      the environment alone: everything, editable, in .venv"
@@ -60,6 +62,24 @@ channels: install
 	    --trainer.default_root_dir runs/landsat_all
 	$(BIN)/fastvim channels runs/landsat/model.safetensors runs/landsat_all/model.safetensors \
 	    --names "sampled channels" "all channels" --root sample:landsat --out runs/landsat
+
+# Every pixel of HeLa cells, background or nucleus; what a threshold makes of them, for comparison.
+SEMANTIC := --config recipes/hela/semantic.yaml
+cells: install
+	$(BIN)/fastvim fit $(SEMANTIC)
+	$(BIN)/fastvim test $(SEMANTIC) --ckpt_path last
+	$(BIN)/python benchmarks/hela_baselines.py
+	$(BIN)/fastvim segment runs/hela/semantic/model.safetensors --out runs/hela/semantic/segments \
+	    "$$($(BIN)/python -c 'from fastvim.data.samples import fetch; print(fetch("hela"))')"/images/validation/19-*.png
+
+# Each nucleus with a box and a mask; what the pieces above a threshold are worth, for comparison.
+INSTANCES := --config recipes/hela/instances.yaml
+nuclei: install
+	$(BIN)/fastvim fit $(INSTANCES)
+	$(BIN)/fastvim test $(INSTANCES) --ckpt_path last
+	$(BIN)/python benchmarks/hela_instances.py
+	$(BIN)/fastvim detect runs/hela/instances/model.safetensors --out runs/hela/instances/detections \
+	    "$$($(BIN)/python -c 'from fastvim.data.samples import fetch; print(fetch("hela"))')"/images/validation/19-*.png
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -6,15 +6,19 @@ Files are read with `weights_only=True` alone: nothing in them is executed.
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
+import logging
 import os
 import pickle
+import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,14 +27,19 @@ from torch import Tensor, nn
 from fastvim.errors import UserError
 from fastvim.models import (
     FastVim,
+    FeatureMaps,
     MaskedAutoencoder,
     checkpoint_filter_fn,
     create_model,
     from_published,
     to_published,
 )
+from fastvim.models.cascade import build_detector
 from fastvim.models.options import find_options, is_ours, model_of
 from fastvim.models.published import is_channel, is_published, square_side, transpose_position
+from fastvim.models.upernet import UPerNet
+
+_logger = logging.getLogger(__name__)
 
 METADATA_KEY = "fastvim"
 _PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.")
@@ -46,8 +55,27 @@ _DAMAGE = (
     AssertionError,
     struct.error,
 )
+_ARRAY = np.empty(0).__reduce__()[0]  # numpy's function that makes an array of a pickle
 _PICKLED = (".ckpt", ".pth", ".pt")
 _HEAD = ("head.weight", "head.bias")
+_MAP_NORMS = "norms."  # of a dense model's feature maps
+_FIRST_BLOCK = re.compile(r"(.*\.)layers\.0\.mixer\.")
+
+
+class _History:
+    """Stands in for mmengine's record of a loss, which is read and left aside."""
+
+
+# What stands beside the weights: the original Vim's arguments, mmengine's losses. Plain values.
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    (_History, "mmengine.logging.history_buffer.HistoryBuffer"),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64")),
+    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (codecs.encode, "_codecs.encode"),
+]
 
 
 @dataclass
@@ -72,7 +100,8 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Checkpoint:
 
     Args:
         path: `.safetensors`, a training checkpoint of this library, a published FastVim file, or a
-            file of the original Vim release.
+            file of the original Vim release. Of a published segmentor or detector the backbone is
+            taken; a warning names the rest.
         ema: False for the weights that are not averaged.
 
     Raises:
@@ -92,13 +121,16 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Checkpoint:
     state, weights = _select(content, ema)
     if not state:
         raise UserError(f"{path} holds no weights: expected a state dict")
+    state, left_out = _backbone_alone(state)
+    if left_out:
+        parts = ", ".join(left_out)
+        _logger.warning("%s: the backbone's weights alone are taken, not %s", path, parts)
     return Checkpoint(path, state, weights, content.get(METADATA_KEY, {}))
 
 
 def _torch_load(path: Path) -> dict[str, Any]:
     try:
-        # The original Vim release keeps its argparse.Namespace beside the weights: plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -141,6 +173,17 @@ def _strip(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors
+
+
+def _backbone_alone(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A published backbone without what stands beside it, such as heads, and names of that."""
+    prefixes = {match[1] for name in state if (match := _FIRST_BLOCK.match(name))}
+    if len(prefixes) != 1:
+        return state, []
+    prefix = prefixes.pop()
+    inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    beside = {name.partition(".")[0] for name in state if not name.startswith(prefix)}
+    return inside, sorted(beside)
 
 
 def load_weights(
@@ -241,8 +284,9 @@ def convert(
         ema: take the averaged weights where the file has them.
         model: timm name to write into our file; None finds the one of these sizes.
         model_args: options that leave no trace in published weights (`scan_path`, `pooling`,
-            `alternate`, `pool_scale`; of channel models `token_order` and `pooled_axes`), and
-            `img_size` where it was not 224.
+            `alternate`, `pool_scale`; of channel models `token_order` and `pooled_axes`; of dense
+            models `out_indices`, by default spread evenly over the blocks), and `img_size` where it
+            was not 224.
 
     Returns:
         The metadata of our file: which weights they are, the model, its options as found.
@@ -255,6 +299,9 @@ def convert(
         raise UserError(f"{target}: expected a name in .safetensors (ours) or .ckpt (published)")
     state, metadata = understand(read(source, ema=ema), model_args)
     metadata["model"] = model or metadata["model"]
+    for head in {"segmentation", "detection"} & metadata.keys():
+        if target.suffix in _PICKLED:
+            raise UserError(f"{source} holds a {head} model: it has no published names")
     if target.suffix == ".safetensors":
         save(target, state, metadata)
         return metadata
@@ -280,14 +327,21 @@ def understand(
     Args:
         checkpoint: of one of our models, in our names or published ones.
         model_args: what the weights cannot tell (see `convert`); it wins over what they tell.
+
+    Raises:
+        UserError: other weights than those, or options that contradict them.
     """
     state, metadata, given = checkpoint.state, checkpoint.metadata, dict(model_args or {})
+    indices = given.pop("out_indices", None)
     if "model" in metadata:
         options = {**metadata["model_args"], **given}
-        return state, {**metadata, "weights": checkpoint.weights, "model_args": options}
+        features = {} if indices is None else _features(state, indices)
+        found = {"weights": checkpoint.weights, "model_args": options, **features}
+        return state, {**metadata, **found}
     published = is_published(state)
     if published:
         state = from_published(state)
+    features = _features(state, indices)
     options = {**find_options(state, given.get("img_size")), **given}
     model = model_of(options, is_channel(state))
     with torch.device("meta"):
@@ -300,7 +354,20 @@ def understand(
         "model": model,
         "model_args": options,
         "weights": checkpoint.weights,
+        **features,
     }
+
+
+def _features(state: Mapping[str, Tensor], given: Sequence[int] | None) -> dict[str, Any]:
+    """`features` of the metadata: which maps a dense model takes; empty for another model."""
+    count = len({name.split(".")[1] for name in state if name.startswith(_MAP_NORMS)})
+    if given is not None and len(given) != count:
+        raise UserError(f"out_indices {list(given)}: the weights are for {count} maps")
+    if not count:
+        return {}
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    evenly = [(i + 1) * depth // count - 1 for i in range(count)]
+    return {"features": {"out_indices": list(given or evenly), "source": "mixer"}}
 
 
 def load_model(
@@ -311,6 +378,9 @@ def load_model(
     **model_args: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A model with a file's weights, built as the file says, and the file's metadata.
+
+    A file of the segmentation task gives the whole `UPerNet`, one of the detection task the whole
+    `CascadeMaskRCNN`, one of a published segmentor's or detector's backbone `FeatureMaps`.
 
     Args:
         name: timm name; None for the one that the file names.
@@ -330,14 +400,32 @@ def load_model(
     if name is not None and written not in (None, name):
         raise UserError(f"{path} holds weights of {written}, not of {name}")
     if "model" in checkpoint.metadata or is_published(state) or is_ours(state):
-        metadata = understand(checkpoint, model_args)[1]
+        ours, metadata = understand(checkpoint, model_args)
     elif name is not None:
         metadata = {"model": name, "model_args": model_args}
     else:
         raise UserError(f"{path} does not say which model it is of: expected its name as well")
-    model = create_model(name or metadata["model"], **{**metadata["model_args"], **model_args})
+    model = create_model(name or metadata["model"], **metadata["model_args"])
+    if head := metadata.get("segmentation"):
+        model = _segmenter(model, head)
+    elif head := metadata.get("detection"):
+        assert isinstance(model, FastVim)
+        model = build_detector(model, **head)
+    elif features := metadata.get("features"):
+        assert isinstance(model, FastVim)
+        model = FeatureMaps(model, **features)
+        named = {n if n.startswith(_MAP_NORMS) else f"backbone.{n}": t for n, t in ours.items()}
+        checkpoint = replace(checkpoint, state=named)
     load_state(model, checkpoint)
     return model, metadata
+
+
+def _segmenter(backbone: nn.Module, head: Mapping[str, Any]) -> UPerNet:
+    """UPerNet as the metadata of a file tell of its head."""
+    assert isinstance(backbone, FastVim)
+    maps = FeatureMaps(backbone, head["out_indices"], head["source"])
+    sizes = {name: head[name] for name in ("num_classes", "channels", "aux_channels")}
+    return UPerNet(maps, **sizes)
 
 
 def _first_line(error: BaseException) -> str:

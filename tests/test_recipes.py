@@ -17,6 +17,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 IMAGENET = [file for file in RECIPES if file.parent.name == "imagenet"]
 PRETRAINING = [file for file in RECIPES if file.stem.startswith("pretrain_")]
 SEGMENTATION = [file for file in RECIPES if file.parent.name == "ade20k"]
+DETECTION = [file for file in RECIPES if file.parent.name == "coco"]
 CELLS = [file for file in RECIPES if file.parent.name == "jumpcp"]
 FINETUNING = [file for file in RECIPES if file.stem.startswith("finetune_")]
 
@@ -57,6 +58,8 @@ def test_there_are_recipes():
         "channelvim_small_patch16",
         "channelvim_small_patch8",
         "landsat",
+        "semantic",
+        "instances",
     }
 
 
@@ -213,3 +216,30 @@ def test_segmentation_recipes_are_the_published_one(recipe):
 
 def test_there_are_segmentation_recipes():
     assert {f.stem for f in SEGMENTATION} == {"fastvim_tiny", "fastvim_small", "fastvim_base"}
+
+
+@pytest.mark.parametrize("recipe", DETECTION, ids=lambda file: file.stem)
+def test_detection_recipes_are_the_published_one(recipe):
+    cli = build(recipe)
+    task, data, trainer = cli.model, cli.config.data.init_args, cli.trainer
+    assert global_batch(cli) == 64
+    assert (task.lr, task.lr_batch, task.betas) == (1e-4, 64, (0.9, 0.999))
+    assert (task.warmup_lr, task.warmup_steps) == (1e-7, 250)
+    assert (task.weight_decay, task.layer_decay, task.blocks_per_decay) == (0.05, 0.7, 1)
+    assert trainer.max_steps == 184_375
+    assert [round(drop * trainer.max_steps) for drop in task.drops] == [163_889, 177_546]
+    assert trainer.gradient_clip_val == 35
+    assert task.model_args == {"img_size": 1024, "norm": "layer", "drop_path_rate": 0.4}
+    assert (data.img_size, data.scale, data.hflip) == (1024, (0.1, 2.0), 0.5)
+    assert task.source == "mixer"
+    task.num_classes = 80
+    with torch.device("meta"):
+        task.configure_model()
+    model = task.model
+    assert (model.transform.least, model.heads.stages[0].detections_per_img) == (1024, 100)
+    assert model.backbone.out_indices == [23]
+
+
+def test_there_are_detection_recipes():
+    names = {"fastvim_tiny", "fastvim_small", "fastvim_base", "vim_small"}
+    assert {file.stem for file in DETECTION} == names

@@ -40,6 +40,18 @@ def _reconstruct() -> Run:
     return run
 
 
+def _segment() -> Run:
+    from fastvim.cli.segment import run
+
+    return run
+
+
+def _detect() -> Run:
+    from fastvim.cli.detect import run
+
+    return run
+
+
 def _convert() -> Run:
     from fastvim.cli.convert import run
 
@@ -77,8 +89,10 @@ COMMANDS = {
     "test": Command("evaluate a checkpoint on the test images", _train),
     "predict": Command("classify image files and folders", _predict),
     "reconstruct": Command("draw what a masked autoencoder makes of images", _reconstruct),
+    "segment": Command("draw the class of every pixel of image files", _segment),
+    "detect": Command("draw boxes and masks of the objects in image files", _detect),
     "channels": Command("evaluate channel models on subsets of the channels", _channels),
-    "data": Command("compute the mean and deviation of each channel of images", _data),
+    "data": Command("check a recipe's images; mean and deviation of their channels", _data),
     "convert": Command("turn published weights into a safetensors file", _convert),
     "benchmark": Command("time models, each checked for correctness first", _benchmark),
     "models": Command("list the models and the engines that compute them", _models),

@@ -9,12 +9,15 @@ from fastvim.cli.arguments import Parser
 
 LICENCE = "The published FastVim weights are CC-BY-NC-SA: not for commercial use, converted or not."
 
+MAPS = "whose maps a segmentor or detector takes (default: evenly spread)"
+
 
 def _parser() -> Parser:
     parser = Parser(
         prog="fastvim convert",
         description="Translate published FastVim or Vim weights to one safetensors file of this "
-        "library, or such a file back to published names. " + LICENCE,
+        "library, or such a file back to published names. Of a segmentor or detector the backbone "
+        "is taken. " + LICENCE,
     )
     parser.add_argument("source", metavar="IN", help="published .ckpt or .pth, or .safetensors")
     parser.add_argument("target", metavar="OUT", help=".safetensors (ours) or .ckpt (published)")
@@ -27,6 +30,7 @@ def _parser() -> Parser:
     untold.add_argument("--scan-path", choices=("row", "column"))
     untold.add_argument("--pooling", choices=("mean", "max", "none"))
     untold.add_argument("--pool-scale", type=float, metavar="FACTOR")
+    untold.add_argument("--out-indices", type=int, nargs="+", metavar="BLOCK", help=MAPS)
     untold.add_argument("--no-alternate", dest="alternate", action="store_false", default=None)
     return parser
 
@@ -41,6 +45,6 @@ def run(argv: list[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     kind = {"EMA": "EMA weights", "raw": "weights without averaging"}
     console.print(f"{source}: {kind.get(found['weights'], 'weights')} of [bold]{found['model']}[/]")
-    for option, value in found["model_args"].items():
+    for option, value in {**found["model_args"], **found.get("features", {})}.items():
         console.print(f"  {option:<17} {value}")
     console.print(f"written to {target}")

@@ -1,4 +1,8 @@
-"""`fastvim data stats TABLE`: mean and standard deviation of each channel of a set of images."""
+"""`fastvim data`: facts about a set of images.
+
+`stats TABLE` computes the mean and standard deviation of each channel, `check --config RECIPE`
+counts what is wrong (`fastvim.cli.check`).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fastvim.cli import check
 from fastvim.cli.arguments import Parser
 from fastvim.data.arrays import read_array
 from fastvim.data.remote import UnreadableFileError, is_url, join
@@ -60,6 +65,8 @@ class Moments(NamedTuple):
 def _parser() -> Parser:
     parser = Parser(prog="fastvim data", description="Facts about a set of images.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    help = "what is wrong with a recipe's images"
+    check.add_arguments(commands.add_parser("check", help=help, description=check.DESCRIPTION))
     stats = commands.add_parser(
         "stats", help="mean and standard deviation of each channel", description=DESCRIPTION
     )
@@ -82,8 +89,19 @@ def _parser() -> Parser:
 
 
 def run(argv: list[str]) -> None:
-    """Run the command; see `fastvim data stats --help`."""
-    arguments = _parser().parse_args(argv)
+    """Run the command; see `fastvim data --help`."""
+    parser = _parser()
+    arguments, others = parser.parse_known_args(argv)
+    if arguments.command == "check":
+        check.check(arguments, others)
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    else:
+        _stats(arguments)
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    """`fastvim data stats`."""
     for name, least in {"images": 1, "workers": 1, "attempts": 1, "split_seed": 0}.items():
         value = getattr(arguments, name)
         if value is not None and value < least:

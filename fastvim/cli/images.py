@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from timm.data import get_img_extensions, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
 
 from fastvim.data.arrays import read_array
 from fastvim.data.files import UNREADABLE
@@ -40,6 +41,20 @@ def pictures(transform: Transform) -> Read:
             return transform(image)
 
     return read
+
+
+def upright(transform: Transform) -> Transform:
+    """After turning a photograph as its camera noted: a picture is for looking at."""
+
+    def turned(image: Image.Image) -> Tensor:
+        return transform(ImageOps.exif_transpose(image))
+
+    return turned
+
+
+def rgb_pixels(image: Image.Image) -> Tensor:
+    """uint8 (3, H, W)."""
+    return TF.pil_to_tensor(image.convert("RGB"))
 
 
 def arrays(transform: Callable[[Tensor], Tensor]) -> Read:
@@ -100,6 +115,16 @@ def read_batches(
                 failures.append(Failure(path, f"damaged: {error}"))
         if files:
             yield files, torch.stack(images)
+
+
+def free_stem(path: Path, taken: set[str]) -> str:
+    """A name, without ending, for what is written of a file; no other of `taken` has it."""
+    name, number = path.stem, 1
+    while name in taken:
+        number += 1
+        name = f"{path.stem}-{number}"
+    taken.add(name)
+    return name
 
 
 def report_failures(failures: list[Failure], errors: Console, *, read: int) -> None:

@@ -32,6 +32,7 @@ from fastvim.data.arrays import DECODERS
 from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim, MaskedAutoencoder
+from fastvim.models.upernet import UPerNet
 from fastvim.tasks.report import Prediction, draw_predictions
 
 SHEET_IMAGES = 100  # pictures on the contact sheet at most
@@ -69,6 +70,8 @@ def run(argv: list[str]) -> None:
             f"{arguments.checkpoint or arguments.model} is a masked autoencoder, which has no "
             "classes: see fastvim reconstruct"
         )
+    if isinstance(model, UPerNet):
+        raise UserError(f"{arguments.checkpoint} labels pixels: see fastvim segment")
     if arguments.checkpoint is None:
         errors.print("no --checkpoint: the weights are the initial ones, the classes are random")
     settings = image_settings(model, metadata)

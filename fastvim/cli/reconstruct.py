@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from fastvim.checkpoint import load_model
 from fastvim.cli.arguments import Parser, usable_device
 from fastvim.cli.images import (
     find_images,
+    free_stem,
     image_settings,
     pictures,
     read_batches,
     report_failures,
+    upright,
 )
-from fastvim.data.transforms import Transform, evaluation_transform
+from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder
 from fastvim.tasks.reconstruction import draw_reconstruction, reconstruct
@@ -86,7 +86,7 @@ def run(argv: list[str]) -> None:
     lines: list[str] = []
     names: set[str] = set()
     # One by one: an image's mask then depends on the seed alone, not on the files beside it.
-    batches = read_batches(paths, pictures(_upright(evaluation_transform(**settings))), 1, failures)
+    batches = read_batches(paths, pictures(upright(evaluation_transform(**settings))), 1, failures)
     for (path,), images in track(
         batches,
         "reconstructing",
@@ -103,7 +103,7 @@ def run(argv: list[str]) -> None:
             mask_ratio=arguments.mask_ratio,
             seed=arguments.seed,
         )
-        file = arguments.out / _free_name(path, names)
+        file = arguments.out / f"{free_stem(path, names)}_reconstruction.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         draw_reconstruction(result).save(file)
         lines.append(f"{path}: loss {result.loss:.4f}, drawn in {file}")
@@ -111,22 +111,3 @@ def run(argv: list[str]) -> None:
     report_failures(failures, errors, read=len(lines))
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
-
-
-def _upright(transform: Transform) -> Transform:
-    """After turning a photograph as its camera noted: a picture is for looking at."""
-
-    def upright(image: Image.Image) -> Tensor:
-        return transform(ImageOps.exif_transpose(image))
-
-    return upright
-
-
-def _free_name(path: Path, taken: set[str]) -> str:
-    """A name for the picture of a file that no other file of this call has."""
-    stem, number = path.stem, 1
-    while (name := f"{stem}_reconstruction.png") in taken:
-        number += 1
-        stem = f"{path.stem}-{number}"
-    taken.add(name)
-    return name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rich import get_console
+from rich.table import Table
 
 from fastvim.cli.config_errors import explain
 from fastvim.errors import UserError
@@ -42,7 +44,10 @@ TRAINER_DEFAULTS = {
 }
 
 # The arguments of a data module that prediction needs again.
-IMAGE_SETTINGS = ("img_size", "in_chans", "mean", "std", "crop_pct", "interpolation")
+IMAGE_SETTINGS = (
+    *("img_size", "in_chans", "mean", "std"),
+    *("base_size", "eval_size", "crop_pct", "interpolation"),
+)
 
 
 class ProgressBar(RichProgressBar):
@@ -197,6 +202,8 @@ class TrainingCLI(LightningCLI):
             if results:
                 line = "   ".join(describe(*item) for item in results.items())
                 console.print(line, highlight=False, soft_wrap=True)
+            if scores := self.model.class_scores():
+                console.print(_class_table(scores))
             console.print(f"results in {self.root}/", highlight=False, soft_wrap=True)
 
     def _checkpoint(self) -> str | None:
@@ -250,6 +257,17 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message)
     for category in (DeprecationWarning, FutureWarning):  # for Lightning's authors
         warnings.filterwarnings("ignore", category=category, module="lightning")
+
+
+def _class_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
+    """A line for each class, a column for each score; a class that is absent has none."""
+    table = Table("class", *scores, box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in next(iter(scores.values())):
+        values = (of[name] for of in scores.values())
+        table.add_row(name, *("-" if math.isnan(value) else f"{value:.2%}" for value in values))
+    return table
 
 
 def _loggers(root: Path) -> list[Logger]:

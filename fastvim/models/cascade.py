@@ -9,7 +9,8 @@ B  batch, C  channels of the pyramid, H W  an image's height and width in pixels
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from fastvim.errors import UserError
 from fastvim.models.cascade_heads import CascadeHeads, HeadOptions, Target, full_precision
 from fastvim.models.dense import FeatureMaps
 from fastvim.models.pyramid import LEVELS, SimpleFeaturePyramid
-from fastvim.models.vision import FastVim
+from fastvim.models.vision import FastVim, Source
 
 
 class PadImages(GeneralizedRCNNTransform):
@@ -141,23 +142,40 @@ class CascadeMaskRCNN(nn.Module):
         """
         sizes = self._sizes(images)
         if not self.training:
-            targets = None
-        elif targets is None or len(targets) != len(images):
+            return self.transform.postprocess(self.detect(images), sizes, sizes)
+        if targets is None or len(targets) != len(images):
             count = "None" if targets is None else len(targets)
             raise UserError(f"targets of {count} images: expected {len(images)}, in training")
-        else:
-            for target, size in zip(targets, sizes, strict=True):
-                _check(target, size, self.num_classes)
-            dtype = torch.promote_types(images[0].dtype, torch.float32)
-            targets = [{**target, "boxes": target["boxes"].to(dtype)} for target in targets]
+        for target, size in zip(targets, sizes, strict=True):
+            _check(target, size, self.num_classes)
+        dtype = torch.promote_types(images[0].dtype, torch.float32)
+        targets = [{**target, "boxes": target["boxes"].to(dtype)} for target in targets]
         batch, targets = self.transform(list(images), targets)
-        padded = [(int(batch.tensors.shape[-2]), int(batch.tensors.shape[-1]))]
         features = self.features(batch.tensors)
         proposals, losses = self.rpn(batch, features, targets)
-        if targets is not None:
-            return {**losses, **self.heads.losses(features, proposals, sizes, padded, targets)}
-        found = self.heads.detect(features, proposals, sizes, padded)
-        return self.transform.postprocess(found, sizes, sizes)
+        padded = _padded(batch.tensors)
+        return {**losses, **self.heads.losses(features, proposals, sizes, padded, targets)}
+
+    def detect(self, images: Sequence[Tensor]) -> list[Target]:
+        """As `forward` in evaluation, but with "masks" (n, 1, 28, 28) that fill the boxes."""
+        sizes = self._sizes(images)
+        batch, _ = self.transform(list(images))
+        features = self.features(batch.tensors)
+        proposals, _ = self.rpn(batch, features)
+        return self.heads.detect(features, proposals, sizes, _padded(batch.tensors))
+
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's vectors that are stored stacked in two dimensions."""
+        if not isinstance(self.backbone, FeatureMaps):
+            return set()
+        return {f"backbone.backbone.{name}" for name in self.backbone.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise decay: the embeddings, each block, the rest."""
+        return {
+            "stem": r"^backbone\.backbone\.(?:cls_token|pos_embed|patch_embed)",
+            "blocks": [(r"^backbone\.backbone\.blocks\.(\d+)", None)],
+        }
 
     def _sizes(self, images: Sequence[Tensor]) -> list[tuple[int, int]]:
         if not images:
@@ -182,6 +200,26 @@ class CascadeMaskRCNN(nn.Module):
         return OrderedDict((name, full_precision(x)) for name, x in self.pyramid(maps).items())
 
 
+def build_detector(
+    backbone: FastVim,
+    num_classes: int,
+    source: Source = "mixer",
+    heads: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> CascadeMaskRCNN:
+    """A `CascadeMaskRCNN` from plain values, such as a file of weights can hold.
+
+    Args:
+        backbone: its last block's map is taken.
+        num_classes: classes of objects.
+        source: of the map; see `FeatureMaps`.
+        heads: fields of `HeadOptions`.
+        **options: further ones of `CascadeMaskRCNN`.
+    """
+    maps = FeatureMaps(backbone, [len(backbone.blocks) - 1], source)
+    return CascadeMaskRCNN(maps, num_classes, heads=HeadOptions(**heads or {}), **options)
+
+
 def _proposal_network(channels: int, stride: int, proposals: int) -> RegionProposalNetwork:
     """Two convolutions; per cell three anchors, of 8 times the level's stride (ViTDet: 32 to 512).
 
@@ -199,6 +237,11 @@ def _proposal_network(channels: int, stride: int, proposals: int) -> RegionPropo
         post_nms_top_n={"training": proposals, "testing": proposals},
         nms_thresh=0.7,
     )
+
+
+def _padded(batch: Tensor) -> list[tuple[int, int]]:
+    """Height and width of the images of a batch, padded."""
+    return [(int(batch.shape[-2]), int(batch.shape[-1]))]
 
 
 def _check(target: Target, size: tuple[int, int], num_classes: int) -> None:

@@ -1,8 +1,9 @@
-"""Logits of an image of any size, averaged over overlapping windows of one size."""
+"""Predictions for an image of any size, averaged over windows of it, or over versions of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,45 @@ def sliding_window(
     counts = _counts(image.shape[-2], rows, windows[0])[:, None]
     counts = counts * _counts(image.shape[-1], columns, windows[1])
     return (total / counts.to(total.device))[..., :height, :width]
+
+
+def averaged(
+    predict: Callable[[Tensor], Tensor],
+    image: Tensor,
+    size: tuple[int, int],
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Tensor:
+    """Logarithms of probabilities, the mean of those of an image enlarged, shrunk and mirrored.
+
+    Args:
+        predict: from an image (B, C, height, width) of any size to logits (B, K, height, width).
+        image: (B, C, height, width).
+        size: height and width H, W of the result; the logits of each version are resized to it.
+        scales: factors on the sides of the image.
+        flip: take the mirror image of each version as well.
+
+    Returns:
+        (B, K, H, W), float32: the logarithm of the mean probability.
+    """
+    total: Tensor | None = None
+    for scale in scales:
+        sides = tuple(max(1, math.floor(side * scale + 0.5)) for side in image.shape[-2:])
+        version = _resize(image, sides)
+        for mirrored in (False, True) if flip else (False,):
+            logits = predict(version.flip(-1) if mirrored else version)
+            if mirrored:
+                logits = logits.flip(-1)
+            one = _resize(logits.float(), size).log_softmax(dim=1)
+            total = one if total is None else torch.logaddexp(total, one)
+    assert total is not None
+    return total - math.log(len(scales) * (2 if flip else 1))
+
+
+def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def _starts(size: int, window: int, stride: int) -> list[int]:

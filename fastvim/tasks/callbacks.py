@@ -98,5 +98,5 @@ class RunLog(L.Callback):
 def describe(name: str, value: float) -> str:
     """One metric for a person: `val acc1 96.4 %` or `train loss 0.1234`."""
     label = name.replace("/", " ")
-    share = name.partition("/")[2].startswith(("acc", "miou"))
+    share = name.partition("/")[2].startswith(("acc", "miou", "box_ap", "mask_ap"))
     return f"{label} {value:.2%}" if share else f"{label} {value:.4f}"

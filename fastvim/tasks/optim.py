@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from timm.models import group_parameters
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from torch import optim
 
 from fastvim.errors import UserError
@@ -136,5 +136,33 @@ def warmup_linear(
         warmup_t=warmup_steps,
         warmup_lr_init=warmup_lr,
         warmup_prefix=True,
+        t_in_epochs=False,
+    )
+
+
+def warmup_steps_down(
+    optimizer: optim.Optimizer,
+    total_steps: int,
+    warmup_steps: int,
+    warmup_lr: float,
+    drops: Sequence[float],
+) -> MultiStepLRScheduler:
+    """Linear warm-up from `warmup_lr`, then the optimiser's rate, and a tenth of it at each drop.
+
+    Args:
+        optimizer: at the peak rate.
+        total_steps: optimiser steps of the run.
+        warmup_steps: of them, for the warm-up.
+        warmup_lr: where the warm-up starts.
+        drops: shares of `total_steps` after which the rate falls.
+    """
+    return MultiStepLRScheduler(
+        optimizer,
+        # The rate falls after so many steps; timm counts one ahead.
+        decay_t=[round(drop * total_steps) + 1 for drop in drops],
+        decay_rate=0.1,
+        warmup_t=warmup_steps,
+        warmup_lr_init=warmup_lr,
+        warmup_prefix=False,
         t_in_epochs=False,
     )

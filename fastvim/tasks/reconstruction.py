@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import lightning as L
-import matplotlib
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder
+from fastvim.tasks.drawing import GREY, LINE, SLATE, WHITE, font
 
 HIDDEN = 0.5  # mid-grey, of masked patches
 PANEL = 224  # pixels that the longer side of a panel comes closest to by whole enlargement
@@ -26,7 +26,6 @@ MARGIN, GAP, GROUP_GAP = 14, 8, 28
 STACKED = 3  # up to so many images stand below one another, more in two groups of columns
 TEXT_SIZE, NOTE_SIZE = 14, 12
 NOTE = "brightness and contrast of each patch are the original's (norm_pix_loss)"
-WHITE, SLATE, GREY, LINE = "#ffffff", "#334155", "#64748b", "#cbd5e1"
 
 
 class Reconstruction(NamedTuple):
@@ -134,12 +133,12 @@ def draw_reconstruction(result: Reconstruction) -> Image.Image:
         "reconstruction",
         "visible pasted in",
     )
-    font = _font(TEXT_SIZE)
+    text = font(TEXT_SIZE)
     count, _, height, width = result.original.shape
     factor = max(1, round(PANEL / max(height, width)))
     height, width = height * factor, width * factor
     # A column is at least as wide as its caption.
-    column = max(width, *(math.ceil(font.getlength(caption)) for caption in captions))
+    column = max(width, *(math.ceil(text.getlength(caption)) for caption in captions))
     groups = 1 if count <= STACKED else 2
     rows = math.ceil(count / groups)
     top = MARGIN + TEXT_SIZE + GAP
@@ -151,12 +150,12 @@ def draw_reconstruction(result: Reconstruction) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     if note:
         place = (MARGIN, bottom + note - MARGIN)
-        draw.text(place, NOTE, fill=GREY, font=_font(NOTE_SIZE), anchor="ls")
+        draw.text(place, NOTE, fill=GREY, font=font(NOTE_SIZE), anchor="ls")
     for half in range(groups):
         for panel, (caption, batch) in enumerate(zip(captions, result[:4], strict=True)):
             left = MARGIN + half * (group + GROUP_GAP) + panel * (column + GAP)
             centre = left + column / 2
-            draw.text((centre, top - GAP), caption, fill=SLATE, font=font, anchor="ms")
+            draw.text((centre, top - GAP), caption, fill=SLATE, font=text, anchor="ms")
             left += (column - width) // 2
             for row, image in enumerate(batch[half * rows : (half + 1) * rows]):
                 y = top + row * (height + GAP)
@@ -173,12 +172,6 @@ def _to_pil(pixels: Tensor, factor: int) -> Image.Image:
     image = Image.fromarray(values.numpy())
     size = (image.width * factor, image.height * factor)
     return image.resize(size, Image.Resampling.NEAREST)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The one of the other pictures, which comes with matplotlib."""
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(str(path), size)
 
 
 @runtime_checkable

@@ -1,4 +1,7 @@
-"""What a test leaves behind: the metrics, and predictions with the mistakes marked."""
+"""What a test leaves behind: the metrics, and predictions with the mistakes marked.
+
+C, H, W: channels, height and width of an image
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
+
+from fastvim.tasks import drawing
+from fastvim.tasks.task import Task
 
 GREEN, RED, GREY = "#15803d", "#dc2626", "#475569"  # right, wrong, truth unknown
 COLUMNS = 10
@@ -27,11 +35,20 @@ class Prediction(NamedTuple):
     certainty: float  # probability of the predicted class
 
 
+class Labelling(NamedTuple):
+    """One image, the class that the model gives each pixel, and the right ones."""
+
+    image: Tensor  # (C, H', W'), normalised
+    predicted: Tensor  # (H, W)
+    target: Tensor  # (H, W); 255 does not count
+
+
 class Report(L.Callback):
     """After a test: the metrics as JSON, and a picture of predictions with the mistakes marked.
 
-    The test step returns logits (B, classes), or None for metrics alone. With several processes the
-    picture shows the first one's images.
+    The test step returns logits (B, classes), or as "labelled" a list of the classes of each
+    image's pixels, or None for metrics alone. With several processes the picture shows the first
+    one's images.
 
     Args:
         folder: gets `metrics.json` and `predictions.png`.
@@ -39,6 +56,7 @@ class Report(L.Callback):
         std: likewise.
         mistakes: how many wrong predictions to show at most, the most certain ones first.
         correct: how many right predictions to show at most, drawn at random.
+        labelled: how many images with a class for each pixel to show at most, drawn at random.
     """
 
     def __init__(
@@ -48,14 +66,17 @@ class Report(L.Callback):
         std: Sequence[float] = (1.0,),
         mistakes: int = 40,
         correct: int = 40,
+        labelled: int = 4,
     ) -> None:
         self._folder = Path(folder)
         self._mean, self._std = mean, std
         self._max_mistakes, self._max_correct = mistakes, correct
+        self._max_labelled = labelled
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._mistakes: list[Prediction] = []
         self._correct: list[Prediction] = []
+        self._labelled: list[Labelling] = []
         self._seen = self._wrong = 0
         self._draw = torch.Generator().manual_seed(0)
 
@@ -68,7 +89,10 @@ class Report(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is None:  # a task without a class for each image
+        if outputs is None:  # a task with metrics alone
+            return
+        if isinstance(outputs, dict):
+            self._keep_labelled(outputs["labelled"], batch)
             return
         images, target = (part.cpu() for part in batch)
         certainty, predicted = outputs.cpu().softmax(dim=-1).max(dim=-1)
@@ -81,12 +105,28 @@ class Report(L.Callback):
             elif len(self._correct) < self._max_correct:
                 self._correct.append(shown)
             else:
-                # Reservoir sampling: each correct image is kept with the same probability.
-                place = int(torch.randint(self._seen - self._wrong, (1,), generator=self._draw))
+                place = self._place(self._seen - self._wrong)
                 if place < self._max_correct:
                     self._correct[place] = shown
         self._mistakes.sort(key=lambda mistake: -mistake.certainty)
         del self._mistakes[self._max_mistakes :]
+
+    def _place(self, count: int) -> int:
+        """Where the last of `count` images goes, among the first few of which all are kept.
+
+        Reservoir sampling: each is kept with the same probability.
+        """
+        return int(torch.randint(count, (1,), generator=self._draw))
+
+    def _keep_labelled(self, predictions: list[Tensor], batch: Any) -> None:
+        for image, target, predicted in zip(*batch, predictions, strict=True):
+            self._seen += 1
+            place = len(self._labelled)
+            if place == self._max_labelled:
+                place = self._place(self._seen)
+            if place < self._max_labelled:
+                shown = Labelling(image.cpu(), predicted.cpu(), target.cpu())
+                self._labelled[place : place + 1] = [shown]
 
     def on_test_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -94,14 +134,24 @@ class Report(L.Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         record = {"checkpoint": str(trainer.ckpt_path or ""), **metrics}
+        if isinstance(pl_module, Task) and (scores := pl_module.class_scores()):
+            record["classes"] = {
+                score: {name: None if math.isnan(value) else value for name, value in of.items()}
+                for score, of in scores.items()
+            }
         (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
 
         if not self._seen:
             return
+        names = trainer.datamodule.class_names
+        if self._labelled:
+            picture = draw_labellings(self._labelled, names, self._mean, self._std)
+            picture.save(self._folder / "predictions.png")
+            return
         correct = sorted(self._correct, key=lambda prediction: prediction.predicted)
         figure = draw_predictions(
             [*self._mistakes, *correct],
-            trainer.datamodule.class_names,
+            names,
             self._mean,
             self._std,
             title=f"{self._wrong:,} of {self._seen:,} images wrong",
@@ -135,6 +185,35 @@ def draw_predictions(
     for axes, prediction in zip(grid.flat, predictions, strict=False):
         _show(axes, _picture(prediction.image.float(), mean, std), prediction, class_names)
     return figure
+
+
+def draw_labellings(
+    labellings: Sequence[Labelling],
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Image.Image:
+    """A row for each image: itself, the right classes over it, the predicted ones, the mistakes.
+
+    Args:
+        labellings: in the order to show them.
+        class_names: name of each class.
+        mean: of the normalisation, one value per channel, or one for all.
+        std: likewise.
+    """
+    rows, wrong, counted = [], 0, 0
+    for image, predicted, target in labellings:
+        size = (target.shape[1], target.shape[0])
+        grey = _picture(image.float(), mean, std).mul(255).round().to(torch.uint8).numpy()
+        shown = Image.fromarray(grey).convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        counts = target != drawing.IGNORE
+        errors = counts & (predicted != target)
+        wrong, counted = wrong + int(errors.sum()), counted + int(counts.sum())
+        classes = [drawing.overlay(shown, of.numpy(), class_names) for of in (target, predicted)]
+        rows.append([shown, *classes, drawing.mistakes(shown, errors.numpy())])
+    entries = drawing.legend([np.asarray(of.predicted) for of in labellings], class_names)
+    entries.append(drawing.Entry(drawing.MISTAKE, f"wrong {wrong / max(1, counted):.1%}"))
+    return drawing.sheet(rows, ("image", "labels", "prediction", "mistakes"), entries)
 
 
 def _picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -5,36 +5,29 @@ B  batch, K  classes
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn, optim
 
-from fastvim.checkpoint import Checkpoint, load_state, read
 from fastvim.errors import UserError
-from fastvim.models import FastVim, FeatureMaps, checkpoint_filter_fn
-from fastvim.models.sliding import sliding_window
+from fastvim.models import FastVim, FeatureMaps
+from fastvim.models.sliding import averaged, sliding_window
 from fastvim.models.upernet import UPerNet
 from fastvim.models.vision import Source
+from fastvim.tasks.dense import NO_DECAY, DenseTask
 from fastvim.tasks.metrics import SegmentationMetrics
 from fastvim.tasks.optim import parameter_groups, warmup_linear
-from fastvim.tasks.task import Task
-
-_logger = logging.getLogger(__name__)
 
 IGNORE = 255  # class of pixels that do not count
-NO_DECAY = ("*pos_embed", "*cls_token", "*A_log")
 
 # Images (3, H, W) and classes (H, W) each: tensors in training, lists in evaluation.
 Batch = tuple[Iterable[Tensor], Iterable[Tensor]]
 
 
-class Segmentation(Task):
+class Segmentation(DenseTask):
     """Trains and evaluates UPerNet over a FastVim or Vim on (image, class of each pixel) batches.
 
     The defaults are the published ADE20K recipe: AdamW, a linear warm-up, then a line to 0. The
@@ -57,6 +50,8 @@ class Segmentation(Task):
         drop_rate: of both heads.
         window: side of the windows of a prediction; None predicts the whole image at once.
         stride: pixels from one window to the next.
+        scales: factors on the sides of an image; a prediction is the mean over them.
+        flip: predict the mirror images as well, for the mean.
         lr: peak learning rate for `lr_batch` images a step. The rate used is
             `lr * global batch / lr_batch`, the global batch being images per process times
             processes times `accumulate_grad_batches`.
@@ -76,6 +71,7 @@ class Segmentation(Task):
     """
 
     monitor, monitor_mode = "val/miou", "max"
+    head, head_prefix = "segmentation", "aux_head."
 
     def __init__(
         self,
@@ -91,6 +87,8 @@ class Segmentation(Task):
         drop_rate: float = 0.1,
         window: int | None = 512,
         stride: int = 341,
+        scales: tuple[float, ...] = (1.0,),
+        flip: bool = False,
         lr: float = 6e-5,
         lr_batch: int = 16,
         min_lr: float = 0.0,
@@ -109,7 +107,7 @@ class Segmentation(Task):
             lr_batch=lr_batch,
             min_lr=min_lr,
             warmup_lr=warmup_lr,
-            warmup_epochs=0,
+            warmup_steps=warmup_steps,
             grad_checkpointing=grad_checkpointing,
         )
         self.save_hyperparameters()  # a checkpoint says what it is a checkpoint of
@@ -118,9 +116,12 @@ class Segmentation(Task):
         self.channels, self.aux_channels = channels, aux_channels
         self.aux_weight, self.drop_rate = aux_weight, drop_rate
         self.window, self.stride = window, stride
-        self.warmup_steps = warmup_steps
+        if not scales or min(scales) <= 0:
+            raise UserError(f"scales {list(scales)}: expected factors above 0")
+        self.scales, self.flip = tuple(scales), flip
         self.weight_decay, self.betas = weight_decay, betas
         self.no_decay = list(NO_DECAY) if no_decay is None else no_decay
+        self._test_iou: dict[str, float] = {}
 
     # The network and its weights.
 
@@ -133,32 +134,16 @@ class Segmentation(Task):
         self.val_metrics = SegmentationMetrics(num_classes, IGNORE)
         self.test_metrics = SegmentationMetrics(num_classes, IGNORE)
 
-    def build_model(self, **options: Any) -> nn.Module:
-        backbone = self._build_backbone()
-        given = None if self.initial_weights is None else read(self.initial_weights)
-        whole = given is not None and any(name.startswith("aux_head.") for name in given.state)
-        if given is not None and not whole:
-            if not self.fitting:
-                raise UserError(f"{given.path} holds no segmentation head: expected a file of one")
-            load_backbone(backbone, given)
-        maps = FeatureMaps(backbone, self.out_indices, self.source)
-        sizes: dict[str, Any] = {"channels": self.channels, "aux_channels": self.aux_channels}
-        model = UPerNet(maps, drop_rate=self.drop_rate, **sizes, **options)
-        if given is not None and whole:
-            load_state(model, given)
-        return model
-
-    def _build_backbone(self) -> FastVim:
-        backbone = self.create_network()
-        if not isinstance(backbone, FastVim):
-            raise UserError(f"model {self.model_name}: expected a fastvim or vim model")
+    def add_head(self, backbone: FastVim, **options: Any) -> nn.Module:
         depth = len(backbone.blocks)
         if len(self.out_indices) < 2 or not all(-depth <= i < depth for i in self.out_indices):
             raise UserError(
                 f"out_indices {list(self.out_indices)}: expected two or more of the {depth} blocks "
                 f"of {self.model_name}"
             )
-        return backbone
+        maps = FeatureMaps(backbone, self.out_indices, self.source)
+        sizes: dict[str, Any] = {"channels": self.channels, "aux_channels": self.aux_channels}
+        return UPerNet(maps, drop_rate=self.drop_rate, **sizes, **options)
 
     def exported_metadata(self) -> dict[str, Any]:
         assert isinstance(self.model, UPerNet)
@@ -168,6 +153,8 @@ class Segmentation(Task):
             "source": self.source,
             "channels": self.channels,
             "aux_channels": self.aux_channels,
+            "window": self.window,
+            "stride": self.stride,
         }
         names = list(self._data.class_names)
         return {**super().exported_metadata(), "segmentation": head, "class_names": names}
@@ -182,9 +169,6 @@ class Segmentation(Task):
         loss = loss + self.aux_weight * _cross_entropy(auxiliary, classes)
         self.log_training(loss)
         return loss
-
-    def warmup(self, steps_per_epoch: int) -> tuple[int, str]:
-        return self.warmup_steps, f"warmup_steps is {self.warmup_steps}"
 
     def make_scheduler(
         self, optimizer: optim.Optimizer, total_steps: int, warmup_steps: int
@@ -209,52 +193,41 @@ class Segmentation(Task):
             return self.model(images).float()
         return sliding_window(self.model, images, self.window, self.stride)
 
+    def class_scores(self) -> dict[str, dict[str, float]]:
+        return {"iou": self._test_iou} if self._test_iou else {}
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val/loss", self.val_metrics)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test/loss", self.test_metrics)
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Tensor]]:
+        """The predicted classes of each image, for `fastvim.tasks.report.Report`."""
+        return {"labelled": self._evaluate(batch, "test/loss", self.test_metrics)}
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test", self.test_metrics)
+        iou = self._log_metrics("test", self.test_metrics)
+        self._test_iou = dict(zip(self._data.class_names, iou.tolist(), strict=True))
 
-    def _evaluate(self, batch: Batch, loss_name: str, metrics: SegmentationMetrics) -> None:
+    def _evaluate(self, batch: Batch, loss_name: str, metrics: SegmentationMetrics) -> list[Tensor]:
+        predicted = []
         for image, classes in zip(*batch, strict=True):
-            logits = self(image[None])
-            logits = F.interpolate(logits, size=classes.shape, mode="bilinear", align_corners=False)
-            metrics.update(logits.argmax(dim=1), classes[None])
+            size = (classes.shape[0], classes.shape[1])
+            logits = averaged(self, image[None], size, self.scales, self.flip)
+            predicted.append(logits[0].argmax(dim=0))
+            metrics.update(predicted[-1], classes)
             loss = _cross_entropy(logits, classes[None])
             self.log(loss_name, loss, on_epoch=True, batch_size=1, sync_dist=True)
+        return predicted
 
-    def _log_metrics(self, stage: str, metrics: SegmentationMetrics) -> None:
+    def _log_metrics(self, stage: str, metrics: SegmentationMetrics) -> Tensor:
+        """Log the mean scores; those of the classes are returned, (K,)."""
         scores = metrics.compute()
         self.log(f"{stage}/miou", scores["miou"], prog_bar=True, sync_dist=True)
         self.log(f"{stage}/acc", scores["acc"], sync_dist=True)
         metrics.reset()
-
-
-def load_backbone(backbone: FastVim, checkpoint: Checkpoint) -> None:
-    """Load a classifier's or a masked autoencoder's weights but for the head and the last norm.
-
-    LayerNorms take the weights of RMS norms, and keep their own biases of 0.
-
-    Raises:
-        UserError: the weights are another architecture's.
-    """
-    own = backbone.state_dict()
-    state = checkpoint_filter_fn(checkpoint.state, backbone)
-    unused = ("head.", "norm.")
-    state = {name: weight for name, weight in state.items() if not name.startswith(unused)}
-    state |= {name: weight for name, weight in own.items() if name.startswith(unused)}
-    biases = [name for name in own if name.endswith(".norm.bias") and ".mixer." not in name]
-    absent = [name for name in biases if name not in state]
-    if absent and len(absent) == sum(name.startswith("blocks.") for name in biases):
-        _logger.warning("%s has RMS norms: LayerNorms take their weights", checkpoint.path)
-        state |= {name: torch.zeros_like(own[name]) for name in absent}
-    load_state(backbone, replace(checkpoint, state=state))
+        return scores["iou"]
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:

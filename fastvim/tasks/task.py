@@ -114,6 +114,8 @@ class Task(L.LightningModule):
         return {"model": self.model_name, "model_args": self.model_args}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.max_steps != -1:
+            _begin_next_epoch(checkpoint["loops"]["fit_loop"])
         own, theirs = self.state_dict(), checkpoint["state_dict"]
         wrong = [
             f"{name} {_shape(theirs.get(name))} for {_shape(own.get(name))}"
@@ -126,6 +128,10 @@ class Task(L.LightningModule):
                 f"the checkpoint does not fit {self.model_name} as configured: "
                 f"{', '.join(wrong[:3])}{more}"
             )
+
+    def class_scores(self) -> dict[str, dict[str, float]]:
+        """After a test, by the name of a score: that of each class, NaN for one that is absent."""
+        return {}
 
     # The schedule.
 
@@ -188,12 +194,18 @@ class Task(L.LightningModule):
         if self._weight_decay is not None:
             self._weight_decay.step_update(self.trainer.global_step)
 
-    def log_training(self, loss: Tensor) -> None:
-        """Log a training step's loss, and the highest rate of any group."""
+    def log_training(self, loss: Tensor, batch_size: int | None = None) -> None:
+        """Log a training step's loss, and the highest rate of any group.
+
+        Args:
+            loss: of the step.
+            batch_size: images of it; None where the batch's first tensor has them in a dimension.
+        """
         rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
         self.log("train/lr", rate, on_step=True, on_epoch=False)
-        self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, sync_dist=True)
+        epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": batch_size}
+        self.log("train/loss_epoch", loss, sync_dist=True, **epoch)
 
     @property
     def fitting(self) -> bool:
@@ -214,6 +226,24 @@ class Task(L.LightningModule):
     @property
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _begin_next_epoch(progress: dict[str, Any]) -> None:
+    """Let a run that is limited in steps go on after an epoch that has ended with the next one.
+
+    Lightning does so in runs of so many epochs; here it would end the same epoch once more.
+
+    Args:
+        progress: of the fit loop; nothing changes where it is in the middle of an epoch.
+    """
+    epochs, batches = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    if epochs["current"]["processed"] != epochs["current"]["started"]:
+        return
+    for counts in (epochs["total"], epochs["current"]):
+        counts["completed"] = counts["processed"]
+        counts["ready"] = counts["started"] + 1
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
 
 
 def _shape(weight: Tensor | None) -> str:

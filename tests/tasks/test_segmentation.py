@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 
@@ -136,6 +137,67 @@ def test_it_learns(tmp_path, shapes):
     whole = task(checkpoint=str(exported), window=None)
     test.test(whole, datamodule=module, verbose=False)
     assert test.callback_metrics["test/miou"] > 0.8
+
+
+def test_several_scales_and_the_mirror_image(tmp_path, shapes):
+    """Given to a test, they change what it says, and the probabilities are still probabilities."""
+    torch.manual_seed(0)
+    run = trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=4)
+    segmentation, module = task(lr=3e-3, lr_batch=4), data(shapes)
+    run.fit(segmentation, datamodule=module)
+    exported = tmp_path / "model.safetensors"
+    save(exported, segmentation.exported_weights(), segmentation.exported_metadata())
+    losses = {}
+    for options in ({}, {"flip": True}, {"scales": (0.75, 1.0, 1.5), "flip": True}):
+        test = trainer(tmp_path)
+        given = task(checkpoint=str(exported), **options)
+        test.test(given, datamodule=module, verbose=False)
+        losses[len(options)] = test.callback_metrics["test/loss"].item()
+    assert losses[0] == pytest.approx(run.callback_metrics["val/loss"].item(), rel=1e-5)
+    assert len(set(losses.values())) == 3
+    assert 0 < losses[2] < 1.2 * losses[0]
+
+
+def test_the_report_names_the_classes(write_recipe, shapes, capsys):
+    """A table of the IoU of each class, the same in metrics.json, and a picture."""
+    (shapes / "names.txt").write_text("noise\nsquare\ndisc\nunicorn\n")
+    module = {"root": str(shapes), "num_classes": 4, "class_file": "names.txt", "img_size": 32}
+    recipe = {
+        "model": {
+            "class_path": "fastvim.tasks.segmentation.Segmentation",
+            "init_args": {"model": MODEL, "model_args": ARGS, **SMALL, "warmup_steps": 0},
+        },
+        "data": {
+            "class_path": "fastvim.data.segmentation.SegmentationData",
+            "init_args": {**module, "base_size": [64, 40], "batch_size": 4, "num_workers": 0},
+        },
+        "trainer.max_epochs": 1,
+    }
+    recipe["model"]["init_args"] |= {"out_indices": [0, 1, 2, 3], "stride": 16, "lr": 0.0}
+    config = write_recipe(recipe, name="report")
+    assert main(["fit", "--config", str(config)]) == 0
+    assert "unicorn" not in capsys.readouterr().out
+    words = ["test", "--config", str(config), "--ckpt_path", "last"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    folder = config.with_suffix("")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    iou = metrics["classes"]["iou"]
+    assert list(iou) == ["noise", "square", "disc", "unicorn"]
+    occurring = [value for value in iou.values() if value is not None]
+    assert metrics["test/miou"] == pytest.approx(sum(occurring) / len(occurring))
+    for name, value in iou.items():
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        assert line.split()[1] == ("-" if value is None else f"{value:.2%}")
+    # Its weights are all that another image needs.
+    photo = shapes / "images" / "validation" / "0.png"
+    words = ["segment", str(folder / "model.safetensors"), str(photo), "--out", str(folder)]
+    assert main(words) == 0
+    assert (folder / "0_overlay.png").is_file()
+    # Images, labels, predictions, mistakes, enlarged.
+    with Image.open(folder / "predictions.png") as picture:
+        assert picture.width > 4 * 48 * 9
+        assert picture.height > 4 * 40 * 9
 
 
 class Rates(L.Callback):
@@ -273,6 +335,8 @@ def test_evaluation_needs_a_whole_model(tmp_path, shapes):
         ({"out_indices": (1,)}, "expected two or more"),
         ({"model": "resnet10t", "model_args": {}}, "model resnet10t: expected a fastvim"),
         ({"warmup_steps": 3}, "the whole run is 3 steps"),
+        ({"scales": (1.0, 0.0)}, r"scales \[1.0, 0.0\]: expected factors above 0"),
+        ({"scales": ()}, r"scales \[\]: expected"),
         ({"checkpoint": "nowhere.ckpt"}, "no checkpoint at nowhere.ckpt"),
         ({"data": {"batch_size": 1}}, "batch_size 1: expected 2 or more"),
     ],

@@ -1,0 +1,98 @@
+"""`fastvim data check --config RECIPE`: what is wrong with a set of images, before a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+from rich.console import Console
+from rich.progress import track
+
+from fastvim.data.dense import MISSING_IMAGE
+from fastvim.data.files import UnreadableImageError
+from fastvim.data.findings import Examination, Readable
+from fastvim.data.labelled import LabelledData
+from fastvim.errors import UserError
+
+DESCRIPTION = """\
+Reads all images of a recipe's data with boxes, or with a class for each pixel, and counts what is
+wrong: missing files and annotations, unknown categories, boxes of zero size, values out of range,
+images that cannot be read. Any value of the recipe can be overridden, as in fastvim fit:
+fastvim data check --config recipes/coco/fastvim_tiny.yaml --data.root /path/to/coco
+"""
+ROLES = ("train", "val", "test")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own; the others are the recipe's."""
+    add = parser.add_argument
+    add("--config", metavar="FILE", action="append", required=True, help="a recipe")
+    add("--workers", type=int, default=4, metavar="N", help="files read at a time (default: 4)")
+    add("--no-read", dest="read", action="store_false", help="look at the lists of files alone")
+
+
+def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Examine the training, validation and test images of a recipe.
+
+    Args:
+        arguments: of `add_arguments`.
+        overrides: values of the recipe, as `fastvim fit` takes them.
+
+    Raises:
+        UserError: something is wrong that a run would stop at.
+    """
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: expected 1 or more")
+    from fastvim.cli.train import TrainingCLI  # `fastvim data stats` does not wait for Lightning
+
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    words = [f"--config={file}" for file in arguments.config] + overrides
+    data = TrainingCLI("validate", [*words, "--trainer.accelerator=cpu"]).datamodule
+    if not isinstance(data, LabelledData):
+        raise UserError(f"{type(data).__name__} cannot be checked")
+    data.prepare_data()
+    examined: dict[str, Examination] = {}
+    for role in ROLES:
+        examination = data.examine(role)
+        examined.setdefault(examination.split, examination)
+    for split, examination in examined.items():
+        if arguments.read:
+            failures = _read(examination.files, arguments.workers)
+            title, quiet = f"reading {split}", not errors.is_terminal
+            total = len(examination.files)
+            for failure in track(
+                failures, title, total, console=errors, transient=True, disable=quiet
+            ):
+                # The lists have told of missing files.
+                if failure is not None and failure.kind != MISSING_IMAGE:
+                    examination.errors.add(failure.kind, str(failure))
+        facts = ", ".join(f"{number:,} {what}" for what, number in examination.facts.items())
+        lines = [f"{split}: {facts}"]
+        for kind, (number, first) in examination.errors.items():
+            lines.append(f"  {number:,} x {kind}, first: {first}")
+        for kind, (number, first) in examination.dropped.items():
+            lines.append(f"  {number:,} x {kind}, left out in training, first: {first}")
+        console.print("\n".join(lines), markup=False, soft_wrap=True)
+    wrong = sum(n for one in examined.values() for n, _ in one.errors.values())
+    if wrong:
+        raise UserError(f"{wrong:,} mistakes would stop a run")
+    if not any(one.dropped for one in examined.values()):
+        console.print("nothing wrong")
+
+
+def _read(files: Readable, workers: int) -> Iterator[UnreadableImageError | None]:
+    """What is wrong with each sample, in their order."""
+
+    def read(index: int) -> UnreadableImageError | None:
+        try:
+            files.read(index)
+        except UnreadableImageError as error:
+            return error
+        return None
+
+    remaining = iter(range(len(files)))
+    with ThreadPoolExecutor(workers) as pool:
+        while portion := list(islice(remaining, 8 * workers)):
+            yield from pool.map(read, portion)

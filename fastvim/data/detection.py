@@ -1,0 +1,282 @@
+"""Images with boxes and masks of the objects in them, in the layout of COCO.
+
+H, W: an image's height and width; n: objects in it
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms.v2 import functional as TF
+
+from fastvim.data.coco import DAMAGED_MASK, Instances, masks_of, read_instances
+from fastvim.data.dense import chance, fit, integer, open_image, uniform, with_lists
+from fastvim.data.files import UnreadableImageError
+from fastvim.data.findings import Examination
+from fastvim.data.labelled import LabelledData
+from fastvim.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+Sample = tuple[Tensor, dict[str, Any]]  # float32 image (3, H, W) in 0..1, and what is in it
+
+
+class LargeScaleJitter:
+    """Random resizing, crop and flip, of an image and its masks alike (arXiv 2012.07177).
+
+    The image is first made to fit in a square of `img_size` times a random factor, then cropped to
+    at most `img_size` at a random place. Nothing is padded: a model pads its batches.
+
+    Args:
+        img_size: side of the square.
+        scale: range of the factor.
+        hflip: probability of a horizontal flip.
+    """
+
+    def __init__(self, img_size: int, scale: tuple[float, float], hflip: float) -> None:
+        self.img_size, self.scale, self.hflip = img_size, scale, hflip
+
+    def __call__(self, image: Image.Image, masks: np.ndarray) -> tuple[Tensor, Tensor]:
+        """An RGB image and uint8 masks (H, W, n) to float32 (3, h, w) and uint8 (n, h, w)."""
+        bound = self.img_size * uniform(*self.scale)
+        whole = fit(image.size, (bound, bound))
+        width, height = (min(side, self.img_size) for side in whole)
+        left, top = integer(whole[0] - width), integer(whole[1] - height)
+        # Only what the crop shows is resized.
+        across, down = image.width / whole[0], image.height / whole[1]
+        right = min((left + width) * across, image.width)
+        bottom = min((top + height) * down, image.height)
+        part = left * across, top * down, right, bottom
+        pixels = to_tensor(image.resize((width, height), Image.Resampling.BILINEAR, part))
+        columns = ((np.arange(left, left + width) + 0.5) * across).astype(np.int64)
+        rows = ((np.arange(top, top + height) + 0.5) * down).astype(np.int64)
+        shown = torch.from_numpy(
+            np.ascontiguousarray(masks.transpose(2, 0, 1)[:, rows][..., columns])
+        )
+        if chance(self.hflip):
+            pixels, shown = pixels.flip(-1), shown.flip(-1)
+        return pixels, shown
+
+
+class DetectionFiles(Dataset[Sample]):
+    """The images of a split and the objects in them.
+
+    In training the objects are {"boxes", "labels", "masks"}: float32 (n, 4) as x1, y1, x2, y2 in
+    pixels, the boxes of what the masks show, int64 (n,) from 1 on, and uint8 (n, H, W). Crowds,
+    boxes of zero size and what the crop has cut off are left out. In evaluation they are
+    {"image_id", "size", "annotations"}, as the file has them, crowds included; `size` is the height
+    and width of the image as stored, to which the annotations refer.
+
+    Args:
+        instances: of the split.
+        folder: of its images.
+        eval_size: longer side of an image in evaluation.
+        jitter: what becomes of an image in training; None in evaluation.
+
+    Raises:
+        UnreadableImageError: when reading, naming the file: it is damaged, of another size than the
+            instances say, or has a damaged mask.
+    """
+
+    def __init__(
+        self, instances: Instances, folder: Path, eval_size: int, jitter: LargeScaleJitter | None
+    ) -> None:
+        self.records, self.folder = instances.records, folder
+        self.eval_size, self.jitter = eval_size, jitter
+        self._labels = {category: label for label, category in enumerate(instances.category_ids, 1)}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.jitter is not None:
+            return self._training_sample(index, self.jitter)
+        record = self.records[index]
+        image = read_image(self.folder, record)
+        size = {"size": (record["height"], record["width"])}
+        target = {"image_id": record["id"], **size, "annotations": record["annotations"]}
+        return resize(image, self.eval_size), target
+
+    def read(self, index: int) -> tuple[Image.Image, list[dict[str, Any]], np.ndarray]:
+        """An RGB image, the objects that training learns, and their masks, uint8 (H, W, n)."""
+        record = self.records[index]
+        image = read_image(self.folder, record)
+        objects = [
+            annotation
+            for annotation in record["annotations"]
+            if not annotation["iscrowd"] and min(annotation["bbox"][2:]) > 0
+        ]
+        try:
+            return image, objects, masks_of(objects, image.height, image.width)
+        except ValueError as error:
+            path = self.folder / record["file_name"]
+            raise UnreadableImageError(f"{path}: {DAMAGED_MASK} ({error})", DAMAGED_MASK) from error
+
+    def _training_sample(self, index: int, jitter: LargeScaleJitter) -> Sample:
+        image, objects, stored = self.read(index)
+        pixels, masks = jitter(image, stored)
+        shown = (masks > 0).flatten(1).any(dim=1)
+        labels = [self._labels[annotation["category_id"]] for annotation in objects]
+        masks = masks[shown]
+        boxes = masks_to_boxes(masks)
+        boxes[:, 2:] += 1  # of the last pixels: the edges are behind them
+        return pixels, {
+            "boxes": boxes,
+            "labels": torch.tensor(labels, dtype=torch.int64)[shown],
+            "masks": masks,
+        }
+
+
+class DetectionData(LabelledData):
+    """Images with boxes and masks of objects, in the layout of COCO.
+
+    A split is a folder of images and a file that lists them and the objects in them, with masks as
+    polygons or run lengths. Labels 1 to K stand for its categories in the order of their ids.
+
+    A batch is a pair of lists: of images, float32 (3, H, W) with values in 0 to 1, not normalised
+    and of sizes of their own, and of what is in them (`DetectionFiles`). An image without objects
+    is one like any other. Training resumes with the batches that it would have seen
+    (`fastvim.data.sampler`). The defaults are the published COCO recipe.
+
+    Args:
+        root: the directory.
+        train_folder: of the training images, below `root`.
+        train_file: of their objects, below `root`.
+        val_folder: of the validation images.
+        val_file: of their objects.
+        test_folder: of the test images; None for the validation images.
+        test_file: of their objects; None for those of the validation images.
+        batch_size: training images per process.
+        eval_batch_size: images per process in evaluation.
+        num_workers: loading processes per process.
+        seed: of order and augmentation, at least 0.
+        img_size: longest side of a training image, in pixels.
+        eval_size: longer side of an image in evaluation; None for `img_size`.
+        scale: range of the random factor of large-scale jitter; at 1 an image just fits.
+        hflip: probability of a horizontal flip in training.
+
+    Raises:
+        UserError: for an argument out of range, and in `setup` for missing files and for instances
+            that cannot be used, with their number; `UnreadableImageError` when reading.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train_folder: str = "train2017",
+        train_file: str = "annotations/instances_train2017.json",
+        val_folder: str = "val2017",
+        val_file: str = "annotations/instances_val2017.json",
+        test_folder: str | None = None,
+        test_file: str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 1,
+        num_workers: int = 4,
+        seed: int = 0,
+        img_size: int = 1024,
+        eval_size: int | None = None,
+        scale: tuple[float, float] = (0.1, 2.0),
+        hflip: float = 0.5,
+    ) -> None:
+        super().__init__(root, batch_size, eval_batch_size, num_workers, seed)
+        if not 0 < scale[0] <= scale[1]:
+            raise UserError(f"scale {list(scale)}: expected two factors above 0, the lower first")
+        self.img_size = img_size
+        self.eval_size = img_size if eval_size is None else eval_size
+        self.check_least(img_size=1, eval_size=1)
+        if (test_folder is None) != (test_file is None):
+            raise UserError("test_folder and test_file: expected both, or none of them")
+        validation = val_folder, val_file
+        test = (test_folder, test_file) if test_folder and test_file else validation
+        self._splits = {"train": (train_folder, train_file), "val": validation, "test": test}
+        self._jitter = LargeScaleJitter(img_size, scale, hflip)
+        self._category_ids: list[int] = []
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The file's ids of the labels 1 to K; known after `setup`."""
+        if not self._category_ids:
+            raise RuntimeError("DetectionData.category_ids: call setup() first")
+        return self._category_ids
+
+    def open(self, role: str) -> DetectionFiles:
+        instances = self._read(role)
+        if instances.errors:
+            raise UserError(f"{instances.file}: {instances.errors}; see fastvim data check")
+        if role == "train" and instances.dropped:
+            _logger.warning("%s: training leaves out %s", instances.file, instances.dropped)
+        if not self._class_names:
+            self._class_names, self._category_ids = instances.class_names, instances.category_ids
+        elif instances.category_ids != self._category_ids:
+            raise UserError(
+                f"{instances.file}: categories {_some(instances.category_ids)}; expected those of "
+                f"the split before, {_some(self._category_ids)}"
+            )
+        return self._files(role, instances)
+
+    def examine(self, role: str) -> Examination:
+        known = self._read(role)
+        files = self._files(role, known)
+        return Examination(self._splits[role][0], files, known.errors, known.dropped, known.facts)
+
+    def _read(self, role: str) -> Instances:
+        return read_instances(self._root() / self._splits[role][1], self._folder(role))
+
+    def _files(self, role: str, instances: Instances) -> DetectionFiles:
+        jitter = self._jitter if role == "train" else None
+        return DetectionFiles(instances, self._folder(role), self.eval_size, jitter)
+
+    def _folder(self, role: str) -> Path:
+        return self._root() / self._splits[role][0]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return with_lists(super().train_dataloader())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return with_lists(super().val_dataloader())
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return with_lists(super().test_dataloader())
+
+    def _root(self) -> Path:
+        return Path(self.directory()).expanduser()
+
+
+def read_image(folder: Path, record: dict[str, Any]) -> Image.Image:
+    """The RGB image of a record.
+
+    Raises:
+        UnreadableImageError: it is damaged, or of another size than the record says.
+    """
+    path = folder / record["file_name"]
+    image = open_image(path).convert("RGB")
+    if image.size != (record["width"], record["height"]):
+        raise UnreadableImageError(
+            f"{path}: {image.width}x{image.height} pixels; expected "
+            f"{record['width']}x{record['height']}, as its instances say",
+            "image of another size",
+        )
+    return image
+
+
+def resize(image: Image.Image, longer_side: int) -> Tensor:
+    """An RGB image as a model takes it in evaluation: float32 (3, H, W) with values in 0 to 1."""
+    size = fit(image.size, (longer_side, longer_side))
+    return to_tensor(image.resize(size, Image.Resampling.BILINEAR))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """uint8 to float32 (3, H, W) with values in 0 to 1."""
+    return TF.to_dtype(TF.pil_to_tensor(image), scale=True)
+
+
+def _some(ids: list[int]) -> str:
+    return ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")

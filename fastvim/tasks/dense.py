@@ -1,0 +1,81 @@
+"""What tasks with a head over a backbone's maps share: weights to start from, warm-up in steps."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvim.checkpoint import Checkpoint, load_state, read
+from fastvim.errors import UserError
+from fastvim.models import FastVim, checkpoint_filter_fn
+from fastvim.tasks.task import Task
+
+_logger = logging.getLogger(__name__)
+
+NO_DECAY = ("*pos_embed", "*cls_token", "*A_log")  # by default, beside the 1-D parameters
+
+
+class DenseTask(Task):
+    """A `Task` whose network is a head over a FastVim or Vim.
+
+    A subclass sets `head` and `head_prefix`, and gives `add_head`.
+
+    Args:
+        warmup_steps: length of the warm-up, in optimiser steps.
+        **options: of `Task`, all but the length of the warm-up in epochs.
+    """
+
+    head: str  # what the head is for, in messages
+    head_prefix: str  # the names of weights that tell a whole model's file
+
+    def __init__(self, *arguments: Any, warmup_steps: int, **options: Any) -> None:
+        super().__init__(*arguments, warmup_epochs=0, **options)
+        self.warmup_steps = warmup_steps
+
+    def add_head(self, backbone: FastVim, **options: Any) -> nn.Module:
+        """The whole network over a backbone."""
+        raise NotImplementedError
+
+    def build_model(self, **options: Any) -> nn.Module:
+        """The network, with the weights of a backbone or of a whole model to start from."""
+        backbone = self.create_network()
+        if not isinstance(backbone, FastVim):
+            raise UserError(f"model {self.model_name}: expected a fastvim or vim model")
+        given = None if self.initial_weights is None else read(self.initial_weights)
+        whole = given is not None and any(n.startswith(self.head_prefix) for n in given.state)
+        if given is not None and not whole:
+            if not self.fitting:
+                raise UserError(f"{given.path} holds no {self.head} head: expected a file of one")
+            load_backbone(backbone, given)
+        model = self.add_head(backbone, **options)
+        if given is not None and whole:
+            load_state(model, given)
+        return model
+
+    def warmup(self, steps_per_epoch: int) -> tuple[int, str]:
+        return self.warmup_steps, f"warmup_steps is {self.warmup_steps}"
+
+
+def load_backbone(backbone: FastVim, checkpoint: Checkpoint) -> None:
+    """Load a classifier's, masked autoencoder's or dense model's weights, but no head or last norm.
+
+    LayerNorms take the weights of RMS norms, and keep their own biases of 0.
+
+    Raises:
+        UserError: the weights are another architecture's.
+    """
+    own = backbone.state_dict()
+    state = checkpoint_filter_fn(checkpoint.state, backbone)
+    unused = ("head.", "norm.", "norms.")
+    state = {name: weight for name, weight in state.items() if not name.startswith(unused)}
+    state |= {name: weight for name, weight in own.items() if name.startswith(unused)}
+    biases = [name for name in own if name.endswith(".norm.bias") and ".mixer." not in name]
+    absent = [name for name in biases if name not in state]
+    if absent and len(absent) == sum(name.startswith("blocks.") for name in biases):
+        _logger.warning("%s has RMS norms: LayerNorms take their weights", checkpoint.path)
+        state |= {name: torch.zeros_like(own[name]) for name in absent}
+    load_state(backbone, replace(checkpoint, state=state))

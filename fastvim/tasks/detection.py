@@ -1,0 +1,236 @@
+"""Detection and instance segmentation: Cascade Mask R-CNN as a LightningModule.
+
+H, W: an image's height and width; n: objects in it; K: classes
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn, optim
+
+from fastvim.errors import UserError
+from fastvim.models import CascadeMaskRCNN, FastVim
+from fastvim.models.cascade import build_detector
+from fastvim.models.vision import Source
+from fastvim.tasks.average_precision import AveragePrecision, coco_results
+from fastvim.tasks.dense import NO_DECAY, DenseTask
+from fastvim.tasks.optim import parameter_groups, warmup_steps_down
+
+# Images (3, H, W) with values in 0 to 1, and what is in them.
+Batch = tuple[list[Tensor], list[dict[str, Any]]]
+
+
+class Detection(DenseTask):
+    """Trains and evaluates Cascade Mask R-CNN over a FastVim or Vim.
+
+    The defaults are the published COCO recipe: AdamW, a short linear warm-up, then a constant rate
+    that drops to a tenth twice. The data module is `fastvim.data.detection.DetectionData`, or gives
+    batches as it does; evaluation reports the average precision of boxes and of masks, in the
+    images as stored.
+
+    Args:
+        model: name of a fastvim or vim model, e.g. `fastvim_tiny_patch16_224`.
+        model_args: options of that model, e.g. `{norm: layer, drop_path_rate: 0.4}`.
+        num_classes: K; None takes the data's.
+        checkpoint: file of weights to start from: a classifier's or masked autoencoder's, of which
+            head and last norm are left out, or a whole detector's. RMS norms give their weights to
+            the LayerNorms of `norm: layer`. None starts from random ones. A run that goes on from
+            its own checkpoint leaves it be.
+        source: "mixer" as published, or the "residual" stream (`fastvim.models.FeatureMaps`).
+        channels: width of the pyramid and of the heads' convolutions.
+        pad_to: images are padded to squares of at least this side; 0: no further than necessary.
+        image_mean: per channel, for values in 0 to 1.
+        image_std: as `image_mean`.
+        proposals: regions that go from the proposal network to the first stage, per image.
+        hidden_dim: width of a box head's last layer.
+        samples: regions per image that each stage trains on.
+        score_thresh: least score of a detection.
+        nms_thresh: intersection over union from which on the lesser of two of a class goes.
+        detections: at most so many per image; 100 count in COCO's scores.
+        lr: learning rate for `lr_batch` images a step. The rate used is
+            `lr * global batch / lr_batch`, the global batch being images per process times
+            processes times `accumulate_grad_batches`.
+        lr_batch: see `lr`.
+        warmup_lr: where the linear warm-up starts.
+        warmup_steps: length of the warm-up, in optimiser steps.
+        drops: shares of the run after which the rate falls to a tenth.
+        weight_decay: of every parameter of two or more dimensions but those of `no_decay`.
+        no_decay: shell patterns of parameter names without weight decay; None for the position
+            embedding, the class token and A_log.
+        layer_decay: factor of the rate from one block of the backbone to the one below it; the
+            heads train at the full rate. None for one rate.
+        blocks_per_decay: how many consecutive blocks share one factor.
+        betas: of AdamW.
+        grad_checkpointing: recompute each block in the backward pass, for memory.
+
+    Raises:
+        UserError: unknown model or model option; a model or a checkpoint that does not fit;
+            warm-up as long as the run.
+    """
+
+    monitor, monitor_mode = "val/box_ap", "max"
+    head, head_prefix = "detection", "heads."
+
+    def __init__(
+        self,
+        model: str,
+        model_args: dict[str, Any] | None = None,
+        num_classes: int | None = None,
+        checkpoint: str | None = None,
+        source: Source = "mixer",
+        channels: int = 256,
+        pad_to: int = 1024,
+        image_mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+        image_std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+        proposals: int = 1000,
+        hidden_dim: int = 1024,
+        samples: int = 512,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections: int = 100,
+        lr: float = 1e-4,
+        lr_batch: int = 64,
+        warmup_lr: float = 1e-7,
+        warmup_steps: int = 250,
+        drops: tuple[float, ...] = (8 / 9, 26 / 27),
+        weight_decay: float = 0.05,
+        no_decay: list[str] | None = None,
+        layer_decay: float | None = 0.7,
+        blocks_per_decay: int = 1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            model_args,
+            checkpoint,
+            lr=lr,
+            lr_batch=lr_batch,
+            min_lr=0.0,  # the rate ends where the drops leave it
+            warmup_lr=warmup_lr,
+            warmup_steps=warmup_steps,
+            grad_checkpointing=grad_checkpointing,
+        )
+        self.save_hyperparameters()  # a checkpoint says what it is a checkpoint of
+        if not all(0 < drop < 1 for drop in drops) or list(drops) != sorted(drops):
+            raise UserError(f"drops {list(drops)}: expected shares of the run, the earliest first")
+        self.num_classes = num_classes
+        self.source: Source = source
+        self._sizes: dict[str, Any] = {
+            "channels": channels,
+            "pad_to": pad_to,
+            "image_mean": list(image_mean),
+            "image_std": list(image_std),
+            "proposals": proposals,
+            "heads": {
+                "hidden_dim": hidden_dim,
+                "samples": samples,
+                "score_thresh": score_thresh,
+                "nms_thresh": nms_thresh,
+                "detections": detections,
+            },
+        }
+        self.drops = tuple(drops)
+        self.weight_decay, self.betas = weight_decay, betas
+        self.layer_decay, self.blocks_per_decay = layer_decay, blocks_per_decay
+        self.no_decay = list(NO_DECAY) if no_decay is None else no_decay
+        self._metrics: AveragePrecision | None = None
+        self._test_scores: dict[str, dict[str, float]] = {}
+
+    # The network and its weights.
+
+    def configure_model(self) -> None:
+        """Build the network; Lightning calls it."""
+        if self.model is None:
+            num_classes = self.num_classes or self._data.num_classes
+            self.model = self.build_model(num_classes=num_classes)
+
+    def add_head(self, backbone: FastVim, **options: Any) -> nn.Module:
+        return build_detector(backbone, source=self.source, **self._sizes, **options)
+
+    def exported_metadata(self) -> dict[str, Any]:
+        assert isinstance(self.model, CascadeMaskRCNN)
+        head = {"num_classes": self.model.num_classes, "source": self.source, **self._sizes}
+        return {
+            **super().exported_metadata(),
+            "detection": head,
+            "class_names": list(self._data.class_names),
+            "category_ids": list(self._data.category_ids),
+        }
+
+    # Training.
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, targets = batch
+        assert self.model is not None
+        losses = self.model(images, targets)
+        loss: Tensor = sum(losses.values())
+        self.log_training(loss, len(images))
+        parts = {f"train/{name}": part for name, part in losses.items()}
+        self.log_dict(parts, on_step=True, on_epoch=False, batch_size=len(images))
+        return loss
+
+    def make_scheduler(
+        self, optimizer: optim.Optimizer, total_steps: int, warmup_steps: int
+    ) -> Scheduler:
+        return warmup_steps_down(optimizer, total_steps, warmup_steps, self.warmup_lr, self.drops)
+
+    def make_optimizer(self) -> optim.Optimizer:
+        groups = parameter_groups(
+            self.model, self.weight_decay, self.layer_decay, self.blocks_per_decay, self.no_decay
+        )
+        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
+
+    # Evaluation.
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """What `CascadeMaskRCNN` finds in images (3, H, W), in evaluation mode."""
+        assert self.model is not None
+        return self.model(images)
+
+    def class_scores(self) -> dict[str, dict[str, float]]:
+        return self._test_scores
+
+    def on_validation_epoch_start(self) -> None:
+        self._metrics = AveragePrecision(self._data.category_ids)
+
+    def on_test_epoch_start(self) -> None:
+        self._metrics = AveragePrecision(self._data.category_ids)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        of_classes = self._log_scores("test")
+        names = self._data.class_names
+        self._test_scores = {
+            score: dict(zip(names, values, strict=True)) for score, values in of_classes.items()
+        }
+
+    def _evaluate(self, batch: Batch) -> None:
+        images, targets = batch
+        assert isinstance(self.model, CascadeMaskRCNN)
+        assert self._metrics is not None
+        for image, target, found in zip(images, targets, self.model.detect(images), strict=True):
+            seen = (image.shape[1], image.shape[2])
+            size, image_id = target["size"], target["image_id"]
+            results = coco_results(found, seen, size, image_id, self._metrics.category_ids)
+            self._metrics.update(target, results)
+
+    def _log_scores(self, stage: str) -> dict[str, list[float]]:
+        """Log the scores over all classes; those of each are returned."""
+        assert self._metrics is not None
+        scores = self._metrics.compute()  # the same in every process
+        for name, value in scores.overall.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("box_ap", "mask_ap"))
+        self._metrics = None
+        return scores.of_classes

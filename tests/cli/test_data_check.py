@@ -1,0 +1,127 @@
+"""`fastvim data check`, as a person calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coco_sets import write_set
+from PIL import Image
+
+from fastvim.cli import main
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+COCO = RECIPES / "coco" / "fastvim_tiny.yaml"
+QUICKSTART = RECIPES / "quickstart.yaml"
+ADE20K = RECIPES / "ade20k" / "fastvim_tiny.yaml"
+
+
+def check(capsys, recipe: Path, root: Path, *words: str) -> tuple[int, str, str]:
+    """Exit code, what is printed, and the error."""
+    code = main(["data", "check", "--config", str(recipe), "--data.root", str(root), *words])
+    return code, *capsys.readouterr()
+
+
+def test_a_good_set(tmp_path, capsys):
+    code, output, error = check(capsys, COCO, write_set(tmp_path))
+    assert (code, error) == (0, "")
+    assert output.splitlines() == [
+        "train2017: 9 images, 2 categories, 16 objects, 0 crowds, 1 images without objects",
+        "val2017: 5 images, 2 categories, 8 objects, 0 crowds, 1 images without objects",
+        "nothing wrong",
+    ]
+
+
+def test_all_mistakes_are_counted_and_named(tmp_path, capsys):
+    write_set(tmp_path)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    objects = content["annotations"]
+    objects[0]["category_id"] = objects[3]["category_id"] = 91
+    objects[4]["bbox"][3] = 0
+    del objects[5]["segmentation"]
+    objects[6]["segmentation"] = {"size": [64, 64], "counts": "zz~~"}
+    file.write_text(json.dumps(content))
+    (tmp_path / "train2017" / "7.png").unlink()
+    (tmp_path / "train2017" / "6.png").write_bytes(b"no image")
+    Image.new("RGB", (64, 60)).save(tmp_path / "train2017" / "5.png")
+    code, output, error = check(capsys, COCO, tmp_path)
+    assert code == 2
+    assert "7 mistakes would stop a run" in error
+    train, *lines = output.splitlines()
+    assert train.startswith("train2017: 9 images, 2 categories, 13 objects")
+    found = {line.split(", ")[0].strip(): line for line in lines if line.startswith("  ")}
+    assert set(found) == {
+        "1 x missing image file",
+        "2 x unknown category",
+        "1 x missing mask",
+        "1 x damaged mask",
+        "1 x image of another size",
+        "1 x unreadable image",
+        "1 x box of zero size",
+    }
+    assert "first: annotation 1 of 0.png, category_id 91" in found["2 x unknown category"]
+    assert found["1 x missing image file"].endswith("train2017/7.png")
+    assert "left out in training, first: annotation 5 of 2.png" in found["1 x box of zero size"]
+    assert "5.png: 64x60 pixels" in found["1 x image of another size"]
+    assert lines[-1].startswith("val2017: 5 images")
+
+    code, output, error = check(capsys, COCO, tmp_path, "--no-read")
+    assert code == 2
+    assert "4 mistakes would stop a run" in error
+
+
+def test_what_is_left_out_is_no_mistake(tmp_path, capsys):
+    write_set(tmp_path)
+    file = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    file.write_text(json.dumps(content))
+    code, output, _ = check(capsys, COCO, tmp_path)
+    assert code == 0
+    assert "1 x box of zero size" in output
+    assert "nothing wrong" not in output
+
+
+def test_classes_of_pixels(tmp_path, capsys):
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (9, 8)).save(tmp_path / "images" / split / f"{index}.jpg")
+            classes = np.full((8, 9), index, dtype=np.uint8)
+            Image.fromarray(classes).save(tmp_path / "annotations" / split / f"{index}.png")
+    words = ("--data.class_file", "null")
+    assert check(capsys, ADE20K, tmp_path, *words)[0] == 0
+    annotations = tmp_path / "annotations" / "training"
+    (annotations / "1.png").unlink()
+    Image.fromarray(np.full((8, 9), 151, dtype=np.uint8)).save(annotations / "2.png")
+    code, output, error = check(capsys, ADE20K, tmp_path, *words)
+    assert code == 2
+    assert "2 mistakes" in error
+    assert "  1 x missing annotation, first: " + str(annotations / "1.png") in output
+    assert "  1 x value out of range, first: " + str(annotations / "2.png") in output
+    code, output, _ = check(capsys, ADE20K, tmp_path, *words, "--data.num_classes", "3")
+    assert "validation: 4 images" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "the following arguments are required: --config"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("--config", str(COCO), "--workers", "0"), "--workers 0"),
+        (("--config", str(COCO), "--data.root", "nowhere"), "train2017.json: no such file"),
+        (
+            ("--config", str(RECIPES / "quickstart.yaml"), "--data.root", "x"),
+            "ImageData cannot be checked",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys):
+    assert main(["data", "check", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
