@@ -9,18 +9,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
-from fastvim.checkpoint import load_model
 from fastvim.cli.arguments import Parser, usable_device
 from fastvim.cli.images import (
     find_images,
     free_stem,
-    pictures,
-    read_batches,
+    load_trained,
+    read_upright,
     report_failures,
-    rgb_pixels,
-    upright,
 )
 from fastvim.data.detection import resize
 from fastvim.errors import UserError
@@ -65,16 +61,7 @@ def run(argv: list[str]) -> None:
     if arguments.img_size is not None and arguments.img_size < 1:
         raise UserError(f"--img-size {arguments.img_size}: expected at least 1")
     paths, failures = find_images(arguments.images)
-    model, metadata = load_model(path=arguments.checkpoint)
-    if not isinstance(model, CascadeMaskRCNN):
-        raise UserError(
-            f"{arguments.checkpoint} holds {metadata['model']} without a detection head: expected "
-            "weights of fastvim fit with a detection task"
-        )
-    if missing := [name for name in TOLD if name not in metadata]:
-        raise UserError(
-            f"{arguments.checkpoint} does not say {missing[0]}: expected weights of fastvim fit"
-        )
+    model, metadata = load_trained(arguments.checkpoint, CascadeMaskRCNN, "detection", TOLD)
     side = arguments.img_size or metadata.get("eval_size") or metadata["img_size"]
     ids = metadata["category_ids"]
     names = dict(zip(ids, metadata["class_names"], strict=True))
@@ -91,16 +78,7 @@ def run(argv: list[str]) -> None:
     lines: list[str] = []
     taken: set[str] = set()
     numbers = _image_ids(paths)
-    # One by one: they may be of any size.
-    for (path,), pixels in track(
-        read_batches(paths, pictures(upright(rgb_pixels)), 1, failures),
-        "detecting",
-        len(paths),
-        console=errors,
-        transient=True,
-        disable=not errors.is_terminal,
-    ):
-        image = Image.fromarray(pixels[0].movedim(0, -1).numpy())
+    for path, image in read_upright(paths, failures, errors, "detecting"):
         results = results_of(image, numbers[path])
         everything += [{**result, "file_name": str(path)} for result in results]
         sure = [result for result in results if result["score"] >= arguments.score]

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
+from rich.progress import track
 from timm.data import get_img_extensions, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
+from fastvim.checkpoint import load_model
 from fastvim.data.arrays import read_array
 from fastvim.data.files import UNREADABLE
 from fastvim.data.remote import UnreadableFileError
 from fastvim.data.transforms import Transform
 from fastvim.errors import UserError
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 class Failure(NamedTuple):
@@ -115,6 +119,49 @@ def read_batches(
                 failures.append(Failure(path, f"damaged: {error}"))
         if files:
             yield files, torch.stack(images)
+
+
+def read_upright(
+    paths: list[Path], failures: list[Failure], errors: Console, doing: str
+) -> Iterator[tuple[Path, Image.Image]]:
+    """Files that could be read and their RGB images, one by one as they may be of any size.
+
+    A terminal shows how far it is, and what the command is `doing`; the others join `failures`.
+    """
+    for (path,), pixels in track(
+        read_batches(paths, pictures(upright(rgb_pixels)), 1, failures),
+        doing,
+        len(paths),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
+    ):
+        yield path, Image.fromarray(pixels[0].movedim(0, -1).numpy())
+
+
+def load_trained(
+    path: str, kind: type[_Model], task: str, told: Sequence[str]
+) -> tuple[_Model, dict[str, Any]]:
+    """A model that a task has trained, and what its file tells.
+
+    Args:
+        path: of the weights.
+        kind: class of the model.
+        task: such as "segmentation".
+        told: what the file has to tell.
+
+    Raises:
+        UserError: weights of something else.
+    """
+    model, metadata = load_model(path=path)
+    if not isinstance(model, kind):
+        raise UserError(
+            f"{path} holds {metadata['model']} without a {task} head: expected weights of "
+            f"fastvim fit with a {task} task"
+        )
+    if missing := [name for name in told if name not in metadata]:
+        raise UserError(f"{path} does not say {missing[0]}: expected weights of fastvim fit")
+    return model, metadata
 
 
 def free_stem(path: Path, taken: set[str]) -> str:

@@ -10,19 +10,15 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from fastvim.checkpoint import load_model
 from fastvim.cli.arguments import Parser, usable_device
 from fastvim.cli.images import (
     find_images,
     free_stem,
-    pictures,
-    read_batches,
+    load_trained,
+    read_upright,
     report_failures,
-    rgb_pixels,
-    upright,
 )
 from fastvim.data.segmentation import EvaluationTransform
 from fastvim.errors import UserError
@@ -71,16 +67,7 @@ def run(argv: list[str]) -> None:
         if (given := getattr(arguments, name)) is not None and given < 1:
             raise UserError(f"--{name} {given}: expected at least 1")
     paths, failures = find_images(arguments.images)
-    model, metadata = load_model(path=arguments.checkpoint)
-    if not isinstance(model, UPerNet):
-        raise UserError(
-            f"{arguments.checkpoint} holds {metadata['model']} without a segmentation head: "
-            "expected weights of fastvim fit with a segmentation task"
-        )
-    if missing := [name for name in TOLD if name not in metadata]:
-        raise UserError(
-            f"{arguments.checkpoint} does not say {missing[0]}: expected weights of fastvim fit"
-        )
+    model, metadata = load_trained(arguments.checkpoint, UPerNet, "segmentation", TOLD)
     names = metadata["class_names"]
     transform = EvaluationTransform(metadata["base_size"], metadata["mean"], metadata["std"])
     model = model.to(usable_device(arguments.device)).eval()
@@ -102,16 +89,7 @@ def run(argv: list[str]) -> None:
 
     lines: list[str] = []
     taken: set[str] = set()
-    # One by one: they may be of any size.
-    for (path,), pixels in track(
-        read_batches(paths, pictures(upright(rgb_pixels)), 1, failures),
-        "segmenting",
-        len(paths),
-        console=errors,
-        transient=True,
-        disable=not errors.is_terminal,
-    ):
-        image = Image.fromarray(pixels[0].movedim(0, -1).numpy())
+    for path, image in read_upright(paths, failures, errors, "segmenting"):
         classes = classes_of(image)
         stem = free_stem(path, taken)
         arguments.out.mkdir(parents=True, exist_ok=True)
