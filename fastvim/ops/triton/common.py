@@ -74,7 +74,7 @@ def silu_twice(half, FAST: tl.constexpr):
             "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
         )
         return half * tanh + half
-    return tl.div_rn(2.0 * half, 1.0 + exp(-2.0 * half, FAST))  # sums over long segments show less
+    return tl.div_rn(2.0 * half, 1.0 + exp(-2.0 * half, FAST))  # to rounding: long sums show less
 
 
 @triton.jit
