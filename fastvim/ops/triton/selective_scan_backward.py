@@ -37,8 +37,10 @@ STEPS = 5  # K, scanned at a time
 ROWS = 16  # steps of a program that gives gradients of what the projections take,
 WEIGHT_ROWS = 32  # and of their weights
 SPLIT_ROWS = 32  # of the partial sums of these weights
-# Of products, for each dtype of u: their precision, and the channels summed at a time. TF32 cuts
-# numbers off after 11 bits, as many as float16 has.
+WEIGHT_CHANNELS = 64  # at most, of a program that gives gradients of weights: more spill
+# Of products, for each dtype of u: their precision, and the channels taken at a time. TF32 cuts
+# numbers off after 11 bits, as many as float16 has. Where both factors are float32 it would do so
+# twice: such products take three even in bfloat16.
 PRODUCTS = {
     torch.float32: ("ieee", EXACT_DEPTH),
     torch.float16: ("tf32x3", 64),
@@ -91,6 +93,8 @@ class _ScanBackward:
         numbers = (steps, parts, self.blocks, E, R, N, *tail, ROWS, depth)
         grid = (programs, 2, parts)
         self.select = Launch(select_backward_kernel, u.device, grid, numbers, num_warps=4)
+        depth = min(depth, WEIGHT_CHANNELS)
+        blocks = triton.cdiv(E, depth)
         self.splits = min(triton.cdiv(steps, WEIGHT_ROWS), triton.cdiv(SPREAD, 2 * blocks))
         numbers = (steps, E, self.splits, *tail, WEIGHT_ROWS, depth)
         grid = (blocks, 2, self.splits)

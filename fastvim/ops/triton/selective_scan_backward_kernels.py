@@ -297,6 +297,8 @@ def weights_backward_kernel(
     of_states = tl.zeros((2 * NP, DEPTH), tl.float32)
     of_ranks = tl.zeros((R_BLOCK, DEPTH), tl.float32)
     of_bias = tl.zeros((ROWS, DEPTH), tl.float32)
+    # Elsewhere one factor has the dtype of u, which TF32 leaves as it is if that is bfloat16.
+    both: tl.constexpr = "tf32x3" if PRECISION == "tf32" else PRECISION
     for first in range(tl.program_id(2) * ROWS, M, splits * ROWS):
         rows = first + tl.arange(0, ROWS)
         present = (rows < M)[:, None]
@@ -311,7 +313,7 @@ def weights_backward_kernel(
         b_dt = tl.load(dt + places[:, None] * R_BLOCK + ranks[None, :], mask=present, other=0.0)
         of_dt = tl.dot(tl.trans(ddt), b_u, of_dt, input_precision=PRECISION)
         of_states = tl.dot(tl.trans(dbc), b_u, of_states, input_precision=PRECISION)
-        of_ranks = tl.dot(tl.trans(b_dt), b_draw, of_ranks, input_precision=PRECISION)
+        of_ranks = tl.dot(tl.trans(b_dt), b_draw, of_ranks, input_precision=both)
         of_bias += b_draw
     count: tl.constexpr = 2 * R_BLOCK + 2 * NP + 1
     p_partial = partial + (tl.program_id(2) * 2 + direction) * count * E + columns[None, :]
