@@ -63,6 +63,9 @@ channels: install
 	$(BIN)/fastvim channels runs/landsat/model.safetensors runs/landsat_all/model.safetensors \
 	    --names "sampled channels" "all channels" --root sample:landsat --out runs/landsat
 
+# Crops of the last frame of HeLa cells, for pictures.
+HELA = "$$($(BIN)/python -c 'from fastvim.data.samples import fetch; print(fetch("hela"))')"/images/validation/19-*.png
+
 # Every pixel of HeLa cells, background or nucleus; what a threshold makes of them, for comparison.
 SEMANTIC := --config recipes/hela/semantic.yaml
 cells: install
@@ -70,7 +73,7 @@ cells: install
 	$(BIN)/fastvim test $(SEMANTIC) --ckpt_path last
 	$(BIN)/python benchmarks/hela_baselines.py
 	$(BIN)/fastvim segment runs/hela/semantic/model.safetensors --out runs/hela/semantic/segments \
-	    "$$($(BIN)/python -c 'from fastvim.data.samples import fetch; print(fetch("hela"))')"/images/validation/19-*.png
+	    $(HELA)
 
 # Each nucleus with a box and a mask; what the pieces above a threshold are worth, for comparison.
 INSTANCES := --config recipes/hela/instances.yaml
@@ -79,7 +82,7 @@ nuclei: install
 	$(BIN)/fastvim test $(INSTANCES) --ckpt_path last
 	$(BIN)/python benchmarks/hela_instances.py
 	$(BIN)/fastvim detect runs/hela/instances/model.safetensors --out runs/hela/instances/detections \
-	    "$$($(BIN)/python -c 'from fastvim.data.samples import fetch; print(fetch("hela"))')"/images/validation/19-*.png
+	    $(HELA)
 
 clean:
 	rm -rf .venv runs build *.egg-info
