@@ -4,9 +4,10 @@
         [--sizes 512 1024] [--out benchmarks/dense_step.json]
 
 Forward, backward and AdamW on random images with random answers, as `recipes/ade20k` and
-`recipes/coco` train: bfloat16 autocast over float32 weights, not captured (detection is not of one
-shape); on a CPU in float32. First the maps of each backbone, and the gradients of their squares,
-are compared with the definitions in float32. Exit code 1 if they differ.
+`recipes/coco` train: bfloat16 autocast over float32 weights, UPerNet with its passes captured and
+without (detection is not of one shape); on a CPU in float32. First the maps of each backbone, and
+the gradients of their squares, are compared with the definitions in float32. Exit code 1 if they
+differ.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from fastvim.benchmark.check import relative_error
 from fastvim.benchmark.record import device_name
 from fastvim.benchmark.timing import measure, peak_gib, reset_peak
 from fastvim.benchmark.training import TrainingStep
+from fastvim.graphed import GraphedModel
 from fastvim.models import FeatureMaps
 from fastvim.models.cascade import build_detector
 from fastvim.models.upernet import UPerNet
@@ -68,16 +71,19 @@ def check(maps: FeatureMaps, device: torch.device, precision: Precision) -> floa
     return max(relative_error(a, e) for a, e in zip(results, expected, strict=True))
 
 
-def upernet(model: str, size: int, batch: int, device: torch.device) -> Parts:
+def upernet(
+    model: str, size: int, batch: int, device: torch.device, captured: bool = False
+) -> Parts:
     backbone = backbone_of(model, size)
     depth = len(backbone.blocks)
     maps = FeatureMaps(backbone, [depth * (i + 1) // 4 - 1 for i in range(4)])
     network = UPerNet(maps, num_classes=CLASSES["upernet"]).to(device)
+    run = GraphedModel(network) if captured else network
     images = torch.randn(batch, 3, size, size, device=device)
     classes = torch.randint(CLASSES["upernet"], (batch, size, size), device=device)
 
     def loss() -> Tensor:
-        logits, auxiliary = network(images)
+        logits, auxiliary = run(images)
         return F.cross_entropy(logits.float(), classes) + 0.4 * F.cross_entropy(
             auxiliary.float(), classes
         )
@@ -137,9 +143,13 @@ def main() -> int:
     precision = PRECISIONS["amp" if device.type == "cuda" else "float32"]
     torch.manual_seed(0)
     rows = []
-    for (name, build), size in zip(
-        {"upernet": upernet, "cascade": cascade}.items(), arguments.sizes, strict=True
-    ):
+    of_upernet, of_cascade = arguments.sizes
+    cases: list[tuple[str, Callable[..., Parts], int]] = [
+        ("upernet", upernet, of_upernet),
+        ("upernet, captured", partial(upernet, captured=True), of_upernet),
+        ("cascade", cascade, of_cascade),
+    ]
+    for name, build, size in cases:
         reset_peak(device)
         maps, network, loss = build(arguments.model, size, arguments.batch, device)
         error = check(maps, device, precision)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy as copying
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -215,7 +216,9 @@ def why_not_captured(call: Callable[[], object], what: str) -> str | None:
         what: names it in the answer, as in "forward pass".
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         call()
     except RuntimeError as error:

@@ -64,6 +64,9 @@ class Segmentation(DenseTask):
             embedding, the class token and A_log.
         betas: of AdamW.
         grad_checkpointing: recompute each block in the backward pass, for memory.
+        capture: on a GPU, record the model's forward and backward pass as CUDA graphs and replay
+            them: the same steps, several times faster where the model is small. Not with
+            `grad_checkpointing`.
 
     Raises:
         UserError: unknown model or model option; a model or a checkpoint that does not fit; one
@@ -98,6 +101,7 @@ class Segmentation(DenseTask):
         no_decay: list[str] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         grad_checkpointing: bool = False,
+        capture: bool = True,
     ) -> None:
         super().__init__(
             model,
@@ -109,6 +113,7 @@ class Segmentation(DenseTask):
             warmup_lr=warmup_lr,
             warmup_steps=warmup_steps,
             grad_checkpointing=grad_checkpointing,
+            capture=capture,
         )
         self.save_hyperparameters()  # a checkpoint says what it is a checkpoint of
         self.num_classes = num_classes
@@ -163,8 +168,7 @@ class Segmentation(DenseTask):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, classes = batch
-        assert self.model is not None
-        logits, auxiliary = self.model(images)
+        logits, auxiliary = self.train_forward(images)
         loss = _cross_entropy(logits, classes)
         loss = loss + self.aux_weight * _cross_entropy(auxiliary, classes)
         self.log_training(loss)

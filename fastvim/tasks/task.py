@@ -6,12 +6,14 @@ import logging
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn, optim
 
 from fastvim.checkpoint import load_weights
 from fastvim.errors import UserError
+from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
 from fastvim.tasks.ema import EMA
 from fastvim.tasks.optim import WeightDecayCosine, count_steps, warmup_cosine
@@ -42,6 +44,7 @@ class Task(L.LightningModule):
         ema_decay: decay of the averaged weights, which are validated and exported; None trains
             without them.
         grad_checkpointing: recompute each block in the backward pass, for memory.
+        capture: on a GPU, train through `train_forward` with captured graphs.
 
     Raises:
         UserError: unknown model or model option; checkpoint that does not fit the model; warm-up
@@ -65,6 +68,7 @@ class Task(L.LightningModule):
         weight_decay_end: float | None = None,
         ema_decay: float | None = None,
         grad_checkpointing: bool = False,
+        capture: bool = False,
     ) -> None:
         super().__init__()
         self.model_name = model
@@ -76,6 +80,7 @@ class Task(L.LightningModule):
         self._weight_decay: WeightDecayCosine | None = None
         self.ema_decay = ema_decay
         self.grad_checkpointing = grad_checkpointing
+        self.capture = capture
         self.model: nn.Module | None = None
 
     # The network and its weights.
@@ -193,6 +198,22 @@ class Task(L.LightningModule):
         scheduler.step_update(num_updates=self.trainer.global_step)
         if self._weight_decay is not None:
             self._weight_decay.step_update(self.trainer.global_step)
+
+    def train_forward(self, images: Tensor) -> Any:
+        """What the model makes of a batch in training.
+
+        With `capture`, a `GraphedModel` calls it. Not where blocks are recomputed, which draws on
+        random states that a graph cannot tell, nor where a strategy divides the parameters among
+        processes.
+        """
+        assert self.model is not None
+        whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        if not self.capture or self.grad_checkpointing or not whole:
+            return self.model(images)
+        if "_graphed" not in self.__dict__:
+            # In the dictionary alone: as a layer it would hold all weights a second time.
+            self.__dict__["_graphed"] = GraphedModel(self.model)
+        return self.__dict__["_graphed"](images)
 
     def log_training(self, loss: Tensor, batch_size: int | None = None) -> None:
         """Log a training step's loss, and the highest rate of any group.
