@@ -157,8 +157,7 @@ class Classification(Task):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of normalised images (B, C, H, W)."""
-        assert self.model is not None
-        return self.model(images)
+        return self.call_model(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, target = batch
@@ -173,7 +172,7 @@ class Classification(Task):
             assert self.model is not None
             logits = self.model(images[:, channels], channels)
         else:
-            logits = self.train_forward(images)
+            logits = self(images)
         loss = self.train_loss(logits.float(), target)
         self.log_training(loss)
         return loss

@@ -119,10 +119,12 @@ class Pretraining(Task):
             generator: what draws the masks; None for torch's own.
         """
         assert self.model is not None
+        if generator is None:
+            return self.call_model(images)
         return self.model(images, generator=generator)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.train_forward(batch[0]).loss
+        loss = self(batch[0]).loss
         self.log_training(loss)
         return loss
 

@@ -168,7 +168,7 @@ class Segmentation(DenseTask):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, classes = batch
-        logits, auxiliary = self.train_forward(images)
+        logits, auxiliary = self.call_model(images)
         loss = _cross_entropy(logits, classes)
         loss = loss + self.aux_weight * _cross_entropy(auxiliary, classes)
         self.log_training(loss)

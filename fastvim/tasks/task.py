@@ -44,7 +44,8 @@ class Task(L.LightningModule):
         ema_decay: decay of the averaged weights, which are validated and exported; None trains
             without them.
         grad_checkpointing: recompute each block in the backward pass, for memory.
-        capture: on a GPU, train through `train_forward` with captured graphs.
+        capture: on a GPU, train with the model's passes captured as graphs, where the task calls it
+            through `call_model`.
 
     Raises:
         UserError: unknown model or model option; checkpoint that does not fit the model; warm-up
@@ -81,6 +82,8 @@ class Task(L.LightningModule):
         self.ema_decay = ema_decay
         self.grad_checkpointing = grad_checkpointing
         self.capture = capture
+        # One or none; in a list, since a layer's weights would be listed a second time.
+        self._graphed: list[GraphedModel] = []
         self.model: nn.Module | None = None
 
     # The network and its weights.
@@ -199,21 +202,22 @@ class Task(L.LightningModule):
         if self._weight_decay is not None:
             self._weight_decay.step_update(self.trainer.global_step)
 
-    def train_forward(self, images: Tensor) -> Any:
-        """What the model makes of a batch in training.
-
-        With `capture`, a `GraphedModel` calls it. Not where blocks are recomputed, which draws on
-        random states that a graph cannot tell, nor where a strategy divides the parameters among
-        processes.
-        """
+    def call_model(self, images: Tensor) -> Any:
+        """What the model gives for images; in a fit with `capture`, by a `GraphedModel`."""
         assert self.model is not None
+        model = self._graphed[0] if self._graphed else self.model
+        return model(images)
+
+    def on_fit_start(self) -> None:
+        # Recomputing blocks draws on random states that a graph cannot tell; other strategies than
+        # these divide the parameters among processes.
         whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if not self.capture or self.grad_checkpointing or not whole:
-            return self.model(images)
-        if "_graphed" not in self.__dict__:
-            # In the dictionary alone: as a layer it would hold all weights a second time.
-            self.__dict__["_graphed"] = GraphedModel(self.model)
-        return self.__dict__["_graphed"](images)
+        if self.capture and whole and not self.grad_checkpointing:
+            assert self.model is not None
+            self._graphed = [GraphedModel(self.model)]
+
+    def on_fit_end(self) -> None:
+        self._graphed = []  # the graphs hold memory
 
     def log_training(self, loss: Tensor, batch_size: int | None = None) -> None:
         """Log a training step's loss, and the highest rate of any group.

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from harness import DECODER, MODEL_ARGS, trainer
 
-from fastvim.data.images import ImageData
-from fastvim.tasks import Classification, Pretraining, Segmentation, Task
+from fastvim.tasks import Classification, LinearProbe, Pretraining, Segmentation, Task
 from fastvim.tasks.callbacks import SeedSteps
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -28,16 +27,21 @@ def pretraining(**settings) -> Pretraining:
     return Pretraining(name, args, **options, **settings)
 
 
-def captured(task: Task) -> bool:
-    graphed = task.__dict__.get("_graphed")
-    return graphed is not None and graphed.captured
+class Captured(L.Callback):
+    """Whether the last batch was a replay."""
+
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        self.last = any(graphed.captured for graphed in pl_module._graphed)
 
 
-def weights(task: Task, folder, data: ImageData, device: str, **settings) -> list[torch.Tensor]:
-    """After an epoch from the same initial weights."""
+def fit(task: Task, folder, data, device: str, **settings) -> tuple[list[torch.Tensor], bool]:
+    """The weights after an epoch from the same initial ones; whether its steps were captured."""
     torch.manual_seed(0)
-    trainer(folder, SeedSteps(3), accelerator=device, devices=1, **settings).fit(task, data)
-    return [parameter.detach().cpu() for parameter in task.parameters()]
+    captured = Captured()
+    callbacks = (SeedSteps(3), captured)
+    trainer(folder, *callbacks, accelerator=device, devices=1, **settings).fit(task, data)
+    assert not task._graphed
+    return [parameter.detach().cpu() for parameter in task.parameters()], captured.last
 
 
 @pytest.fixture(autouse=True)
@@ -61,20 +65,28 @@ def no_group_is_left():
 )
 def test_weights_are_those_without_capture(tmp_path, data, device, make, settings):
     task, twin = make(), make(capture=False)
-    ours = weights(task, tmp_path / "ours", data, device, **settings)
-    expected = weights(twin, tmp_path / "expected", data, device, **settings)
+    ours, captured = fit(task, tmp_path / "ours", data, device, **settings)
+    expected, without = fit(twin, tmp_path / "expected", data, device, **settings)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    assert captured(task) == (device == "cuda")
-    assert not captured(twin)
+    assert captured == (device == "cuda")
+    assert not without
     assert task.state_dict().keys() == twin.state_dict().keys()
 
 
 @needs_gpu
 def test_recomputed_blocks_are_not_captured(tmp_path, data):
-    task = classification(grad_checkpointing=True)
-    weights(task, tmp_path, data, "cuda")
-    assert not captured(task)
+    _, captured = fit(classification(grad_checkpointing=True), tmp_path, data, "cuda")
+    assert not captured
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_forward_of_its_own_is_trained(tmp_path, data, device):
+    """A probe normalises the features: it does not call the model as a whole."""
+    task = LinearProbe("fastvim_tiny_patch16_224", MODEL_ARGS, warmup_epochs=0)
+    _, captured = fit(task, tmp_path, data, device)
+    assert not captured
+    assert task.norm.num_batches_tracked == 12
 
 
 class Random(L.LightningDataModule):
@@ -106,9 +118,9 @@ def test_segmentation(tmp_path):
         )
 
     ours, expected = task(), task(capture=False)
-    mine = weights(ours, tmp_path / "ours", Random(), "cuda")
-    theirs = weights(expected, tmp_path / "expected", Random(), "cuda")
-    assert captured(ours)
+    mine, captured = fit(ours, tmp_path / "ours", Random(), "cuda")
+    theirs, _ = fit(expected, tmp_path / "expected", Random(), "cuda")
+    assert captured
     moved = sum((a - b).norm() for a, b in zip(mine, theirs, strict=True))
     assert moved < 0.02 * sum(b.norm() for b in theirs)
     counts = [
