@@ -44,9 +44,10 @@ class GraphedModel(nn.Module):
     one line.
 
     The graphs read the parameters where they are: steps of an optimiser and `load_state_dict` are
-    seen, other parameters in their place, or a change of which are trained, are not. Hooks within
-    the model run while it is recorded, not later. One forward pass must be followed by its
-    backward pass before the next, since the graphs keep the tensors between the two.
+    seen, other parameters in their place are not. Where parameters are frozen or no longer so, the
+    next batch is recorded anew. Hooks within the model run while it is recorded, not later. One
+    forward pass must be followed by its backward pass before the next, since the graphs keep the
+    tensors between the two.
 
     Args:
         model: any module that takes images (B, ...) and gives tensors, in tuples, lists or dicts.
@@ -85,6 +86,8 @@ class GraphedModel(nn.Module):
         """What the model gives for images; tensors of their own in every call."""
         training = self.model.training and torch.is_grad_enabled()
         replayable = training and images.is_cuda and not images.requires_grad
+        if self._recorded is not None and self._recorded.outdated:
+            self._recorded = None
         if replayable and self._recorded is None and self.reason is None:
             self._record(images)
         if replayable and self._recorded is not None and self._recorded.kind == _kind(images):
@@ -122,6 +125,7 @@ class _Recorded:
         self.turn = 0
         self._model = model
         self._images = images.detach().clone()
+        self._trained = {p: p.requires_grad for p in model.parameters()}
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._aliases = {n: p.detach().requires_grad_() for n, p in self._parameters.items()}
         self._stream = torch.cuda.Stream(images.device)
@@ -131,6 +135,11 @@ class _Recorded:
         self._images.copy_(images)
         outputs = _Replay.apply(self, *self._parameters.values())
         return tree_unflatten(list(outputs), self._tree)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether other parameters are trained now than when it was recorded."""
+        return any(p.requires_grad != trained for p, trained in self._trained.items())
 
     def warm_up(self, steps: int) -> str | None:
         """Take steps in which kernels are built and tuned; why the step cannot be recorded."""

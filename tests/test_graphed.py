@@ -139,6 +139,21 @@ def test_weights_loaded_in_place_are_seen():
     same(gradients(model), gradients(other))
 
 
+@needs_gpu
+def test_what_is_trained_may_change():
+    model = tiny().train()
+    twin, graphed = copy.deepcopy(model), GraphedModel(model)
+    for seed, names in enumerate(["head", "", "blocks.1", "head"]):
+        for part in (model, twin):
+            part.zero_grad()
+            for name, parameter in part.named_parameters():
+                parameter.requires_grad_(name.startswith(names))
+        backward(graphed, batch(seed))
+        backward(twin, batch(seed))
+        assert graphed.captured
+        same(gradients(model), gradients(twin))
+
+
 class Normed(nn.Module):
     """Running statistics, a frozen parameter and an unused one; several outputs."""
 
