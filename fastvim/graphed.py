@@ -45,9 +45,9 @@ class GraphedModel(nn.Module):
 
     The graphs read the parameters where they are: steps of an optimiser and `load_state_dict` are
     seen, other parameters in their place are not. Where parameters are frozen or no longer so, the
-    next batch is recorded anew. Hooks within the model run while it is recorded, not later. One
-    forward pass must be followed by its backward pass before the next, since the graphs keep the
-    tensors between the two.
+    next batch is recorded anew. What a model does in Python (hooks, random choices of Python or
+    numpy) happens while it is recorded and not again. One forward pass must be followed by its
+    backward pass before the next, since the graphs keep the tensors between the two.
 
     Args:
         model: any module that takes images (B, ...) and gives tensors, in tuples, lists or dicts.
