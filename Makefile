@@ -71,7 +71,7 @@ SEMANTIC := --config recipes/hela/semantic.yaml
 cells: install
 	$(BIN)/fastvim fit $(SEMANTIC)
 	$(BIN)/fastvim test $(SEMANTIC) --ckpt_path last
-	$(BIN)/python benchmarks/hela_baselines.py
+	$(BIN)/python measurements/hela_baselines.py
 	$(BIN)/fastvim segment runs/hela/semantic/model.safetensors --out runs/hela/semantic/segments \
 	    $(HELA)
 
@@ -80,7 +80,7 @@ INSTANCES := --config recipes/hela/instances.yaml
 nuclei: install
 	$(BIN)/fastvim fit $(INSTANCES)
 	$(BIN)/fastvim test $(INSTANCES) --ckpt_path last
-	$(BIN)/python benchmarks/hela_instances.py
+	$(BIN)/python measurements/hela_instances.py
 	$(BIN)/fastvim detect runs/hela/instances/model.safetensors --out runs/hela/instances/detections \
 	    $(HELA)
 

@@ -1,6 +1,6 @@
 """The CPU scan, forward and with its gradients: the numba kernel beside the PyTorch definition.
 
-    python benchmarks/cpu_scan.py [--out benchmarks/cpu_scan.json]
+    python measurements/cpu_scan.py [--out measurements/cpu_scan.json]
 
 Checks outputs and gradients against float64 first; then medians of the time of one call.
 """
@@ -109,7 +109,7 @@ def main() -> None:
         print(f"steps {steps:5} batch {batch:3} width {width:4}   {text}")  # noqa: T201
     if arguments.out:
         record = {
-            "command": "python benchmarks/cpu_scan.py --out benchmarks/cpu_scan.json",
+            "command": "python measurements/cpu_scan.py --out measurements/cpu_scan.json",
             "device": processor(),
             "threads": torch.get_num_threads(),
             "dtype": "float32",

@@ -1,7 +1,7 @@
 """A pre-training step of a masked autoencoder, with most patches masked and with none.
 
-    python benchmarks/masked_step.py [--model mae_fastvim_base_patch16_224] [--batch 128]
-        [--kernels 30] [--out benchmarks/masked_step.json]
+    python measurements/masked_step.py [--model mae_fastvim_base_patch16_224] [--batch 128]
+        [--kernels 30] [--out measurements/masked_step.json]
 
 Forward and backward under bfloat16 autocast, captured as one CUDA graph (on a CPU eager, in
 float32). Beside them the step of the encoder alone over all tokens, as a classifier. First the

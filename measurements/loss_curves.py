@@ -1,7 +1,7 @@
 """Training with the kernels beside training with the definitions: losses, and bits.
 
-    python benchmarks/loss_curves.py [--device cuda] [--steps 300] [--depth 12] [--images FOLDER]
-        [--out benchmarks/loss_curves.json] [--plot benchmarks/loss_curves.png]
+    python measurements/loss_curves.py [--device cuda] [--steps 300] [--depth 12] [--images FOLDER]
+        [--out measurements/loss_curves.json] [--plot measurements/loss_curves.png]
 
 A small FastVim learns handwritten digits from the same weights and batches with each engine. The
 first engine is run twice: its weights must come out the same, bit for bit. Exit code 1 if not.

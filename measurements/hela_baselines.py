@@ -1,6 +1,6 @@
 """What one needs no model for on the HeLa nuclei: everything background, and Otsu's threshold.
 
-    python benchmarks/hela_baselines.py
+    python measurements/hela_baselines.py
 
 Prints the IoU of both classes, and their mean, on the crops that recipes/hela/semantic.yaml is
 tested on. The threshold is found in the histogram of the training crops.

@@ -1,6 +1,6 @@
 """What one needs no model for to find HeLa nuclei one by one: a threshold, and its pieces.
 
-    python benchmarks/hela_instances.py
+    python measurements/hela_instances.py
 
 Prints the average precision of boxes and masks on the crops that recipes/hela/instances.yaml is
 tested on, where every connected piece above Otsu's threshold counts as a nucleus. The threshold is

@@ -1,7 +1,7 @@
 """Training steps of the dense recipes: UPerNet at 512 pixels, Cascade Mask R-CNN at 1024.
 
-    python benchmarks/dense_step.py [--model fastvim_base_patch16_224] [--batch 2]
-        [--sizes 512 1024] [--out benchmarks/dense_step.json]
+    python measurements/dense_step.py [--model fastvim_base_patch16_224] [--batch 2]
+        [--sizes 512 1024] [--out measurements/dense_step.json]
 
 Forward, backward and AdamW on random images with random answers, as `recipes/ade20k` and
 `recipes/coco` train: bfloat16 autocast over float32 weights, UPerNet with its passes captured and

@@ -1,7 +1,7 @@
 """Steps of an ordinary training loop, with the model's passes captured and without.
 
-    python benchmarks/training_loop.py [MODEL:BATCH ...] [--repeats 20]
-        [--out benchmarks/training_loop.json]
+    python measurements/training_loop.py [MODEL:BATCH ...] [--repeats 20]
+        [--out measurements/training_loop.json]
 
 A step is: gradients set to None, the model under bfloat16 autocast over float32 weights, the loss
 (cross entropy; an autoencoder's own), the backward pass, AdamW. Captured, `GraphedModel` calls the
