@@ -14,7 +14,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IGNORE = 255  # class of pixels that do not count
+from fastvim.labels import IGNORE_INDEX
+
 PANEL, LARGEST = 448, 1024  # least and greatest longer side of a panel, in pixels
 MARGIN, GAP = 14, 8
 TEXT_SIZE, SWATCH = 14, 14
@@ -119,7 +120,7 @@ class Entry(NamedTuple):
 
 def legend(classes: Sequence[np.ndarray], class_names: Sequence[str]) -> list[Entry]:
     """The classes that occur, with their share of the pixels that count, the largest ones first."""
-    counts = sum(np.bincount(of.ravel(), minlength=256)[:IGNORE] for of in classes)
+    counts = sum(np.bincount(of.ravel(), minlength=256)[:IGNORE_INDEX] for of in classes)
     assert isinstance(counts, np.ndarray)
     colours, total = palette(class_names), max(1, int(counts.sum()))
     order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]

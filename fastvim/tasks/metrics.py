@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fastvim.labels import IGNORE_INDEX
+
 
 class SegmentationScores(TypedDict):
     """What `SegmentationMetrics` computes.
@@ -37,7 +39,7 @@ class SegmentationMetrics(Metric):
     full_state_update = False
     matrix: Tensor  # (K, K): pixels by target and prediction
 
-    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+    def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.ignore_index = ignore_index

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from fastvim.labels import IGNORE_INDEX
 from fastvim.tasks import drawing
 from fastvim.tasks.task import Task
 
@@ -206,7 +207,7 @@ def draw_labellings(
         size = (target.shape[1], target.shape[0])
         grey = _picture(image.float(), mean, std).mul(255).round().to(torch.uint8).numpy()
         shown = Image.fromarray(grey).convert("RGB").resize(size, Image.Resampling.BILINEAR)
-        counts = target != drawing.IGNORE
+        counts = target != IGNORE_INDEX
         errors = counts & (predicted != target)
         wrong, counted = wrong + int(errors.sum()), counted + int(counts.sum())
         classes = [drawing.overlay(shown, of.numpy(), class_names) for of in (target, predicted)]

@@ -13,6 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn, optim
 
 from fastvim.errors import UserError
+from fastvim.labels import IGNORE_INDEX
 from fastvim.models import FastVim, FeatureMaps
 from fastvim.models.sliding import averaged, sliding_window
 from fastvim.models.upernet import UPerNet
@@ -20,8 +21,6 @@ from fastvim.models.vision import Source
 from fastvim.tasks.dense import NO_DECAY, DenseTask
 from fastvim.tasks.metrics import SegmentationMetrics
 from fastvim.tasks.optim import parameter_groups, warmup_linear
-
-IGNORE = 255  # class of pixels that do not count
 
 # Images (3, H, W) and classes (H, W) each: tensors in training, lists in evaluation.
 Batch = tuple[Iterable[Tensor], Iterable[Tensor]]
@@ -136,8 +135,8 @@ class Segmentation(DenseTask):
             return
         num_classes = self.num_classes or self._data.num_classes
         self.model = self.build_model(num_classes=num_classes)
-        self.val_metrics = SegmentationMetrics(num_classes, IGNORE)
-        self.test_metrics = SegmentationMetrics(num_classes, IGNORE)
+        self.val_metrics = SegmentationMetrics(num_classes, IGNORE_INDEX)
+        self.test_metrics = SegmentationMetrics(num_classes, IGNORE_INDEX)
 
     def add_head(self, backbone: FastVim, **options: Any) -> nn.Module:
         depth = len(backbone.blocks)
@@ -236,5 +235,5 @@ class Segmentation(DenseTask):
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     """Mean over the pixels that count, (B, K, H, W) and (B, H, W); 0 if none does."""
-    total = F.cross_entropy(logits.float(), classes, ignore_index=IGNORE, reduction="sum")
-    return total / (classes != IGNORE).sum().clamp(min=1)
+    total = F.cross_entropy(logits.float(), classes, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (classes != IGNORE_INDEX).sum().clamp(min=1)
