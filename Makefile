@@ -30,7 +30,7 @@ test: install
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy fastvim
+	$(BIN)/mypy fastvim fastvim_cli
 	$(BIN)/lint-imports --no-cache
 
 quickstart: install

@@ -44,7 +44,7 @@ warm() { # a process for each model and size, 14 at a time
     for argument in "${models[@]}"; do
         for i in "${!sizes[@]}"; do
             while (($(jobs -rp | wc -l) >= 14)); do wait -n || true; done
-            python -m fastvim.cli benchmark "$argument" "${options[@]}" --size "${sizes[i]}" \
+            python -m fastvim_cli benchmark "$argument" "${options[@]}" --size "${sizes[i]}" \
                 --batch "${batches[i]}" --no-check --no-floor --warmup 1 --repeats 1 \
                 >/dev/null 2>&1 || echo "$argument at ${sizes[i]} pixels: not compiled" >&2 &
         done
@@ -53,7 +53,7 @@ warm() { # a process for each model and size, 14 at a time
 
 status=0
 measure() {
-    python -m fastvim.cli benchmark "${@:4}" --size $2 --batch $3 --out "$folder/$1" --append ||
+    python -m fastvim_cli benchmark "${@:4}" --size $2 --batch $3 --out "$folder/$1" --append ||
         status=1 # a row failed, and says why
 }
 
@@ -62,8 +62,8 @@ channels warm
 wait
 tables measure
 channels measure
-python -m fastvim.cli benchmark --from "$folder/h100.json" --markdown --plot "$folder/h100.png"
+python -m fastvim_cli benchmark --from "$folder/h100.json" --markdown --plot "$folder/h100.png"
 for table in h100_modes h100_training h100_channels; do
-    python -m fastvim.cli benchmark --from "$folder/$table.json" --markdown
+    python -m fastvim_cli benchmark --from "$folder/$table.json" --markdown
 done
 exit $status

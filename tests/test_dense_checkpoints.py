@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fastvim.checkpoint import convert, load_model, read
-from fastvim.cli import main
 from fastvim.errors import UserError
 from fastvim.models import FeatureMaps, create_model, from_published
 from fastvim.tasks.dense import load_backbone
+from fastvim_cli import main
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("fastvim_dense", "vim_dense")

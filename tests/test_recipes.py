@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvim.cli.train import TrainingCLI
 from fastvim.models import checkpoint_filter_fn
 from fastvim.tasks import LinearProbe
 from fastvim.tasks.optim import parameter_groups
+from fastvim_cli.train import TrainingCLI
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import CONV, OURS, WRONG
 
 from fastvim.benchmark import Bench, Record, timing
-from fastvim.cli import main
+from fastvim_cli import main
 
 QUICK = ["--device", "cpu", "--warmup", "1", "--repeats", "1"]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastvim.checkpoint import save
-from fastvim.cli import main
 from fastvim.models import create_model
+from fastvim_cli import main
 
 SIZES = {"img_size": 8, "patch_size": 4, "in_chans": 3, "embed_dim": 16, "depth": 1}
 OPTIONS = {**SIZES, "num_classes": 2}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
-from fastvim.cli import main
-from fastvim.cli.data import Moments
 from fastvim.data.table import random_splits
+from fastvim_cli import main
+from fastvim_cli.data import Moments
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")

@@ -10,7 +10,7 @@ import pytest
 from coco_sets import write_set
 from PIL import Image
 
-from fastvim.cli import main
+from fastvim_cli import main
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COCO = RECIPES / "coco" / "fastvim_tiny.yaml"

@@ -13,12 +13,12 @@ from faster_coco_eval.core import mask as mask_api
 from PIL import Image
 
 from fastvim.checkpoint import load_model, save
-from fastvim.cli import main
 from fastvim.data.detection import resize
 from fastvim.models import create_model
 from fastvim.models.cascade import build_detector
 from fastvim.tasks.average_precision import coco_results
 from fastvim.tasks.detection_drawing import draw_detections
+from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"
 ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 2, "norm": "layer"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastvim.cli import COMMANDS, main
+from fastvim_cli import COMMANDS, main
 
 RECIPE = {
     "model": {
@@ -63,7 +63,7 @@ def test_version(capsys):
 
 def test_help_needs_no_training_library():
     code = (
-        "import sys; from fastvim.cli import main; main(['--help']);"
+        "import sys; from fastvim_cli import main; main(['--help']);"
         "sys.exit('lightning' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
@@ -177,7 +177,7 @@ def test_a_second_run_overwrites_no_checkpoint(recipe, image_folder):
 def test_ctrl_c_ends_in_one_line(recipe, image_folder):
     command = ["fit", "--config", str(recipe), f"--data.root={image_folder}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastvim.cli", *command, "--trainer.max_epochs=10000"],
+        [sys.executable, "-m", "fastvim_cli", *command, "--trainer.max_epochs=10000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

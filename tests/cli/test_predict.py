@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastvim.checkpoint import read, save
-from fastvim.cli import main
-from fastvim.cli.predict import find_images
 from fastvim.models import create_model, to_published
+from fastvim_cli import main
+from fastvim_cli.predict import find_images
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 MODEL = "fastvim_tiny_patch16_224"

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from fastvim.checkpoint import save
-from fastvim.cli import main
 from fastvim.models import create_model, to_published
 from fastvim.tasks.reconstruction import GAP, MARGIN, NOTE_SIZE, TEXT_SIZE
+from fastvim_cli import main
 
 MODEL = "mae_fastvim_tiny_patch16_224"
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "decoder_embed_dim": 12}

@@ -9,11 +9,11 @@ from PIL import Image
 from torch import nn
 
 from fastvim.checkpoint import load_model, save
-from fastvim.cli import main
 from fastvim.data.segmentation import EvaluationTransform
 from fastvim.models import FastVim, FeatureMaps, create_model
 from fastvim.models.sliding import averaged, sliding_window
 from fastvim.models.upernet import UPerNet
+from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastvim.cli import main
 from fastvim.data.channels import ChannelData
 from fastvim.data.jumpcp import CellData
 from fastvim.data.remote import UnreadableFileError, read_bytes
+from fastvim_cli import main
 
 pytest.importorskip("s3fs")
 pytest.importorskip("pyarrow")

@@ -54,7 +54,7 @@ def trainer(tmp_path: Path, *callbacks: L.Callback, **settings) -> L.Trainer:
 
 def fit(config: Path, *arguments: str) -> int:
     """Run the command line in a process of its own; its exit code."""
-    command = [sys.executable, "-m", "fastvim.cli", "fit", "--config", str(config), *arguments]
+    command = [sys.executable, "-m", "fastvim_cli", "fit", "--config", str(config), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
 

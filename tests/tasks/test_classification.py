@@ -14,12 +14,12 @@ from harness import MODEL_ARGS, ONE_EPOCH, last, trainer
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fastvim.cli import main
-from fastvim.cli.train import TrainingCLI
 from fastvim.data.images import ImageData
 from fastvim.errors import UserError
 from fastvim.tasks import Classification
 from fastvim.tasks.callbacks import RunLog
+from fastvim_cli import main
+from fastvim_cli.train import TrainingCLI
 
 
 def task(**settings) -> Classification:

@@ -14,12 +14,12 @@ from harness import fit, last, trainer
 from torch import optim
 
 from fastvim.checkpoint import load_model, read, save
-from fastvim.cli import main
 from fastvim.data.detection import DetectionData
 from fastvim.errors import UserError
 from fastvim.models import CascadeMaskRCNN, create_model
 from fastvim.tasks import Detection
 from fastvim.tasks.optim import parameter_groups, warmup_steps_down
+from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"
 ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 3, "norm": "layer"}

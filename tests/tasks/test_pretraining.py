@@ -9,9 +9,9 @@ from harness import DECODER, MODEL_ARGS, ONE_EPOCH, PRETRAINING, PROBE, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastvim.checkpoint import load_model, save
-from fastvim.cli import main
 from fastvim.models import MaskedAutoencoder, create_model
 from fastvim.tasks import Classification, Pretraining
+from fastvim_cli import main
 
 MAE = "mae_fastvim_tiny_patch16_224"
 

@@ -10,9 +10,9 @@ import torch
 from harness import PRETRAINING, PROBE, fit, last
 from safetensors.torch import load_file
 
-from fastvim.cli import main
 from fastvim.tasks.checkpointing import AtomicCheckpointIO
 from fastvim.tasks.curves import join
+from fastvim_cli import main
 
 
 def stop(kind: str, **init_args) -> dict:

@@ -16,7 +16,6 @@ from torch import optim
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from fastvim.checkpoint import read, save
-from fastvim.cli import main
 from fastvim.data.segmentation import SegmentationData
 from fastvim.errors import UserError
 from fastvim.models import FastVim, create_model
@@ -24,6 +23,7 @@ from fastvim.models.upernet import UPerNet
 from fastvim.tasks.metrics import SegmentationMetrics
 from fastvim.tasks.optim import warmup_linear
 from fastvim.tasks.segmentation import Segmentation, _cross_entropy
+from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "norm": "layer"}

@@ -45,7 +45,7 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: expected 1 or more")
-    from fastvim.cli.train import TrainingCLI  # `fastvim data stats` does not wait for Lightning
+    from fastvim_cli.train import TrainingCLI  # `fastvim data stats` does not wait for Lightning
 
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     words = [f"--config={file}" for file in arguments.config] + overrides

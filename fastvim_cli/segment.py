@@ -12,19 +12,19 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from fastvim.cli.arguments import Parser, usable_device
-from fastvim.cli.images import (
+from fastvim.data.segmentation import EvaluationTransform
+from fastvim.errors import UserError
+from fastvim.models.sliding import averaged, sliding_window
+from fastvim.models.upernet import UPerNet
+from fastvim.tasks.drawing import index_image, legend, overlay, sheet
+from fastvim_cli.arguments import Parser, usable_device
+from fastvim_cli.images import (
     find_images,
     free_stem,
     load_trained,
     read_upright,
     report_failures,
 )
-from fastvim.data.segmentation import EvaluationTransform
-from fastvim.errors import UserError
-from fastvim.models.sliding import averaged, sliding_window
-from fastvim.models.upernet import UPerNet
-from fastvim.tasks.drawing import index_image, legend, overlay, sheet
 
 TOLD = ("mean", "std", "base_size", "class_names")  # in the file, beside the weights
 

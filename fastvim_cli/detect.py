@@ -10,19 +10,19 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastvim.cli.arguments import Parser, usable_device
-from fastvim.cli.images import (
+from fastvim.data.detection import resize
+from fastvim.errors import UserError
+from fastvim.models import CascadeMaskRCNN
+from fastvim.tasks.average_precision import Result, coco_results
+from fastvim.tasks.detection_drawing import draw_detections
+from fastvim_cli.arguments import Parser, usable_device
+from fastvim_cli.images import (
     find_images,
     free_stem,
     load_trained,
     read_upright,
     report_failures,
 )
-from fastvim.data.detection import resize
-from fastvim.errors import UserError
-from fastvim.models import CascadeMaskRCNN
-from fastvim.tasks.average_precision import Result, coco_results
-from fastvim.tasks.detection_drawing import draw_detections
 
 TOLD = ("img_size", "class_names", "category_ids")  # in the file, beside the weights
 

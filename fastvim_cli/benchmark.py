@@ -36,10 +36,10 @@ from fastvim.benchmark import (
 )
 from fastvim.benchmark.cases import size_name
 from fastvim.benchmark.record import device_name, environment, rate_text
-from fastvim.cli.arguments import Parser, usable_device
 from fastvim.errors import UserError
 from fastvim.ops import engine_name, use_engine
 from fastvim.ops.dispatch import OPS
+from fastvim_cli.arguments import Parser, usable_device
 
 EXIT_WRONG = 1
 

@@ -9,8 +9,12 @@ from rich.console import Console
 from rich.progress import track
 
 from fastvim.checkpoint import load_model
-from fastvim.cli.arguments import Parser, usable_device
-from fastvim.cli.images import (
+from fastvim.data.transforms import evaluation_transform
+from fastvim.errors import UserError
+from fastvim.models import MaskedAutoencoder
+from fastvim.tasks.reconstruction import draw_reconstruction, reconstruct
+from fastvim_cli.arguments import Parser, usable_device
+from fastvim_cli.images import (
     find_images,
     free_stem,
     image_settings,
@@ -19,10 +23,6 @@ from fastvim.cli.images import (
     report_failures,
     upright,
 )
-from fastvim.data.transforms import evaluation_transform
-from fastvim.errors import UserError
-from fastvim.models import MaskedAutoencoder
-from fastvim.tasks.reconstruction import draw_reconstruction, reconstruct
 
 
 def _parser() -> Parser:

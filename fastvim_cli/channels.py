@@ -15,7 +15,6 @@ from rich.table import Table
 from torch import Tensor
 
 from fastvim.checkpoint import load_model
-from fastvim.cli.arguments import Parser, usable_device
 from fastvim.data.channels import ChannelData
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
@@ -26,6 +25,7 @@ from fastvim.tasks.subsets import (
     draw_subsets,
     subset_accuracies,
 )
+from fastvim_cli.arguments import Parser, usable_device
 
 DESCRIPTION = """\
 Accuracy of the same weights on all channels of a table's images, and on every subset of them.

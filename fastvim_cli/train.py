@@ -24,7 +24,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rich import get_console
 from rich.table import Table
 
-from fastvim.cli.config_errors import explain
 from fastvim.errors import UserError
 from fastvim.tasks.callbacks import RunLog, SeedSteps, describe
 from fastvim.tasks.checkpointing import (
@@ -36,6 +35,7 @@ from fastvim.tasks.checkpointing import (
 from fastvim.tasks.curves import LearningCurves
 from fastvim.tasks.report import Report
 from fastvim.tasks.task import Task
+from fastvim_cli.config_errors import explain
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,

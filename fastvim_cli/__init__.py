@@ -23,61 +23,61 @@ class Command(NamedTuple):
 
 
 def _train() -> Run:
-    from fastvim.cli.train import run
+    from fastvim_cli.train import run
 
     return run
 
 
 def _predict() -> Run:
-    from fastvim.cli.predict import run
+    from fastvim_cli.predict import run
 
     return run
 
 
 def _reconstruct() -> Run:
-    from fastvim.cli.reconstruct import run
+    from fastvim_cli.reconstruct import run
 
     return run
 
 
 def _segment() -> Run:
-    from fastvim.cli.segment import run
+    from fastvim_cli.segment import run
 
     return run
 
 
 def _detect() -> Run:
-    from fastvim.cli.detect import run
+    from fastvim_cli.detect import run
 
     return run
 
 
 def _convert() -> Run:
-    from fastvim.cli.convert import run
+    from fastvim_cli.convert import run
 
     return run
 
 
 def _models() -> Run:
-    from fastvim.cli.models import run
+    from fastvim_cli.models import run
 
     return run
 
 
 def _benchmark() -> Run:
-    from fastvim.cli.benchmark import run
+    from fastvim_cli.benchmark import run
 
     return run
 
 
 def _data() -> Run:
-    from fastvim.cli.data import run
+    from fastvim_cli.data import run
 
     return run
 
 
 def _channels() -> Run:
-    from fastvim.cli.channels import run
+    from fastvim_cli.channels import run
 
     return run
 

@@ -17,8 +17,15 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from fastvim.checkpoint import load_model
-from fastvim.cli.arguments import Parser, usable_device
-from fastvim.cli.images import (
+from fastvim.data import channel_transforms
+from fastvim.data.arrays import DECODERS
+from fastvim.data.transforms import evaluation_transform
+from fastvim.errors import UserError
+from fastvim.models import FastChannelVim, MaskedAutoencoder
+from fastvim.models.upernet import UPerNet
+from fastvim.tasks.report import Prediction, draw_predictions
+from fastvim_cli.arguments import Parser, usable_device
+from fastvim_cli.images import (
     Failure,
     arrays,
     find_images,
@@ -27,13 +34,6 @@ from fastvim.cli.images import (
     read_batches,
     report_failures,
 )
-from fastvim.data import channel_transforms
-from fastvim.data.arrays import DECODERS
-from fastvim.data.transforms import evaluation_transform
-from fastvim.errors import UserError
-from fastvim.models import FastChannelVim, MaskedAutoencoder
-from fastvim.models.upernet import UPerNet
-from fastvim.tasks.report import Prediction, draw_predictions
 
 SHEET_IMAGES = 100  # pictures on the contact sheet at most
 TOP = 5  # classes written for each image

@@ -1,7 +1,7 @@
 """`fastvim data`: facts about a set of images.
 
 `stats TABLE` computes the mean and standard deviation of each channel, `check --config RECIPE`
-counts what is wrong (`fastvim.cli.check`).
+counts what is wrong (`fastvim_cli.check`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fastvim.cli import check
-from fastvim.cli.arguments import Parser
 from fastvim.data.arrays import read_array
 from fastvim.data.remote import UnreadableFileError, is_url, join
 from fastvim.data.table import SPLITS, read_table, require_columns, require_values, splits_of
 from fastvim.errors import UserError
+from fastvim_cli import check
+from fastvim_cli.arguments import Parser
 
 DESCRIPTION = """\
 Mean and standard deviation of each channel over all pixels, of the values as stored: what a recipe

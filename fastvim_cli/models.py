@@ -7,11 +7,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastvim.cli.arguments import Parser
 from fastvim.models import create_model
 from fastvim.models.masked import encoder_of
 from fastvim.ops import engine_name
 from fastvim.ops.dispatch import OPS
+from fastvim_cli.arguments import Parser
 
 FAMILIES = ("fastvim_*", "vim_*", "mae_fastvim_*", "mae_vim_*")
 
