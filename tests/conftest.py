@@ -32,12 +32,25 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device of the golden cases (default: cpu)")
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 def pytest_generate_tests(metafunc):
     if "golden_file" in metafunc.fixturenames:
         folder = metafunc.config.getoption("golden")
         files = sorted(folder.glob("*.npz"))
         assert files, f"no golden cases in {folder}"
         metafunc.parametrize("golden_file", files, ids=[f.stem for f in files])
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """The CPU, and a GPU where there is one."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,6 @@ from fastvim.graphed import GraphedModel
 from fastvim.models import FastVim, MaskedAutoencoder
 
 SHAPE = (4, 3, 32, 24)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 def tiny(device: str = "cuda", **options) -> FastVim:
@@ -59,7 +57,6 @@ def same(ours: list, expected: list) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_steps_are_those_of_the_model(device, dtype):
     model = tiny(device, drop_path_rate=0.5).train()
@@ -71,7 +68,6 @@ def test_steps_are_those_of_the_model(device, dtype):
     assert graphed.reason is None
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_gradients_accumulate_and_belong_to_the_caller(device):
     model = tiny(device).train()
     twin, graphed = copy.deepcopy(model), GraphedModel(model)
@@ -85,7 +81,6 @@ def test_gradients_accumulate_and_belong_to_the_caller(device):
         assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_a_copy_is_a_model_of_its_own(device):
     model = tiny(device).train()
     graphed = GraphedModel(model)
@@ -98,7 +93,7 @@ def test_a_copy_is_a_model_of_its_own(device):
     assert gradients(model)[0] is None
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "images", [batch(1, (2, 3, 32, 24), "cpu"), batch(1, (4, 3, 40, 24), "cpu")], ids=["B", "H"]
 )
@@ -112,7 +107,7 @@ def test_another_shape_runs_eagerly(images):
     same(gradients(model), gradients(twin))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_evaluation_and_gradients_of_images_are_not_captured():
     model = tiny().train()
     graphed = GraphedModel(model)
@@ -126,7 +121,7 @@ def test_evaluation_and_gradients_of_images_are_not_captured():
     assert not graphed.captured
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_weights_loaded_in_place_are_seen():
     model, other = tiny().train(), tiny().train()
     nn.init.normal_(other.head.weight)
@@ -139,7 +134,7 @@ def test_weights_loaded_in_place_are_seen():
     same(gradients(model), gradients(other))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_what_is_trained_may_change():
     model = tiny().train()
     twin, graphed = copy.deepcopy(model), GraphedModel(model)
@@ -169,7 +164,7 @@ class Normed(nn.Module):
         return {"logits": logits * self.frozen, "more": (logits.argmax(dim=1), 2 * logits)}
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_buffers_outputs_and_parameters_without_gradients():
     torch.manual_seed(0)
     model = Normed().cuda().train()
@@ -187,7 +182,7 @@ def test_buffers_outputs_and_parameters_without_gradients():
     assert model.unused.grad is None
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_masked_autoencoder():
     torch.manual_seed(0)
     model = MaskedAutoencoder(
@@ -213,7 +208,7 @@ def test_a_masked_autoencoder():
     same(gradients(model), gradients(twin))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_passes_alternate():
     graphed = GraphedModel(tiny().train())
     first, second = graphed(batch(0)).sum(), graphed(batch(1)).sum()
@@ -232,7 +227,7 @@ class Reads(nn.Linear):
         return logits * logits.mean().item()
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_model_that_cannot_be_captured_runs_eagerly(caplog):
     graphed = GraphedModel(Reads(24, 5).cuda())
     for seed in range(2):
@@ -244,7 +239,7 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(caplog):
     ]
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_synchronised_batch_norms_and_nothing_to_train():
     synchronised = GraphedModel(nn.SyncBatchNorm.convert_sync_batchnorm(Normed().cuda()))
     synchronised._record(batch(0))
@@ -254,7 +249,7 @@ def test_synchronised_batch_norms_and_nothing_to_train():
     assert frozen.reason == "there is nothing to train"
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("error:.*AccumulateGrad")
 def test_inside_distributed_data_parallel(tmp_path):
     dist.init_process_group("nccl", f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -15,13 +15,9 @@ from fastvim.inference import Predictor
 from fastvim.models import FastVim
 
 SHAPE = (4, 3, 32, 24)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"
-))]  # fmt: skip
 SCALE = np.float32(0.5)
 # Between a CPU and a GPU.
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +34,6 @@ def tiny() -> FastVim:
 def expected(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         return model.eval()(images)
-
-
-@pytest.fixture(params=DEVICES)
-def device(request) -> str:
-    return request.param
 
 
 def predictor(model: nn.Module, device: str, **options) -> Predictor:
@@ -226,14 +217,14 @@ def test_a_cpu_has_no_graph_and_the_log_says_so(caplog):
     assert Predictor(tiny(), SHAPE, capture=False).reason == "capture=False"
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_defaults_on_a_gpu():
     served = Predictor(tiny(), SHAPE, device="cuda")
     assert (served.captured, served.dtype) == (True, torch.bfloat16)
     assert served.device.index == torch.cuda.current_device()
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_static_output_is_one_tensor():
     served = predictor(tiny(), "cuda")
     first = served(torch.randn(SHAPE), copy=False)
@@ -247,7 +238,7 @@ class Reads(nn.Module):
         return images * images.mean().item()
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_model_that_cannot_be_captured_runs_eagerly(caplog):
     stream = torch.cuda.current_stream()
     served = predictor(Reads(), "cuda")
@@ -260,7 +251,7 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(caplog):
     assert predictor(tiny(), "cuda").captured  # the failure leaves nothing behind
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_failing_model_is_no_failing_capture():
     with pytest.raises(RuntimeError):
         predictor(nn.Linear(7, 7), "cuda")

@@ -17,7 +17,6 @@ from fastvim.models import FastChannelVim, FastVim
 
 CPU = torch.device("cpu")
 QUICK = {"device": CPU, "warmup": 1, "repeats": 2}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -186,7 +185,7 @@ def test_what_can_never_run(mode, train):
         Bench(Settings(**QUICK, train=train)).measure(case(mode=mode))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("model", [OURS, VIM, CONV])
 def test_graphs_on_a_gpu(model, dtype):
@@ -197,7 +196,7 @@ def test_graphs_on_a_gpu(model, dtype):
     assert row.ours == (row.floor_ms is not None)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("train", "what"), [(False, "forward pass"), (True, "training step")])
 def test_a_model_that_cannot_be_captured_says_so(monkeypatch, train, what):
     class Reads(torch.nn.Module):
@@ -217,7 +216,7 @@ def test_a_model_that_cannot_be_captured_says_so(monkeypatch, train, what):
     assert bench.measure(case(mode="graph")).failure is None
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_memory_that_does_not_suffice():
     bench = Bench(Settings(torch.device("cuda"), check=False))
     row = bench.measure(case(CONV, size=16384, batch=4096, mode="graph"))

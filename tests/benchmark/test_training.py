@@ -12,7 +12,6 @@ from fastvim.benchmark.cases import PRECISIONS, create, random_images
 from fastvim.benchmark.training import TrainingStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +115,7 @@ def test_capture_needs_a_gpu():
         tiny_step(capture=True)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "mode"), [*((dtype, "graph") for dtype in PRECISIONS), ("amp", "compiled-graph")]
 )
@@ -130,7 +129,7 @@ def test_rows_of_captured_steps(model, dtype, mode):
     assert row.latency_ms > 0
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_memory_includes_the_pool():
     settings = Settings(CUDA, train=True, check=False, repeats=1)
     eager, graph = (
@@ -140,7 +139,7 @@ def test_memory_includes_the_pool():
     assert graph > 0.9 * eager
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True], ids=["graph", "compiled-graph"])
 def test_a_replay_writes_the_same_tensors_anew(compile):
     step, _ = tiny_step("amp", CUDA, compile=compile, capture=True)
@@ -157,7 +156,7 @@ def test_a_replay_writes_the_same_tensors_anew(compile):
     assert check.relative_error(grad, before[1]) > 0.1
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_replay_reads_the_weights():
     step, settings = tiny_step("amp", CUDA, capture=True)
     step.renew()
@@ -171,7 +170,7 @@ def test_a_replay_reads_the_weights():
     assert check.relative_error(gradient, slope) < settings.precision.bound
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("spoil", [lambda step: stale(step, "images"), halve_gradients])
 def test_a_wrong_captured_step_is_found(spoil):
     step, settings = tiny_step("float32", CUDA, capture=True)
@@ -180,7 +179,7 @@ def test_a_wrong_captured_step_is_found(spoil):
     assert check.step_error(step, settings) > 0.3
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True], ids=["graph", "compiled-graph"])
 def test_dropout_draws_anew_in_every_replay(compile):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.Dropout(), nn.Linear(64, 5))

@@ -241,6 +241,7 @@ sys.exit(str({{"lightning", "torch"}} & set(sys.modules)))
     assert done.stderr == "set()\n"
 
 
+@pytest.mark.network
 def test_the_real_digits(tmp_path: Path) -> None:
     try:
         folder = samples.fetch("mnist", tmp_path)

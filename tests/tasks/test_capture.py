@@ -11,8 +11,6 @@ from harness import DECODER, MODEL_ARGS, trainer
 from fastvim.tasks import Classification, LinearProbe, Pretraining, Segmentation, Task
 from fastvim.tasks.callbacks import SeedSteps
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 DROP = {"drop_path_rate": 0.5}
 
 
@@ -52,7 +50,6 @@ def no_group_is_left():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", [classification, pretraining])
 @pytest.mark.parametrize(
     "settings",
@@ -74,13 +71,12 @@ def test_weights_are_those_without_capture(tmp_path, data, device, make, setting
     assert task.state_dict().keys() == twin.state_dict().keys()
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_recomputed_blocks_are_not_captured(tmp_path, data):
     _, captured = fit(classification(grad_checkpointing=True), tmp_path, data, "cuda")
     assert not captured
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_a_forward_of_its_own_is_trained(tmp_path, data, device):
     """A probe normalises the features: it does not call the model as a whole."""
     task = LinearProbe("fastvim_tiny_patch16_224", MODEL_ARGS, warmup_epochs=0)
@@ -101,7 +97,7 @@ class Random(L.LightningDataModule):
         return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, classes), 4)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_segmentation(tmp_path):
     """To a tolerance: gradients of its interpolations are sums without an order on a GPU."""
 
