@@ -37,11 +37,11 @@ quickstart: install
 	$(BIN)/fastvim fit --config recipes/quickstart.yaml
 	$(BIN)/fastvim test --config recipes/quickstart.yaml --ckpt_path last
 
-FINETUNE := --config recipes/mae/digits_finetune.yaml
-PROBE := --config recipes/mae/digits_probe.yaml
+FINETUNE := --config examples/digits/finetune.yaml
+PROBE := --config examples/digits/probe.yaml
 RANDOM := --model.checkpoint null --trainer.default_root_dir runs/mae/random_digits
 mae: install
-	$(BIN)/fastvim fit --config recipes/mae/digits_pretrain.yaml
+	$(BIN)/fastvim fit --config examples/digits/pretrain.yaml
 	$(BIN)/fastvim fit $(FINETUNE) $(RANDOM)_finetune
 	$(BIN)/fastvim fit $(FINETUNE)
 	$(BIN)/fastvim fit $(PROBE) $(RANDOM)_probe
@@ -57,8 +57,8 @@ mae: install
 
 # What training on sampled channels is for, on five Landsat bands.
 channels: install
-	$(BIN)/fastvim fit --config recipes/channels/landsat.yaml
-	$(BIN)/fastvim fit --config recipes/channels/landsat.yaml --model.sample_channels false \
+	$(BIN)/fastvim fit --config examples/land_cover/landsat.yaml
+	$(BIN)/fastvim fit --config examples/land_cover/landsat.yaml --model.sample_channels false \
 	    --trainer.default_root_dir runs/landsat_all
 	$(BIN)/fastvim channels runs/landsat/model.safetensors runs/landsat_all/model.safetensors \
 	    --names "sampled channels" "all channels" --root sample:landsat --out runs/landsat
@@ -67,20 +67,20 @@ channels: install
 HELA = "$$($(BIN)/python -c 'from fastvim.data.samples import fetch; print(fetch("hela"))')"/images/validation/19-*.png
 
 # Every pixel of HeLa cells, background or nucleus; what a threshold makes of them, for comparison.
-SEMANTIC := --config recipes/hela/semantic.yaml
+SEMANTIC := --config examples/hela/semantic.yaml
 cells: install
 	$(BIN)/fastvim fit $(SEMANTIC)
 	$(BIN)/fastvim test $(SEMANTIC) --ckpt_path last
-	$(BIN)/python measurements/hela_baselines.py
+	$(BIN)/python examples/hela/semantic_baselines.py
 	$(BIN)/fastvim segment runs/hela/semantic/model.safetensors --out runs/hela/semantic/segments \
 	    $(HELA)
 
 # Each nucleus with a box and a mask; what the pieces above a threshold are worth, for comparison.
-INSTANCES := --config recipes/hela/instances.yaml
+INSTANCES := --config examples/hela/instances.yaml
 nuclei: install
 	$(BIN)/fastvim fit $(INSTANCES)
 	$(BIN)/fastvim test $(INSTANCES) --ckpt_path last
-	$(BIN)/python measurements/hela_instances.py
+	$(BIN)/python examples/hela/instance_baseline.py
 	$(BIN)/fastvim detect runs/hela/instances/model.safetensors --out runs/hela/instances/detections \
 	    $(HELA)
 

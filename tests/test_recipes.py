@@ -13,7 +13,7 @@ from fastvim.tasks.optim import parameter_groups
 from fastvim_cli.train import TrainingCLI
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(f for d in ("recipes", "examples") for f in (ROOT / d).rglob("*.yaml"))
 IMAGENET = [file for file in RECIPES if file.parent.name == "imagenet"]
 PRETRAINING = [file for file in RECIPES if file.stem.startswith("pretrain_")]
 SEGMENTATION = [file for file in RECIPES if file.parent.name == "ade20k"]
@@ -48,9 +48,9 @@ def test_there_are_recipes():
         "finetune_vim_base",
         "finetune_vim_large",
         "probe_fastvim_base",
-        "digits_pretrain",
-        "digits_finetune",
-        "digits_probe",
+        "pretrain",
+        "finetune",
+        "probe",
         "fastchannelvim_small_patch16",
         "fastchannelvim_small_patch16_max",
         "fastchannelvim_small_patch8",
@@ -153,9 +153,9 @@ def test_probing_recipe_is_the_published_one():
 
 
 def test_the_recipes_of_the_digits_fit_together():
-    pretraining = build(ROOT / "recipes" / "mae" / "digits_pretrain.yaml")
-    finetuning = build(ROOT / "recipes" / "mae" / "digits_finetune.yaml")
-    probe = build(ROOT / "recipes" / "mae" / "digits_probe.yaml")
+    pretraining = build(ROOT / "examples" / "digits" / "pretrain.yaml")
+    finetuning = build(ROOT / "examples" / "digits" / "finetune.yaml")
+    probe = build(ROOT / "examples" / "digits" / "probe.yaml")
     source = finetuning.model.checkpoint
     assert source == f"{pretraining.config.trainer.default_root_dir}/model.safetensors"
     assert probe.model.checkpoint == source

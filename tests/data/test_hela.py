@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim.data import hela, samples
+from fastvim.data import samples
 from fastvim.data.segmentation import SegmentationData
 
+hela = samples.load_example("hela")
 FRAMES, HEIGHT, WIDTH = 2, 700, 1100
 
 

@@ -235,7 +235,7 @@ def test_sample_set(make_split: Callable, tmp_path: Path, monkeypatch: pytest.Mo
     make_split(tmp_path / "samples" / "mnist" / "train")
     make_split(tmp_path / "samples" / "mnist" / "val", count=2)
     monkeypatch.setenv("FASTVIM_CACHE", str(tmp_path))
-    assert list(samples.SAMPLES) == ["mnist", "landsat", "hela"]
+    assert {*samples.SAMPLES, *samples.EXAMPLES} == {"mnist", "landsat", "hela"}
     data = open_data("sample:mnist", "test")
     assert sum(len(targets) for _, targets in data.test_dataloader()) == 6
     with pytest.raises(UserError, match=r"'mnits': .* \(nearest: mnist\)"):

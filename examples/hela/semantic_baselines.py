@@ -1,8 +1,8 @@
 """What one needs no model for on the HeLa nuclei: everything background, and Otsu's threshold.
 
-    python measurements/hela_baselines.py
+    python examples/hela/semantic_baselines.py
 
-Prints the IoU of both classes, and their mean, on the crops that recipes/hela/semantic.yaml is
+Prints the IoU of both classes, and their mean, on the crops that examples/hela/semantic.yaml is
 tested on. The threshold is found in the histogram of the training crops.
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hela import CLASSES
 from PIL import Image
 
-from fastvim.data.hela import CLASSES
 from fastvim.data.samples import fetch
 from fastvim.tasks.metrics import SegmentationMetrics
 

@@ -1,8 +1,8 @@
 """What one needs no model for to find HeLa nuclei one by one: a threshold, and its pieces.
 
-    python measurements/hela_instances.py
+    python examples/hela/instance_baseline.py
 
-Prints the average precision of boxes and masks on the crops that recipes/hela/instances.yaml is
+Prints the average precision of boxes and masks on the crops that examples/hela/instances.yaml is
 tested on, where every connected piece above Otsu's threshold counts as a nucleus. The threshold is
 found in the histogram of the training crops.
 """
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from faster_coco_eval.core import mask as mask_api
-from hela_baselines import otsu, read
+from hela import LEAST_AREA, TABLES
+from semantic_baselines import otsu, read
 
 from fastvim.data.detection import DetectionData
-from fastvim.data.hela import LEAST_AREA, TABLES
 from fastvim.data.samples import fetch
 from fastvim.tasks.average_precision import AveragePrecision
 
