@@ -34,10 +34,10 @@ from fastvim.models import (
     from_published,
     to_published,
 )
-from fastvim.models.cascade import build_detector
+from fastvim.models.heads.cascade import build_detector
+from fastvim.models.heads.upernet import UPerNet
 from fastvim.models.options import find_options, is_ours, model_of
 from fastvim.models.published import is_channel, is_published, square_side, transpose_position
-from fastvim.models.upernet import UPerNet
 
 _logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastvim.data.segmentation import EvaluationTransform
 from fastvim.errors import UserError
-from fastvim.models.sliding import averaged, sliding_window
-from fastvim.models.upernet import UPerNet
+from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
+from fastvim.models.heads.upernet import UPerNet
 from fastvim.tasks.drawing import index_image, legend, overlay, sheet
 from fastvim_cli.arguments import Parser, usable_device
 from fastvim_cli.images import (
@@ -84,7 +84,7 @@ def run(argv: list[str]) -> None:
 
         prepared = transform.prepare(image)[None].to(arguments.device)
         size = (image.height, image.width)
-        scores = averaged(logits, prepared, size, arguments.scales, arguments.flip)
+        scores = multi_scale_flip(logits, prepared, size, arguments.scales, arguments.flip)
         return scores[0].argmax(dim=0).byte().cpu().numpy()
 
     lines: list[str] = []

@@ -33,8 +33,8 @@ from fastvim.benchmark.timing import measure, peak_gib, reset_peak
 from fastvim.benchmark.training import TrainingStep
 from fastvim.graphed import GraphedModel
 from fastvim.models import FeatureMaps
-from fastvim.models.cascade import build_detector
-from fastvim.models.upernet import UPerNet
+from fastvim.models.heads.cascade import build_detector
+from fastvim.models.heads.upernet import UPerNet
 
 CHECKED = 224  # pixels of the comparison: the definitions keep every state
 CLASSES = {"upernet": 150, "cascade": 80}

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from timm.utils.misc import natural_key
 
+from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
 from fastvim.data.channels import ChannelData, Rows
 from fastvim.data.remote import join
 from fastvim.data.table import random_splits, read_table, require_columns, require_values
 from fastvim.errors import UserError
-from fastvim.models.registry import CELL_MEAN, CELL_STD
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +57,8 @@ class CellData(ChannelData):
         metadata: str,
         label: str = "target",
         in_chans: int = 8,
-        mean: tuple[float, ...] = CELL_MEAN,
-        std: tuple[float, ...] = CELL_STD,
+        mean: tuple[float, ...] = JUMPCP_MEAN,
+        std: tuple[float, ...] = JUMPCP_STD,
         path_column: str = "path",
         well_column: str = "well_loc",
         position_column: str = "well_position",

@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
 from fastvim.errors import UserError, nearest
 from fastvim.layers import resize_grid
 from fastvim.models.channel import FastChannelVim
@@ -125,11 +126,6 @@ def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tens
     return torch.cat([resized[:, :middle], token, resized[:, middle:]], dim=1)
 
 
-# Of the published cell images (JUMP-CP), per channel, of values in 0..255.
-CELL_MEAN = (4.0317, 1.5659, 3.7737, 3.4605, 4.1723, 6.7805, 6.7874, 6.7781)
-CELL_STD = (17.3184, 12.0159, 16.9661, 15.0648, 17.9641, 21.6388, 21.6706, 21.6395)
-
-
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     return {
         "url": url,
@@ -153,8 +149,8 @@ def _channel_cfg() -> dict[str, Any]:
         num_classes=161,
         input_size=(8, 224, 224),
         crop_pct=1.0,
-        mean=tuple(value / 255 for value in CELL_MEAN),
-        std=tuple(value / 255 for value in CELL_STD),
+        mean=tuple(value / 255 for value in JUMPCP_MEAN),
+        std=tuple(value / 255 for value in JUMPCP_STD),
         first_conv=None,  # it has one channel, whatever the image has
     )
 

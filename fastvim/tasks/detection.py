@@ -13,7 +13,7 @@ from torch import Tensor, nn, optim
 
 from fastvim.errors import UserError
 from fastvim.models import CascadeMaskRCNN, FastVim
-from fastvim.models.cascade import build_detector
+from fastvim.models.heads.cascade import build_detector
 from fastvim.models.vision import Source
 from fastvim.tasks.average_precision import AveragePrecision, coco_results
 from fastvim.tasks.dense import NO_DECAY, DenseTask

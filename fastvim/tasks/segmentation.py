@@ -15,8 +15,8 @@ from torch import Tensor, nn, optim
 from fastvim.errors import UserError
 from fastvim.labels import IGNORE_INDEX
 from fastvim.models import FastVim, FeatureMaps
-from fastvim.models.sliding import averaged, sliding_window
-from fastvim.models.upernet import UPerNet
+from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
+from fastvim.models.heads.upernet import UPerNet
 from fastvim.models.vision import Source
 from fastvim.tasks.dense import NO_DECAY, DenseTask
 from fastvim.tasks.metrics import SegmentationMetrics
@@ -217,7 +217,7 @@ class Segmentation(DenseTask):
         predicted = []
         for image, classes in zip(*batch, strict=True):
             size = (classes.shape[0], classes.shape[1])
-            logits = averaged(self, image[None], size, self.scales, self.flip)
+            logits = multi_scale_flip(self, image[None], size, self.scales, self.flip)
             predicted.append(logits[0].argmax(dim=0))
             metrics.update(predicted[-1], classes)
             loss = _cross_entropy(logits, classes[None])

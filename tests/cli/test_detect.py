@@ -15,7 +15,7 @@ from PIL import Image
 from fastvim.checkpoint import load_model, save
 from fastvim.data.detection import resize
 from fastvim.models import create_model
-from fastvim.models.cascade import build_detector
+from fastvim.models.heads.cascade import build_detector
 from fastvim.tasks.average_precision import coco_results
 from fastvim.tasks.detection_drawing import draw_detections
 from fastvim_cli import main

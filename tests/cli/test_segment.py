@@ -11,8 +11,8 @@ from torch import nn
 from fastvim.checkpoint import load_model, save
 from fastvim.data.segmentation import EvaluationTransform
 from fastvim.models import FastVim, FeatureMaps, create_model
-from fastvim.models.sliding import averaged, sliding_window
-from fastvim.models.upernet import UPerNet
+from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
+from fastvim.models.heads.upernet import UPerNet
 from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"
@@ -79,7 +79,7 @@ def expected(weights, photo, base_size, **options) -> np.ndarray:
 
     told = {name: options[name] for name in ("scales", "flip") if name in options}
     with torch.no_grad():
-        scores = averaged(windows, prepared, (image.height, image.width), **told)
+        scores = multi_scale_flip(windows, prepared, (image.height, image.width), **told)
     return scores[0].argmax(dim=0).numpy()
 
 

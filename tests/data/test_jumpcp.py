@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
 from fastvim.data.jumpcp import CellData
 from fastvim.data.table import random_splits
 from fastvim.errors import UserError
-from fastvim.models.registry import CELL_MEAN, CELL_STD
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
@@ -91,7 +91,7 @@ def test_images_are_normalised_by_the_published_statistics(root: Path) -> None:
     data = open_data(root)
     image, _ = data._datasets["val"][0]
     cell = cells_of(data, "val")[0]
-    expected = (cell - torch.tensor(CELL_MEAN)) / torch.tensor(CELL_STD)
+    expected = (cell - torch.tensor(JUMPCP_MEAN)) / torch.tensor(JUMPCP_STD)
     torch.testing.assert_close(image[:, 6, 6], expected)
     assert image.shape == (8, 12, 12)
 

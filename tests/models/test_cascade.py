@@ -11,8 +11,8 @@ from torchvision.ops import box_iou
 
 from fastvim import FastVim, UserError
 from fastvim.models import FeatureMaps
-from fastvim.models.cascade import CascadeMaskRCNN
-from fastvim.models.cascade_heads import (
+from fastvim.models.heads.cascade import CascadeMaskRCNN
+from fastvim.models.heads.cascade_heads import (
     BOX_STDS,
     IOU_THRESHOLDS,
     LOSS_WEIGHTS,
@@ -21,7 +21,7 @@ from fastvim.models.cascade_heads import (
     HeadOptions,
     Samples,
 )
-from fastvim.models.pyramid import LEVELS
+from fastvim.models.heads.pyramid import LEVELS
 
 SMALL = HeadOptions(hidden_dim=16, samples=16)
 STAGES = range(3)

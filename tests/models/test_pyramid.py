@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvim.models.pyramid import LEVELS, ChannelNorm, SimpleFeaturePyramid
+from fastvim.models.heads.pyramid import LEVELS, ChannelNorm, SimpleFeaturePyramid
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 5), (1, 1), (1, 6), (13, 2)])

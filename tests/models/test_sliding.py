@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvim import UserError
-from fastvim.models.sliding import averaged, sliding_window
+from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
 
 sides = st.integers(1, 40)
 
@@ -102,12 +102,12 @@ def resized(x: Tensor, *size: int) -> Tensor:
 def test_one_version_is_the_prediction_itself():
     image = torch.randn(2, 1, 7, 9)
     expected = resized(lopsided(image), 14, 12).log_softmax(dim=1)
-    torch.testing.assert_close(averaged(lopsided, image, (14, 12)), expected)
+    torch.testing.assert_close(multi_scale_flip(lopsided, image, (14, 12)), expected)
 
 
 def test_the_mean_is_of_probabilities():
     image = torch.randn(1, 1, 8, 6) * 5
-    result = averaged(lopsided, image, (8, 6), scales=(0.5, 1.0, 1.25), flip=True)
+    result = multi_scale_flip(lopsided, image, (8, 6), scales=(0.5, 1.0, 1.25), flip=True)
     total = torch.zeros(1, 3, 8, 6)
     for height, width in ((4, 3), (8, 6), (10, 8)):  # 7.5 pixels become 8
         version = resized(image, height, width)
@@ -118,7 +118,7 @@ def test_the_mean_is_of_probabilities():
 
 def test_with_flip_a_mirror_image_gives_the_mirror_image():
     image = torch.randn(1, 1, 6, 8)
-    one, other = (averaged(lopsided, x, (6, 8), flip=True) for x in (image, image.flip(-1)))
+    one, other = (multi_scale_flip(lopsided, x, (6, 8), flip=True) for x in (image, image.flip(-1)))
     torch.testing.assert_close(one, other.flip(-1))
     assert not torch.allclose(lopsided(image), lopsided(image.flip(-1)).flip(-1))
 
@@ -126,6 +126,6 @@ def test_with_flip_a_mirror_image_gives_the_mirror_image():
 def test_certain_predictions_keep_their_logarithms():
     """A probability too small for float32 is a loss of its size, not an infinite one."""
     image = torch.full((1, 1, 4, 4), 500.0)
-    result = averaged(lopsided, image, (4, 4), scales=(1.0, 2.0))
+    result = multi_scale_flip(lopsided, image, (4, 4), scales=(1.0, 2.0))
     assert result.isfinite().all()
     assert result.min() < -400

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastvim.models import FastVim, FeatureMaps
-from fastvim.models.upernet import FCNHead, UPerNet, UPerNetHead
+from fastvim.models.heads.upernet import FCNHead, UPerNet, UPerNetHead
 
 PATCH, DIM, CLASSES = 4, 8, 5
 

@@ -19,7 +19,7 @@ from fastvim.checkpoint import read, save
 from fastvim.data.segmentation import SegmentationData
 from fastvim.errors import UserError
 from fastvim.models import FastVim, create_model
-from fastvim.models.upernet import UPerNet
+from fastvim.models.heads.upernet import UPerNet
 from fastvim.tasks.metrics import SegmentationMetrics
 from fastvim.tasks.optim import warmup_linear
 from fastvim.tasks.segmentation import Segmentation, _cross_entropy

@@ -21,9 +21,9 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fastvim.errors import UserError
-from fastvim.models.cascade_heads import CascadeHeads, HeadOptions, Target, full_precision
-from fastvim.models.dense import FeatureMaps
-from fastvim.models.pyramid import LEVELS, SimpleFeaturePyramid
+from fastvim.models.feature_maps import FeatureMaps
+from fastvim.models.heads.cascade_heads import CascadeHeads, HeadOptions, Target, full_precision
+from fastvim.models.heads.pyramid import LEVELS, SimpleFeaturePyramid
 from fastvim.models.vision import FastVim, Source
 
 

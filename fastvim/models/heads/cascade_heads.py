@@ -17,7 +17,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, remove_small_boxes
 
-from fastvim.models.pyramid import LEVELS, ChannelNorm
+from fastvim.models.heads.pyramid import LEVELS, ChannelNorm
 
 Sizes = Sequence[tuple[int, int]]
 Target = dict[str, Tensor]

@@ -57,7 +57,7 @@ def sliding_window(
     return (total / counts.to(total.device))[..., :height, :width]
 
 
-def averaged(
+def multi_scale_flip(
     predict: Callable[[Tensor], Tensor],
     image: Tensor,
     size: tuple[int, int],

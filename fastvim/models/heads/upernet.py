@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvim.models.dense import FeatureMaps
+from fastvim.models.feature_maps import FeatureMaps
 
 Norm = Callable[[int], nn.Module]
 

@@ -1,0 +1,1 @@
+"""Heads for dense tasks: UPerNet, Cascade Mask R-CNN, and inference on images of any size."""
