@@ -14,7 +14,7 @@ from fastvim.data.detection import resize
 from fastvim.errors import UserError
 from fastvim.models import CascadeMaskRCNN
 from fastvim.tasks.average_precision import Result, coco_results
-from fastvim.tasks.detection_drawing import draw_detections
+from fastvim.tasks.pictures.detections import draw_detections
 from fastvim_cli.arguments import Parser, usable_device
 from fastvim_cli.images import (
     find_images,

@@ -23,7 +23,7 @@ from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim, MaskedAutoencoder
 from fastvim.models.heads.upernet import UPerNet
-from fastvim.tasks.report import Prediction, draw_predictions
+from fastvim.tasks.callbacks.report import Prediction, draw_predictions
 from fastvim_cli.arguments import Parser, usable_device
 from fastvim_cli.images import (
     Failure,

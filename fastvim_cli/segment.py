@@ -16,7 +16,7 @@ from fastvim.data.segmentation import EvaluationTransform
 from fastvim.errors import UserError
 from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
 from fastvim.models.heads.upernet import UPerNet
-from fastvim.tasks.drawing import index_image, legend, overlay, sheet
+from fastvim.tasks.pictures.drawing import index_image, legend, overlay, sheet
 from fastvim_cli.arguments import Parser, usable_device
 from fastvim_cli.images import (
     find_images,

@@ -25,15 +25,15 @@ from rich import get_console
 from rich.table import Table
 
 from fastvim.errors import UserError
-from fastvim.tasks.callbacks import RunLog, SeedSteps, describe
-from fastvim.tasks.checkpointing import (
+from fastvim.tasks.callbacks.checkpointing import (
     AtomicCheckpointIO,
     ExportWeights,
     FiniteLoss,
     LastCheckpoint,
 )
-from fastvim.tasks.curves import LearningCurves
-from fastvim.tasks.report import Report
+from fastvim.tasks.callbacks.curves import LearningCurves
+from fastvim.tasks.callbacks.report import Report
+from fastvim.tasks.callbacks.run_log import RunLog, SeedSteps, describe
 from fastvim.tasks.task import Task
 from fastvim_cli.config_errors import explain
 

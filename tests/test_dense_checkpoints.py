@@ -14,7 +14,7 @@ import torch
 from fastvim.checkpoint import convert, load_model, read
 from fastvim.errors import UserError
 from fastvim.models import FeatureMaps, create_model, from_published
-from fastvim.tasks.dense import load_backbone
+from fastvim.tasks.dense_task import load_backbone
 from fastvim_cli import main
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,7 +16,7 @@ from fastvim.models import CascadeMaskRCNN, FastVim
 from fastvim.models.heads.cascade import build_detector
 from fastvim.models.vision import Source
 from fastvim.tasks.average_precision import AveragePrecision, coco_results
-from fastvim.tasks.dense import NO_DECAY, DenseTask
+from fastvim.tasks.dense_task import NO_DECAY, DenseTask
 from fastvim.tasks.optim import parameter_groups, warmup_steps_down
 
 # Images (3, H, W) with values in 0 to 1, and what is in them.

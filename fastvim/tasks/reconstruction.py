@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder
-from fastvim.tasks.drawing import GREY, LINE, SLATE, WHITE, font
+from fastvim.tasks.pictures.drawing import GREY, LINE, SLATE, WHITE, font
 
 HIDDEN = 0.5  # mid-grey, of masked patches
 PANEL = 224  # pixels that the longer side of a panel comes closest to by whole enlargement

@@ -18,7 +18,7 @@ from fastvim.models import FastVim, FeatureMaps
 from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
 from fastvim.models.heads.upernet import UPerNet
 from fastvim.models.vision import Source
-from fastvim.tasks.dense import NO_DECAY, DenseTask
+from fastvim.tasks.dense_task import NO_DECAY, DenseTask
 from fastvim.tasks.metrics import SegmentationMetrics
 from fastvim.tasks.optim import parameter_groups, warmup_linear
 
@@ -203,7 +203,7 @@ class Segmentation(DenseTask):
         self._evaluate(batch, "val/loss", self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Tensor]]:
-        """The predicted classes of each image, for `fastvim.tasks.report.Report`."""
+        """The predicted classes of each image, for `fastvim.tasks.callbacks.report.Report`."""
         return {"labelled": self._evaluate(batch, "test/loss", self.test_metrics)}
 
     def on_validation_epoch_end(self) -> None:

@@ -15,7 +15,7 @@ from fastvim.checkpoint import load_weights
 from fastvim.errors import UserError
 from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
-from fastvim.tasks.ema import EMA
+from fastvim.tasks.callbacks.ema import EMA
 from fastvim.tasks.optim import WeightDecayCosine, count_steps, warmup_cosine
 
 _logger = logging.getLogger(__name__)

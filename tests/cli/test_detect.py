@@ -17,7 +17,7 @@ from fastvim.data.detection import resize
 from fastvim.models import create_model
 from fastvim.models.heads.cascade import build_detector
 from fastvim.tasks.average_precision import coco_results
-from fastvim.tasks.detection_drawing import draw_detections
+from fastvim.tasks.pictures.detections import draw_detections
 from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from harness import DECODER, MODEL_ARGS, trainer
 
 from fastvim.tasks import Classification, LinearProbe, Pretraining, Segmentation, Task
-from fastvim.tasks.callbacks import SeedSteps
+from fastvim.tasks.callbacks.run_log import SeedSteps
 
 DROP = {"drop_path_rate": 0.5}
 

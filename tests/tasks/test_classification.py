@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fastvim.data.images import ImageData
 from fastvim.errors import UserError
 from fastvim.tasks import Classification
-from fastvim.tasks.callbacks import RunLog
+from fastvim.tasks.callbacks.run_log import RunLog
 from fastvim_cli import main
 from fastvim_cli.train import TrainingCLI
 

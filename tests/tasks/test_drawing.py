@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim.tasks import drawing
-from fastvim.tasks.drawing import GAP, MARGIN, TEXT_SIZE, Entry
+from fastvim.tasks.pictures import drawing
+from fastvim.tasks.pictures.drawing import GAP, MARGIN, TEXT_SIZE, Entry
 
 NAMES = ["background", "cat", "dog"]
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder
-from fastvim.tasks.ema import EMA
+from fastvim.tasks.callbacks.ema import EMA
 from fastvim.tasks.reconstruction import (
     GAP,
     MARGIN,

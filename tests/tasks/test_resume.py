@@ -10,8 +10,8 @@ import torch
 from harness import PRETRAINING, PROBE, fit, last
 from safetensors.torch import load_file
 
-from fastvim.tasks.checkpointing import AtomicCheckpointIO
-from fastvim.tasks.curves import join
+from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
+from fastvim.tasks.callbacks.curves import join
 from fastvim_cli import main
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvim.labels import IGNORE_INDEX
-from fastvim.tasks import drawing
+from fastvim.tasks.pictures import drawing
 from fastvim.tasks.task import Task
 
 GREEN, RED, GREY = "#15803d", "#dc2626", "#475569"  # right, wrong, truth unknown

@@ -13,7 +13,7 @@ from faster_coco_eval.core import mask as mask_api
 from PIL import Image, ImageDraw, ImageFilter
 
 from fastvim.tasks.average_precision import Result
-from fastvim.tasks.drawing import LARGEST, OPACITY, WHITE, Entry, font, palette, sheet
+from fastvim.tasks.pictures.drawing import LARGEST, OPACITY, WHITE, Entry, font, palette, sheet
 
 TEXT_SIZE, PADDING = 12, 2
 LONGEST_NAME = 16
