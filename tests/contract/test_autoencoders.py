@@ -1,51 +1,32 @@
-"""What timm and training ask of a masked autoencoder, of every registered one."""
+"""What timm and training ask of a masked autoencoder, of every family."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
+import families
 import pytest
-import timm
 import torch
-from timm.data import resolve_model_data_config
+from families import DEPTH, DIM, MASKED_FAMILIES, gradients_of, patch_of
 from timm.models import group_parameters
 from torch import Tensor, nn
 
 from fastvim import use_engine
 from fastvim.models import to_published
 
-NAMES = timm.list_models("mae_*")
-DEPTH, DIM, DECODER, SIDE = 3, 32, 16, 4
+SIDE = 4  # a quarter of 16 patches is kept
 
-every_model = pytest.mark.parametrize("name", NAMES)
-
-
-def patch_of(name: str) -> int:
-    return 14 if "patch14" in name else 16
-
-
-def create(name: str, **options) -> nn.Module:
-    """The registered constructor, in a small configuration."""
-    torch.manual_seed(0)
-    small = {"img_size": SIDE * patch_of(name), "embed_dim": DIM, "depth": DEPTH}
-    small["decoder_embed_dim"] = DECODER
-    return timm.create_model(name, **{**small, **options}).eval()
-
-
-def image(name: str, rows: float = SIDE, columns: float = SIDE, in_chans: int = 3) -> Tensor:
-    """Two images of so many patches, whole or not, down and across."""
-    shape = [int(patch_of(name) * count) for count in (rows, columns)]
-    return torch.randn(2, in_chans, *shape, generator=torch.Generator().manual_seed(1))
+MODEL = next(iter(MASKED_FAMILIES))
+every_model = pytest.mark.parametrize("name", MASKED_FAMILIES)
+create = functools.partial(families.create, side=SIDE)
+image = functools.partial(families.image, rows=SIDE)
 
 
 def noise(cells: int = SIDE**2) -> Tensor:
     return torch.rand(2, cells, generator=torch.Generator().manual_seed(2))
-
-
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 @every_model
@@ -54,7 +35,7 @@ def test_forward(name, engine):
     pixels = patch_of(name) ** 2 * 3
     class_token = "_vim_" in name
     for rows, columns, cells in ((4, 4, 16), (2, 5, 10), (3.5, 1.2, 8)):
-        x = image(name, rows, columns)
+        x = image(name, rows=rows, columns=columns)
         with torch.no_grad():
             output = model(x, noise(cells))
             again = model(x[1:], noise(cells)[1:])
@@ -137,17 +118,6 @@ def test_checkpointed_gradients_are_the_same(name, engine):
 
 
 @every_model
-def test_default_cfg(name):
-    cfg = timm.get_pretrained_cfg(name)
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert model.encoder.patch_embed.grid_size(*cfg.input_size[1:]) == model.encoder.grid_size
-    assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
-    assert cfg.classifier is None
-    assert resolve_model_data_config(model)["input_size"] == cfg.input_size == (3, 224, 224)
-
-
-@every_model
 def test_pretrained_weights_are_fitted_by_timm(name, tmp_path):
     source = create(name)
     torch.save(to_published(source.state_dict()), tmp_path / "weights.pth")
@@ -156,12 +126,12 @@ def test_pretrained_weights_are_fitted_by_timm(name, tmp_path):
         "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")},
     }
     for side in (SIDE, SIDE + 1):
-        other = create(name, img_size=side * patch_of(name), **options)
+        other = create(name, side=side, **options)
         for key, tensor in source.state_dict().items():
             if side == SIDE or "pos_embed" not in key:
                 assert torch.equal(other.state_dict()[key], tensor), key
         # Positions are not trained: those of another grid are its own.
-        fresh = create(name, img_size=side * patch_of(name))
+        fresh = create(name, side=side)
         assert torch.equal(other.encoder.pos_embed, fresh.encoder.pos_embed)
         assert torch.equal(other.decoder_pos_embed, fresh.decoder_pos_embed)
 
@@ -216,5 +186,5 @@ def test_autocast(name, engine):
 
 
 def test_a_model_on_the_meta_device_gives_shapes():
-    model, x = create(NAMES[0]).to("meta"), image(NAMES[0]).to("meta")
-    assert model(x).prediction.shape == (2, SIDE**2, patch_of(NAMES[0]) ** 2 * 3)
+    model, x = create(MODEL).to("meta"), image(MODEL).to("meta")
+    assert model(x).prediction.shape == (2, SIDE**2, patch_of(MODEL) ** 2 * 3)

@@ -1,53 +1,40 @@
-"""What timm asks of a model, of every registered model and through both code paths of each op."""
+"""What timm asks of a model, of every family and through both code paths of each op."""
 
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+from families import (
+    CHANNEL_FAMILIES,
+    CLASSES,
+    DEPTH,
+    DIM,
+    IMAGE_FAMILIES,
+    SIDE,
+    create,
+    gradients_of,
+    has_channels,
+    image,
+    patch_of,
+)
 from timm.models import group_parameters
 from torch import Tensor, nn
 
 from fastvim import UserError, use_engine
 from fastvim.models import checkpoint_filter_fn
 
-CHANNELS = [*timm.list_models("fastchannelvim_*"), *timm.list_models("channelvim_*")]
-NAMES = [*timm.list_models("fastvim_*"), *timm.list_models("vim_*"), *CHANNELS]
-DEPTH, DIM, CLASSES, SIDE = 4, 32, 5, 3
-
-every_model = pytest.mark.parametrize("name", NAMES)
-image_models = pytest.mark.parametrize("name", [n for n in NAMES if n not in CHANNELS])
-
-
-def patch_of(name: str) -> int:
-    return int(re.search(r"patch(\d+)", name)[1])
+every_model = pytest.mark.parametrize("name", [*IMAGE_FAMILIES, *CHANNEL_FAMILIES])
+image_models = pytest.mark.parametrize("name", IMAGE_FAMILIES)
+# Where any model serves.
+MODEL = next(iter(IMAGE_FAMILIES))
 
 
 def per_cell(name: str) -> int:
     """Tokens of a cell of the grid."""
-    return 3 if name in CHANNELS else 1
-
-
-def create(name: str, side: int = SIDE, **options) -> nn.Module:
-    """The registered constructor, in a small configuration: a grid of `side` x `side` patches."""
-    torch.manual_seed(0)
-    small = {"img_size": side * patch_of(name), "embed_dim": DIM, "depth": DEPTH, "in_chans": 3}
-    return timm.create_model(name, **{**small, "num_classes": CLASSES, **options}).eval()
-
-
-def image(name: str, rows: float = SIDE, columns: float | None = None, in_chans: int = 3) -> Tensor:
-    """Two images of so many patches, whole or not, down and across."""
-    patch = patch_of(name)
-    shape = [int(patch * count) for count in (rows, rows if columns is None else columns)]
-    return torch.randn(2, in_chans, *shape, generator=torch.Generator().manual_seed(1))
-
-
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return 3 if has_channels(name) else 1
 
 
 # Shapes.
@@ -153,7 +140,7 @@ def test_reset_classifier(name):
 
 
 def test_a_new_classifier_is_where_the_model_is():
-    model = create(NAMES[0]).to(torch.float64)
+    model = create(MODEL).to(torch.float64)
     model.reset_classifier(3)
     assert model.head.weight.dtype == torch.float64
 
@@ -259,7 +246,7 @@ def test_intermediates_that_stop_early(name):
 
 
 def test_intermediates_of_no_known_form():
-    model, x = create(NAMES[0]), image(NAMES[0])
+    model, x = create(MODEL), image(MODEL)
     for option, value in (("output_fmt", "NHWC"), ("source", "hidden")):
         with pytest.raises(UserError, match=f"{option}='{value}'"):
             model.forward_intermediates(x, **{option: value})

@@ -1,4 +1,4 @@
-"""What timm asks of a model's configuration, weights and precision; the rest: `test_timm.py`."""
+"""What timm asks of a model's weights and precision; the rest: `test_timm.py`."""
 
 from __future__ import annotations
 
@@ -7,50 +7,13 @@ import io
 import pickle
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from test_timm import (
-    CHANNELS,
-    CLASSES,
-    DEPTH,
-    DIM,
-    NAMES,
-    SIDE,
-    create,
-    every_model,
-    gradients_of,
-    image,
-    image_models,
-)
-from timm.data import resolve_model_data_config
+from families import CLASSES, DEPTH, DIM, SIDE, create, gradients_of, image
+from test_timm import MODEL, every_model, image_models
 from torch import Tensor, nn
 
 from fastvim.models import checkpoint_filter_fn, to_published
-
-# Configuration and weights.
-
-
-@every_model
-def test_default_cfg(name):
-    cfg = timm.get_pretrained_cfg(name)
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    channels, height, width = cfg.input_size
-    assert channels == len(cfg.mean) == len(cfg.std) == (8 if name in CHANNELS else 3)
-    assert model.patch_embed.grid_size(height, width) == model.grid_size
-    assert f"_{height}" in name
-    if name in CHANNELS:
-        assert cfg.first_conv is None  # whose weights timm would fit to other channels
-    else:
-        assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
-    assert model.get_submodule(cfg.classifier) is model.get_classifier()
-    assert model.get_classifier().out_features == cfg.num_classes
-    assert not cfg.fixed_input_size
-    data = resolve_model_data_config(model)
-    crop = 1.0 if name in CHANNELS else 0.875
-    assert (data["input_size"], data["crop_pct"]) == (cfg.input_size, crop)
-    assert data["interpolation"] == "bicubic"
 
 
 def by_hand(model: nn.Module, side: int) -> Tensor:
@@ -162,5 +125,5 @@ def test_autocast(name, engine):
 
 
 def test_a_model_on_the_meta_device_gives_shapes():
-    model, x = create(NAMES[0]).to("meta"), image(NAMES[0]).to("meta")
+    model, x = create(MODEL).to("meta"), image(MODEL).to("meta")
     assert model(x).shape == (2, CLASSES)
