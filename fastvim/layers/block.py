@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvim.layers.mixer import Mixer
 from fastvim.ops import Segments, add_norm
-from fastvim.ops.norm import NormKind
+from fastvim.ops.reference import NormKind
 
 
 class AddNorm(nn.Module):

@@ -20,7 +20,7 @@ from fastvim.errors import UserError
 from fastvim.layers import AddNorm, Block, Mixer, sincos_grid
 from fastvim.models.vision import FastVim
 from fastvim.ops import Traversal
-from fastvim.ops.norm import NormKind
+from fastvim.ops.reference import NormKind
 from fastvim.ops.traversal import Mirror
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastvim.errors import UserError
 from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid
 from fastvim.ops import Segments, Traversal
-from fastvim.ops.norm import NormKind
+from fastvim.ops.reference import NormKind
 
 Source = Literal["residual", "mixer"]
 

@@ -6,13 +6,11 @@ Direction 0 walks the path, direction 1 walks it backwards: its window looks ahe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvim.ops.dispatch import check_shapes, compute_dtype, definition, implementation
+from fastvim.ops.checks import check_shapes
+from fastvim.ops.dispatch import implementation
+from fastvim.ops.reference import conv_pool_reference
 from fastvim.ops.traversal import Pooling, Segments
 
 
@@ -57,33 +55,3 @@ def conv_pool(
     check_shapes(("bias", bias, (2, width)), ("D", D, (2, width)))
     run = implementation("conv_pool", x, conv_pool_reference, segments.kept is not None)
     return run(x, weight, bias, D, segments, pooling=pooling, pool_scale=pool_scale)
-
-
-def conv_silu(x_path: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, L, E) in path order to SiLU of the convolution in each direction, (2, B, L, E)."""
-    taps, channels = weight.shape[-1], x_path.shape[-1]
-    weight, bias = weight.to(x_path.dtype), bias.to(x_path.dtype)
-    x = x_path.mT
-    causal, anticausal = weight[0].unsqueeze(1), weight[1].flip(-1).unsqueeze(1)
-    forward = F.conv1d(F.pad(x, (taps - 1, 0)), causal, bias[0], groups=channels)
-    backward = F.conv1d(F.pad(x, (0, taps - 1)), anticausal, bias[1], groups=channels)
-    return F.silu(torch.stack([forward, backward]).mT)
-
-
-@definition
-def conv_pool_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    D: Tensor,
-    segments: Segments,
-    *,
-    pooling: Pooling = "mean",
-    pool_scale: float = 1.0,
-    convolve: Callable[[Tensor, Tensor, Tensor], Tensor] = conv_silu,
-) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(x)
-    convolved = convolve(segments.to_path(x.to(dtype)), weight, bias)
-    pooled = segments.reduce(convolved, pooling) * pool_scale
-    skip = segments.from_path((D.to(dtype)[:, None, None] * convolved).mean(0))
-    return pooled.to(x.dtype), skip.to(x.dtype)

@@ -1,16 +1,19 @@
-"""Which engine serves an op: the plain PyTorch definition, or a kernel for the tensor's device.
+"""Which engine serves an op: a kernel for the tensor's device, or the plain PyTorch reference.
 
-Every op has its definition in its own file. An engine here is a function of the same signature
-for some device and dtypes, imported when it is first used.
+An engine is a function of the op's own signature that serves one type of device and a few dtypes.
+It is named by a string and imported when it is first used, so importing `fastvim` needs neither
+numba nor Triton.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,88 +36,47 @@ class Engine:
         name: what `use_engine` calls it.
         package: the Python package it needs.
         device: the type of device whose tensors it serves.
-        dtypes: the dtypes it serves; others fall to the definition.
-        load: imports and returns the implementation.
-        load_masked: the same for traversals over kept indices, if it takes them.
+        function: the implementation, as "module:function".
+        masked: the implementation for traversals over masked grids; "": the reference serves.
+        dtypes: the dtypes it serves; the reference serves the others.
     """
 
     name: str
     package: str
     device: str
-    dtypes: tuple[torch.dtype, ...]
-    load: Callable[[], Callable[..., Any]]
-    load_masked: Callable[[], Callable[..., Any]] | None
+    function: str
+    masked: str = ""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
     def serves(self, device: str, dtype: torch.dtype, masked: bool) -> bool:
         """Whether it can compute for such tensors."""
-        takes = self.load_masked is not None or not masked
+        takes = bool(self.masked) or not masked
         return device == self.device and dtype in self.dtypes and takes
 
 
-def _numba_conv_pool() -> Callable[..., Any]:
-    from fastvim.ops.cpu.conv import conv_pool_numba
+_numba = functools.partial(Engine, "numba", "numba", "cpu")
+_triton = functools.partial(Engine, "triton", "triton", "cuda")
 
-    return conv_pool_numba
-
-
-def _numba_selective_scan() -> Callable[..., Any]:
-    from fastvim.ops.cpu.selective_scan import selective_scan_numba
-
-    return selective_scan_numba
-
-
-def _triton_add_norm() -> Callable[..., Any]:
-    from fastvim.ops.triton.norm import add_norm_triton
-
-    return add_norm_triton
-
-
-def _triton_conv_pool() -> Callable[..., Any]:
-    from fastvim.ops.triton.conv_pool import conv_pool_triton
-
-    return conv_pool_triton
-
-
-def _triton_conv_pool_kept() -> Callable[..., Any]:
-    from fastvim.ops.triton.kept import conv_pool_kept
-
-    return conv_pool_kept
-
-
-def _triton_expand_gate_kept() -> Callable[..., Any]:
-    from fastvim.ops.triton.kept import expand_gate_kept
-
-    return expand_gate_kept
-
-
-def _triton_selective_scan() -> Callable[..., Any]:
-    from fastvim.ops.triton.selective_scan import selective_scan_triton
-
-    return selective_scan_triton
-
-
-def _triton_expand_gate() -> Callable[..., Any]:
-    from fastvim.ops.triton.expand_gate import expand_gate_triton
-
-    return expand_gate_triton
-
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_numba = functools.partial(Engine, "numba", "numba", "cpu", _DTYPES)
-_triton = functools.partial(Engine, "triton", "triton", "cuda", _DTYPES)
-
-# By op, in order of preference. On a CPU the norms are as good as their definitions.
+# By op, in order of preference. PyTorch's own add_norm and expand_gate are fast enough on CPUs.
 ENGINES: dict[str, tuple[Engine, ...]] = {
-    "add_norm": (_triton(_triton_add_norm, None),),
+    "add_norm": (_triton("fastvim.ops.triton.norm:add_norm_triton"),),
     "conv_pool": (
-        _numba(_numba_conv_pool, _numba_conv_pool),
-        _triton(_triton_conv_pool, _triton_conv_pool_kept),
+        _numba("fastvim.ops.cpu.conv:conv_pool_numba", "fastvim.ops.cpu.conv:conv_pool_numba"),
+        _triton(
+            "fastvim.ops.triton.conv_pool:conv_pool_triton",
+            "fastvim.ops.triton.kept:conv_pool_kept",
+        ),
     ),
     "selective_scan": (
-        _numba(_numba_selective_scan, None),
-        _triton(_triton_selective_scan, None),
+        _numba("fastvim.ops.cpu.selective_scan:selective_scan_numba"),
+        _triton("fastvim.ops.triton.selective_scan:selective_scan_triton"),
     ),
-    "expand_gate": (_triton(_triton_expand_gate, _triton_expand_gate_kept),),
+    "expand_gate": (
+        _triton(
+            "fastvim.ops.triton.expand_gate:expand_gate_triton",
+            "fastvim.ops.triton.kept:expand_gate_kept",
+        ),
+    ),
 }
 
 _chosen: str | None = None
@@ -134,6 +96,20 @@ def _installed(package: str) -> bool:
     return False
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _load(module: str) -> None:
+    """Import a module. The compiler runs this call, since it cannot trace it."""
+    import_module(module)
+
+
+def resolve(function: str) -> Callable[..., Any]:
+    """The function that a string such as "package.module:function" names."""
+    module, name = function.split(":")
+    _load(module)
+    found: Callable[..., Any] = getattr(sys.modules[module], name)
+    return found
+
+
 def _candidates(
     engines: tuple[Engine, ...],
     chosen: str | None,
@@ -141,7 +117,7 @@ def _candidates(
     dtype: torch.dtype,
     masked: bool,
 ) -> tuple[Engine, ...]:
-    """Those that could serve, in order of preference."""
+    """The engines that could serve, in order of preference."""
     return tuple(
         engine
         for engine in engines
@@ -149,19 +125,18 @@ def _candidates(
     )
 
 
-_remembered = functools.cache(_candidates)
+_cached_candidates = functools.cache(_candidates)
 
 
 def implementation(
     op: str, x: Tensor, reference: Callable[_P, _T], masked: bool = False
 ) -> Callable[_P, _T]:
-    """The function that serves `op` for a tensor like `x`: an engine's, or the definition."""
-    candidates = _candidates if torch.compiler.is_compiling() else _remembered
+    """The function that serves `op` for a tensor like `x`: an engine's, or the reference."""
+    candidates = _candidates if torch.compiler.is_compiling() else _cached_candidates
     for engine in candidates(ENGINES[op], _chosen, x.device.type, x.dtype, masked):
         if available(engine.package):
-            load = engine.load_masked if masked else engine.load
-            assert load is not None
-            return load()
+            function: Callable[_P, _T] = resolve(engine.masked if masked else engine.function)
+            return function
     return reference
 
 
@@ -186,12 +161,12 @@ def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32) -> str
 
 @contextmanager
 def use_engine(name: str) -> Iterator[None]:
-    """Serve every op by one engine within the block; ops without it keep their definition.
+    """Serve every op by one engine within the block; ops that it lacks run as the reference.
 
     The choice holds for the whole process, not for one thread.
 
     Args:
-        name: "reference" for the definitions, or the name of an engine, such as "numba".
+        name: "reference", or the name of an engine, such as "numba".
 
     Raises:
         ValueError: unknown engine, or one whose package is not installed.
@@ -207,45 +182,3 @@ def use_engine(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen = previous
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _autocasts(device: str) -> bool:
-    """Whether there is autocast for a type of device."""
-    return torch.amp.is_autocast_available(device)
-
-
-def definition(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Mark an op's plain PyTorch definition: it computes in the precision it says.
-
-    Autocast would run its products and convolutions in half precision, so it is off inside.
-    """
-
-    @functools.wraps(function)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        first = args[0]
-        assert isinstance(first, Tensor)
-        if not _autocasts(first.device.type):
-            return function(*args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype an op computes in: float64 for float64, float32 for everything else.
-
-    Raises:
-        ValueError: `x` is not a floating tensor.
-    """
-    if not x.is_floating_point():
-        raise ValueError(f"expected a floating dtype, got {x.dtype}")
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def check_shapes(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
-    """Raise ValueError naming the first tensor whose shape is not the one beside it."""
-    for name, tensor, shape in expected:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} {tuple(tensor.shape)}: expected {shape}")

@@ -5,10 +5,11 @@ B  batch, L  tokens, E  inner width, S  segments
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvim.ops.dispatch import check_shapes, compute_dtype, definition, implementation
+from fastvim.ops.checks import check_shapes
+from fastvim.ops.dispatch import implementation
+from fastvim.ops.reference import expand_gate_reference
 from fastvim.ops.traversal import Segments
 
 
@@ -50,23 +51,3 @@ def expand_gate(
     )
     run = implementation("expand_gate", skip, expand_gate_reference, segments.kept is not None)
     return run(skip, z, y, segments, norm_weight, norm_bias, eps=eps)
-
-
-@definition
-def expand_gate_reference(
-    skip: Tensor,
-    z: Tensor,
-    y: Tensor,
-    segments: Segments,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    *,
-    eps: float = 1e-5,
-) -> Tensor:
-    dtype = compute_dtype(skip)
-    scanned = segments.from_path(segments.broadcast(y.to(dtype)).mean(0))
-    mixed = skip.to(dtype) + scanned
-    if norm_weight is not None:
-        bias = None if norm_bias is None else norm_bias.to(dtype)
-        mixed = F.layer_norm(mixed, mixed.shape[-1:], norm_weight.to(dtype), bias, eps)
-    return (mixed * F.silu(z.to(dtype))).to(skip.dtype)

@@ -5,14 +5,11 @@ B  batch, L  tokens, d  model width
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvim.ops.dispatch import check_shapes, compute_dtype, definition, implementation
-
-NormKind = Literal["rms", "layer"]
+from fastvim.ops.checks import check_shapes
+from fastvim.ops.dispatch import implementation
+from fastvim.ops.reference import NormKind, add_norm_reference
 
 
 def add_norm(
@@ -51,25 +48,3 @@ def add_norm(
     )
     run = implementation("add_norm", hidden, add_norm_reference)
     return run(hidden, residual, weight, bias, kind=kind, eps=eps)
-
-
-@definition
-def add_norm_reference(
-    hidden: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    kind: NormKind = "rms",
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(hidden)
-    total = hidden.to(dtype) if residual is None else residual.to(dtype) + hidden.to(dtype)
-    shape = hidden.shape[-1:]
-    weight = weight.to(dtype)
-    if kind == "rms":
-        normed = F.rms_norm(total, shape, weight, eps)
-        normed = normed if bias is None else normed + bias.to(dtype)
-    else:
-        normed = F.layer_norm(total, shape, weight, None if bias is None else bias.to(dtype), eps)
-    return normed.to(hidden.dtype), total

@@ -5,11 +5,11 @@ B  batch, S  segments, E  inner width, N  state size, R  rank of the step size
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvim.ops.dispatch import check_shapes, compute_dtype, definition, implementation
+from fastvim.ops.checks import check_shapes
+from fastvim.ops.dispatch import implementation
+from fastvim.ops.reference import selective_scan_reference
 
 
 def selective_scan(
@@ -49,47 +49,3 @@ def selective_scan(
     )
     run = implementation("selective_scan", u, selective_scan_reference)
     return run(u, x_proj, dt_proj, dt_bias, A_log)
-
-
-@definition
-def selective_scan_reference(
-    u: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-) -> Tensor:
-    dtype = compute_dtype(u)
-    delta, B, C = select(u, x_proj, dt_proj, dt_bias, dtype)
-    x = u.to(dtype)
-    A = -A_log.to(dtype).exp()
-    directions = [
-        _scan(x[d], delta[d], A[d], B[d], C[d], reverse=d == 1) for d in range(u.shape[0])
-    ]
-    return torch.stack(directions).to(u.dtype)
-
-
-def select(
-    u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Δ (2, B, S, E), B and C (2, B, S, N) of the steps, computed in `dtype`."""
-    rank, steps = dt_proj.shape[2], u.shape[1:3]
-    states = (x_proj.shape[1] - rank) // 2
-    projected = torch.bmm(u.to(dtype).flatten(1, 2), x_proj.to(dtype).mT)
-    dt, B, C = projected.split([rank, states, states], dim=-1)
-    raw = torch.baddbmm(dt_bias.to(dtype)[:, None], dt, dt_proj.to(dtype).mT)
-    return F.softplus(raw).unflatten(1, steps), B.unflatten(1, steps), C.unflatten(1, steps)
-
-
-def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool) -> Tensor:
-    """One direction: u, delta (B, S, E), A (E, N), B, C (B, S, N) to (B, S, E)."""
-    steps = u.shape[1]
-    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    y: list[Tensor] = []
-    for s in reversed(range(steps)) if reverse else range(steps):
-        decay = torch.exp(delta[:, s, :, None] * A)
-        h = decay * h + (delta[:, s] * u[:, s])[:, :, None] * B[:, s, None, :]
-        y.append((h * C[:, s, None, :]).sum(-1))
-    if not y:
-        return torch.zeros_like(u)
-    return torch.stack(y[::-1] if reverse else y, dim=1)

@@ -11,7 +11,6 @@ import torch
 from inputs import cases, outputs_of, scan_inputs, to
 
 from fastvim.ops import dispatch, engine_name, selective_scan, use_engine
-from fastvim.ops.selective_scan import selective_scan_reference
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -21,15 +20,14 @@ def calls(monkeypatch):
     """Names of the engines that served the scan, in turn; the reference leaves no name."""
     served = []
 
-    def watch(engine):
-        def load():
-            served.append(engine.name)
-            return engine.load()
+    names = {engine.function: engine.name for engine in dispatch.ENGINES["selective_scan"]}
+    resolve = dispatch.resolve
 
-        return replace(engine, load=load)
+    def watch(function):
+        served.append(names.get(function, "other"))
+        return resolve(function)
 
-    engines = dispatch.ENGINES["selective_scan"]
-    monkeypatch.setitem(dispatch.ENGINES, "selective_scan", tuple(map(watch, engines)))
+    monkeypatch.setattr(dispatch, "resolve", watch)
     return served
 
 
@@ -74,12 +72,8 @@ def test_the_reference_on_request(calls):
 def test_the_first_of_several_engines_serves_unless_one_is_chosen(calls, monkeypatch):
     engines = dispatch.ENGINES["selective_scan"]
     served = next(engine for engine in engines if engine.name == "numba")
-
-    def load():
-        calls.append("other")
-        return selective_scan_reference
-
-    other = replace(served, name="other", package="torch", load=load)
+    function = "fastvim.ops.reference:selective_scan_reference"
+    other = replace(served, name="other", package="torch", function=function)
     monkeypatch.setitem(dispatch.ENGINES, "selective_scan", (other, *engines))
     scan()
     with use_engine("numba"):

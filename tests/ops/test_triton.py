@@ -33,7 +33,7 @@ from fastvim.ops import (
     selective_scan,
     use_engine,
 )
-from fastvim.ops.dispatch import ENGINES, OPS
+from fastvim.ops.dispatch import ENGINES, OPS, resolve
 from fastvim.ops.triton import selective_scan as selective_scan_module
 from fastvim.ops.triton import selective_scan_backward, selective_scan_kernels
 from fastvim.ops.triton.conv_pool import conv_pool_triton
@@ -314,7 +314,8 @@ def on_device(op: str, dtype: torch.dtype = torch.float32):
 
 
 def engine_of(op: str):
-    return next(engine for engine in ENGINES[op] if engine.name == "triton").load()
+    engine = next(engine for engine in ENGINES[op] if engine.name == "triton")
+    return resolve(engine.function)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvim.ops.conv_pool import conv_pool_reference
 from fastvim.ops.cpu.kernels import conv_backward, conv_forward
 from fastvim.ops.cpu.threads import blocks_of, parallel
+from fastvim.ops.reference import conv_pool_reference
 
 
 @torch.library.custom_op("fastvim::conv_silu_cpu", mutates_args=())
@@ -64,7 +64,7 @@ _conv_silu.register_autograd(_gradients, setup_context=_keep)
 
 
 def conv_silu_numba(x_path: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`fastvim.ops.conv_pool.conv_silu` for float32 tensors on the CPU."""
+    """`fastvim.ops.reference.conv_silu` for float32 tensors on the CPU."""
     taps = weight.to(x_path.dtype).mT.contiguous()
     out: Tensor = _conv_silu(x_path.contiguous(), taps, bias.to(x_path.dtype).contiguous())
     return out

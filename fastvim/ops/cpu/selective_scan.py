@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastvim.ops.cpu.kernels import CHUNK, LOG2_E, scan_backward, scan_forward
 from fastvim.ops.cpu.threads import blocks_of, parallel
-from fastvim.ops.dispatch import definition
-from fastvim.ops.selective_scan import select
+from fastvim.ops.reference import select, without_autocast
 
 
 @torch.library.custom_op("fastvim::scan_cpu", mutates_args=())
@@ -73,7 +72,7 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _scan.register_autograd(_gradients, setup_context=_keep)
 
 
-@definition
+@without_autocast
 def selective_scan_numba(
     u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
 ) -> Tensor:

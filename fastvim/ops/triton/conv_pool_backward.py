@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvim.ops.conv_pool import conv_pool_reference
+from fastvim.ops.reference import conv_pool_reference
 from fastvim.ops.traversal import Pooling, Segments
 from fastvim.ops.triton.common import (
     INTERPRETED,

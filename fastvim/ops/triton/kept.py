@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvim.ops.conv_pool import conv_pool_reference
+from fastvim.ops.reference import conv_pool_reference
 from fastvim.ops.traversal import Pooling, Segments
 from fastvim.ops.triton.conv_pool import conv_pool_triton
 from fastvim.ops.triton.expand_gate import expand_gate_triton

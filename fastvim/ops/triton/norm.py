@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvim.ops.norm import NormKind
+from fastvim.ops.reference import NormKind
 from fastvim.ops.triton.launch import Launch, Launches, Op
 from fastvim.ops.triton.sums import sum_parts
 
