@@ -4,7 +4,7 @@
 >>> model = timm.create_model("fastvim_tiny_patch16_224")
 """
 
-from fastvim import models
+from fastvim import models, registry
 from fastvim.errors import UserError
 from fastvim.models import FastVim, FeatureMaps, MaskedAutoencoder
 from fastvim.ops import use_engine
@@ -18,5 +18,6 @@ __all__ = [
     "UserError",
     "__version__",
     "models",
+    "registry",
     "use_engine",
 ]

@@ -14,7 +14,6 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from fastvim.checkpoint import load_model
 from fastvim.data.channels import ChannelData
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
@@ -25,6 +24,7 @@ from fastvim.tasks.subsets import (
     draw_subsets,
     subset_accuracies,
 )
+from fastvim.weights import load_model
 from fastvim_cli.arguments import Parser, usable_device
 
 DESCRIPTION = """\

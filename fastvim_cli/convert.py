@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from fastvim.checkpoint import convert
+from fastvim.weights import convert
 from fastvim_cli.arguments import Parser
 
 LICENCE = "The published FastVim weights are CC-BY-NC-SA: not for commercial use, converted or not."

@@ -17,12 +17,12 @@ from timm.data import get_img_extensions, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from fastvim.checkpoint import load_model
 from fastvim.data.arrays import read_array
 from fastvim.data.files import UNREADABLE
 from fastvim.data.remote import UnreadableFileError
 from fastvim.data.transforms import Transform
 from fastvim.errors import UserError
+from fastvim.weights import load_model
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

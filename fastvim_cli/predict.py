@@ -16,7 +16,6 @@ from rich.table import Table
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from fastvim.checkpoint import load_model
 from fastvim.data import channel_transforms
 from fastvim.data.arrays import DECODERS
 from fastvim.data.transforms import evaluation_transform
@@ -24,6 +23,7 @@ from fastvim.errors import UserError
 from fastvim.models import FastChannelVim, MaskedAutoencoder
 from fastvim.models.heads.upernet import UPerNet
 from fastvim.tasks.callbacks.report import Prediction, draw_predictions
+from fastvim.weights import load_model
 from fastvim_cli.arguments import Parser, usable_device
 from fastvim_cli.images import (
     Failure,

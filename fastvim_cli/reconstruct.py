@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from fastvim.checkpoint import load_model
 from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder
 from fastvim.tasks.reconstruction import draw_reconstruction, reconstruct
+from fastvim.weights import load_model
 from fastvim_cli.arguments import Parser, usable_device
 from fastvim_cli.images import (
     find_images,

@@ -12,8 +12,8 @@ from test_checkpoint import assert_equal, create, published
 from torch import nn
 
 from fastvim import UserError
-from fastvim.checkpoint import convert, load_model, load_weights, read, save
 from fastvim.models import create_model
+from fastvim.weights import convert, load_model, load_weights, read, save
 
 # Weights that do not fit.
 

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from fastvim import UserError
-from fastvim.checkpoint import (
+from fastvim.models import create_model
+from fastvim.weights import (
     Checkpoint,
     convert,
     find_options,
     load_model,
     load_weights,
     read,
+    resolve,
     save,
-    understand,
+    to_published,
 )
-from fastvim.models import create_model, to_published
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_classes": 5}
 FASTVIM, VIM = "fastvim_tiny_patch16_224", "vim_tiny_patch16_224"
@@ -301,7 +302,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
         Path(target).write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastvim.checkpoint.save_file", fail)
+    monkeypatch.setattr("fastvim.weights.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save(path, {"a": torch.zeros(3)}, {})
     assert path.read_bytes() == before
@@ -369,7 +370,7 @@ def test_strides_of_vim_without_a_word(patch, stride, size, found):
 def test_real_sizes_find_their_names(name):
     with torch.device("meta"):
         state = create_model(name).state_dict()
-    _, metadata = understand(Checkpoint(Path("weights.pth"), state, "only"))
+    _, metadata = resolve(Checkpoint(Path("weights.pth"), state, "only"))
     assert metadata["model"] == name
     assert metadata["model_args"]["img_size"] == 224
 

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from fastvim import UserError
-from fastvim.checkpoint import Checkpoint, convert, load_model, load_weights, read, save, understand
-from fastvim.models import MaskedAutoencoder, create_model, to_published
-from fastvim.models.options import find_options
+from fastvim.models import MaskedAutoencoder, create_model
+from fastvim.weights import (
+    Checkpoint,
+    convert,
+    find_options,
+    load_model,
+    load_weights,
+    read,
+    resolve,
+    save,
+    to_published,
+)
 
 SMALL = {
     "img_size": 32,
@@ -111,7 +120,7 @@ def test_a_golden_file_is_understood(name, tmp_path):
 def test_real_sizes_find_their_names(name):
     with torch.device("meta"):
         state = create_model(name).state_dict()
-    _, metadata = understand(Checkpoint(Path("weights.pth"), state, "only"))
+    _, metadata = resolve(Checkpoint(Path("weights.pth"), state, "only"))
     assert metadata["model"] == name
     assert metadata["model_args"]["img_size"] == 224
     assert metadata["model_args"]["decoder_embed_dim"] == 512

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastvim.checkpoint import convert, load_model, read
 from fastvim.errors import UserError
-from fastvim.models import FeatureMaps, create_model, from_published
+from fastvim.models import FeatureMaps, create_model
 from fastvim.tasks.dense_task import load_backbone
+from fastvim.weights import convert, from_published, load_model, read
 from fastvim_cli import main
 
 GOLDEN = Path(__file__).parent / "golden"

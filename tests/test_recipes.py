@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvim.models import checkpoint_filter_fn
 from fastvim.tasks import LinearProbe
 from fastvim.tasks.optim import parameter_groups
+from fastvim.weights import checkpoint_filter_fn
 from fastvim_cli.train import TrainingCLI
 
 ROOT = Path(__file__).parents[1]

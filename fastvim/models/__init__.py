@@ -1,4 +1,4 @@
-"""The models. Importing this package registers them with timm.
+"""The models. `import fastvim` registers them with timm (`fastvim.registry`).
 
 >>> import timm, fastvim
 >>> model = timm.create_model("fastvim_tiny_patch16_224")
@@ -7,12 +7,11 @@
 from typing import TYPE_CHECKING, Any
 
 from fastvim.models.channel import FastChannelVim, sample_channels
+from fastvim.models.factory import create_model
 from fastvim.models.feature_maps import FeatureMaps
 from fastvim.models.heads.sliding import sliding_window
 from fastvim.models.heads.upernet import UPerNet
 from fastvim.models.masked import FastMaskVim, MaskedAutoencoder, MaskedOutput
-from fastvim.models.published import from_published, to_published
-from fastvim.models.registry import checkpoint_filter_fn, create_model
 from fastvim.models.vision import FastVim
 
 if TYPE_CHECKING:
@@ -27,12 +26,9 @@ __all__ = [
     "MaskedAutoencoder",
     "MaskedOutput",
     "UPerNet",
-    "checkpoint_filter_fn",
     "create_model",
-    "from_published",
     "sample_channels",
     "sliding_window",
-    "to_published",
 ]
 
 

@@ -3,7 +3,7 @@
 B  batch, C  channels of the image, d  model width, H W  token grid, L  cells of the grid
 n  cells kept, p  side of a patch
 
-Registration: `fastvim.models.registry`.
+Registration: `fastvim.registry`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FastVim and Vim: the image backbones (sizes and registration: `fastvim.models.registry`).
+"""FastVim and Vim: the image backbones (sizes and registration: `fastvim.registry`).
 
 B  batch, L  tokens (with the class token, where there is one), d  model width
 """

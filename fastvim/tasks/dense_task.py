@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvim.checkpoint import Checkpoint, load_state, read
 from fastvim.errors import UserError
-from fastvim.models import FastVim, checkpoint_filter_fn
+from fastvim.models import FastVim
 from fastvim.tasks.task import Task
+from fastvim.weights import Checkpoint, checkpoint_filter_fn, load_state, read
 
 _logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn, optim
 
-from fastvim.checkpoint import load_weights
 from fastvim.errors import UserError
 from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
 from fastvim.tasks.callbacks.ema import EMA
 from fastvim.tasks.optim import WeightDecayCosine, count_steps, warmup_cosine
+from fastvim.weights import load_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Task(L.LightningModule):
         return self.checkpoint if self.checkpoint and not self.trainer.ckpt_path else None
 
     def exported_weights(self) -> dict[str, Tensor]:
-        """Weights of the trained model, as `fastvim.checkpoint.save` takes them."""
+        """Weights of the trained model, as `fastvim.weights.save` takes them."""
         assert self.model is not None
         return self.model.state_dict()
 

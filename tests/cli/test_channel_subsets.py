@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastvim.checkpoint import save
 from fastvim.models import create_model
+from fastvim.weights import save
 from fastvim_cli import main
 
 SIZES = {"img_size": 8, "patch_size": 4, "in_chans": 3, "embed_dim": 16, "depth": 1}

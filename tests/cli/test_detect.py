@@ -12,12 +12,12 @@ from coco_sets import write_set
 from faster_coco_eval.core import mask as mask_api
 from PIL import Image
 
-from fastvim.checkpoint import load_model, save
 from fastvim.data.detection import resize
 from fastvim.models import create_model
 from fastvim.models.heads.cascade import build_detector
 from fastvim.tasks.average_precision import coco_results
 from fastvim.tasks.pictures.detections import draw_detections
+from fastvim.weights import load_model, save
 from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"

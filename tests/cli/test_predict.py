@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastvim.checkpoint import read, save
-from fastvim.models import create_model, to_published
+from fastvim.models import create_model
+from fastvim.weights import read, save, to_published
 from fastvim_cli import main
 from fastvim_cli.predict import find_images
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvim.checkpoint import save
-from fastvim.models import create_model, to_published
+from fastvim.models import create_model
 from fastvim.tasks.reconstruction import GAP, MARGIN, NOTE_SIZE, TEXT_SIZE
+from fastvim.weights import save, to_published
 from fastvim_cli import main
 
 MODEL = "mae_fastvim_tiny_patch16_224"

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastvim.checkpoint import load_model, save
 from fastvim.data.segmentation import EvaluationTransform
 from fastvim.models import FastVim, FeatureMaps, create_model
 from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
 from fastvim.models.heads.upernet import UPerNet
+from fastvim.weights import load_model, save
 from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"

@@ -15,7 +15,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from fastvim import use_engine
-from fastvim.models import to_published
+from fastvim.weights import to_published
 
 SIDE = 4  # a quarter of 16 patches is kept
 

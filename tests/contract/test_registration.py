@@ -19,7 +19,7 @@ from families import (
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from fastvim.models import to_published
+from fastvim.weights import to_published
 
 FAMILIES = {**IMAGE_FAMILIES, **CHANNEL_FAMILIES, **MASKED_FAMILIES}
 OF_FAMILY = {name: family for family, names in FAMILIES.items() for name in names}

@@ -24,7 +24,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from fastvim import UserError, use_engine
-from fastvim.models import checkpoint_filter_fn
+from fastvim.weights import checkpoint_filter_fn
 
 every_model = pytest.mark.parametrize("name", [*IMAGE_FAMILIES, *CHANNEL_FAMILIES])
 image_models = pytest.mark.parametrize("name", IMAGE_FAMILIES)

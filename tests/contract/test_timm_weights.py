@@ -13,7 +13,7 @@ from families import CLASSES, DEPTH, DIM, SIDE, create, gradients_of, image
 from test_timm import MODEL, every_model, image_models
 from torch import Tensor, nn
 
-from fastvim.models import checkpoint_filter_fn, to_published
+from fastvim.weights import checkpoint_filter_fn, to_published
 
 
 def by_hand(model: nn.Module, side: int) -> Tensor:

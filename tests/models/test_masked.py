@@ -23,10 +23,8 @@ from torch import Tensor
 
 from fastvim import UserError, use_engine
 from fastvim.layers import sincos_grid
-from fastvim.models import (
-    FastVim,
-    checkpoint_filter_fn,
-)
+from fastvim.models import FastVim
+from fastvim.weights import checkpoint_filter_fn
 
 few = settings(max_examples=20, deadline=None, derandomize=True)
 

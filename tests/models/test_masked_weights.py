@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from tiny_masked import PUBLISHED, all_kept, classifier, create, image, scramble
 
-from fastvim.models import checkpoint_filter_fn, create_model, from_published, to_published
+from fastvim.models import create_model
+from fastvim.weights import checkpoint_filter_fn, from_published, to_published
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)

@@ -13,12 +13,12 @@ from coco_sets import write_set, write_split
 from harness import fit, last, trainer
 from torch import optim
 
-from fastvim.checkpoint import load_model, read, save
 from fastvim.data.detection import DetectionData
 from fastvim.errors import UserError
 from fastvim.models import CascadeMaskRCNN, create_model
 from fastvim.tasks import Detection
 from fastvim.tasks.optim import parameter_groups, warmup_steps_down
+from fastvim.weights import load_model, read, save
 from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"

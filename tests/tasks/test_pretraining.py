@@ -8,9 +8,9 @@ import torch
 from harness import DECODER, MODEL_ARGS, ONE_EPOCH, PRETRAINING, PROBE, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastvim.checkpoint import load_model, save
 from fastvim.models import MaskedAutoencoder, create_model
 from fastvim.tasks import Classification, Pretraining
+from fastvim.weights import load_model, save
 from fastvim_cli import main
 
 MAE = "mae_fastvim_tiny_patch16_224"

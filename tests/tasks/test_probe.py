@@ -10,10 +10,10 @@ import torch
 from harness import MODEL_ARGS, trainer
 from timm.optim import Lars
 
-from fastvim.checkpoint import save
 from fastvim.errors import UserError
 from fastvim.models import create_model
 from fastvim.tasks import LinearProbe
+from fastvim.weights import save
 
 MODEL = "fastvim_tiny_patch16_224"
 

@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from torch import optim
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from fastvim.checkpoint import read, save
 from fastvim.data.segmentation import SegmentationData
 from fastvim.errors import UserError
 from fastvim.models import FastVim, create_model
@@ -23,6 +22,7 @@ from fastvim.models.heads.upernet import UPerNet
 from fastvim.tasks.metrics import SegmentationMetrics
 from fastvim.tasks.optim import warmup_linear
 from fastvim.tasks.segmentation import Segmentation, _cross_entropy
+from fastvim.weights import read, save
 from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"

@@ -14,9 +14,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from fastvim.checkpoint import METADATA_KEY, save
 from fastvim.errors import UserError
 from fastvim.tasks.task import Task
+from fastvim.weights import METADATA_KEY, save
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastvim.errors import UserError
+from fastvim.models.factory import create_model
 from fastvim.models.masked import encoder_of
-from fastvim.models.published import encoder_state, is_channel, is_masked, square_side
-from fastvim.models.registry import create_model
+from fastvim.weights.names import encoder_state, is_channel, is_masked, square_side
 
 # Names whose shapes tell the options of a model.
 _TELLING = (
@@ -121,7 +121,7 @@ def _find_stride(
     return size, stride
 
 
-def model_of(options: Mapping[str, Any], channels: bool = False) -> str:
+def match(options: Mapping[str, Any], channels: bool = False) -> str:
     """The registered model with these sizes; else the family's smallest, for options to change.
 
     Args:

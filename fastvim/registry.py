@@ -1,129 +1,18 @@
-"""The image models that timm can create: sizes, configurations, constructors."""
+"""The models that `timm.create_model` knows: sizes, configurations, constructors."""
 
 from __future__ import annotations
 
-import inspect
-import re
 from typing import Any
 
-import timm
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor, nn
 
 from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
-from fastvim.errors import UserError, nearest
-from fastvim.layers import resize_grid
+from fastvim.errors import UserError
 from fastvim.models.channel import FastChannelVim
 from fastvim.models.masked import MaskedAutoencoder
-from fastvim.models.published import (
-    encoder_state,
-    from_published,
-    is_channel,
-    is_masked,
-    is_published,
-    square_side,
-    transpose_position,
-)
 from fastvim.models.vision import FastVim
-
-
-def create_model(name: str, **model_args: Any) -> nn.Module:
-    """`timm.create_model`, with one clear line for a mistyped name or option.
-
-    Raises:
-        UserError: no such model, or an option that it does not take; with the nearest valid names.
-    """
-    if not timm.is_model(name):
-        raise UserError(f"no model {name!r}{nearest(name, timm.list_models())}")
-    try:
-        return timm.create_model(name, **model_args)
-    except RuntimeError as error:
-        if "pretrained tag" not in str(error):
-            raise
-        raise UserError(f"{name}: no weights of that tag; expected the name alone") from error
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None:
-            raise
-        hint = nearest(unknown[1], _options_of(name))
-        raise UserError(f"the model {name} has no option {unknown[1]!r}{hint}") from error
-
-
-def _options_of(name: str) -> list[str]:
-    """What the constructor of one of our models takes; nothing for others."""
-    if timm.model_entrypoint(name).__module__ != __name__:
-        return []
-    if name.startswith("mae_"):
-        return list(inspect.signature(MaskedAutoencoder).parameters)
-    options = list(inspect.signature(FastVim).parameters)
-    if "channelvim" in name:
-        options += inspect.signature(FastChannelVim).parameters
-    return [option for option in options if option != "options"]
-
-
-def checkpoint_filter_fn(
-    state_dict: dict[str, Tensor], model: FastVim | MaskedAutoencoder
-) -> dict[str, Tensor]:
-    """Fit a state dict to `model`: published names to ours, position embedding to its grid.
-
-    A FastVim takes the encoder of a masked autoencoder's weights.
-    """
-    if isinstance(model, MaskedAutoencoder):
-        return _fit_autoencoder(state_dict, model)
-    if is_published(state_dict):
-        state_dict = from_published(state_dict)
-        if model.scan_path == "column" and "pos_embed" in state_dict:
-            height, width = _grid_of(state_dict["pos_embed"].shape[1], model)
-            rows_first = transpose_position(state_dict["pos_embed"], (width, height))
-            state_dict = {**state_dict, "pos_embed": rows_first}
-    if is_masked(state_dict):
-        state_dict = encoder_state(state_dict)
-    position = state_dict.get("pos_embed")
-    if position is not None and position.shape != model.pos_embed.shape:
-        with_class = "cls_token" in state_dict and not is_channel(state_dict)
-        resized = _resize_position(position, with_class, model)
-        state_dict = {**state_dict, "pos_embed": resized}
-    return state_dict
-
-
-def _fit_autoencoder(state_dict: dict[str, Tensor], model: MaskedAutoencoder) -> dict[str, Tensor]:
-    """Published names to ours; fixed positions of another grid give way to the model's own."""
-    state = from_published(state_dict) if is_published(state_dict) else dict(state_dict)
-    for name in ("encoder.pos_embed", "decoder_pos_embed"):
-        own = model.get_parameter(name)
-        if name in state and state[name].shape[1] != own.shape[1]:
-            state[name] = own.detach()
-    return state
-
-
-def _grid_of(cells: int, model: FastVim) -> tuple[int, int]:
-    """The grid of so many positions: the model's own if it has as many, else a square one."""
-    height, width = model.grid_size
-    if cells == height * width:
-        return height, width
-    side = square_side(cells)
-    if side is None:
-        raise UserError(f"pos_embed of {cells} positions: not of a square grid, cannot resize")
-    return side, side
-
-
-def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tensor:
-    """An embedding of another grid, with or without a class token, on the model's grid."""
-    cells = position.shape[1] - int(with_class)
-    old = _grid_of(cells, model)
-    if with_class != model.positions_class:
-        raise UserError(
-            f"the weights {'have' if with_class else 'lack'} a class token, unlike the model"
-        )
-    if not with_class:
-        return resize_grid(position, old, model.grid_size)
-    middle = cells // 2
-    before, token, after = position.split([middle, 1, cells - middle], dim=1)
-    resized = resize_grid(torch.cat([before, after], dim=1), old, model.grid_size)
-    middle = resized.shape[1] // 2
-    return torch.cat([resized[:, :middle], token, resized[:, middle:]], dim=1)
+from fastvim.weights.fit import checkpoint_filter_fn
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:

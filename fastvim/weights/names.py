@@ -66,13 +66,15 @@ def is_published(state: Mapping[str, Tensor]) -> bool:
     return any(name.startswith("layers.") and ".mixer." in name for name in state)
 
 
-def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_published(
+    state: Mapping[str, Tensor], column_grid: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """Published names to ours; `to_published` undoes it exactly.
-
-    The position embedding of a model with `scan_path="column"` also needs `transpose_position`.
 
     Args:
         state: tensors under published names, without prefixes such as `backbone.`.
+        column_grid: (H, W) of the position embedding of a model with `scan_path="column"`, which is
+            published column by column. Ours is row by row, as every other model's.
 
     Raises:
         UserError: one direction of a parameter without the other.
@@ -91,12 +93,16 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if target not in ours:
             pair = torch.stack([state[forward], state[backward]])
             ours[target] = pair.squeeze(2) if _PARTS[part] == "conv_weight" else pair
+    if column_grid is not None:
+        ours["pos_embed"] = _transpose(ours["pos_embed"], column_grid[::-1])
     if is_channel(ours) and ours[_PATCHES].ndim == 5:  # published as a 3-D convolution
         ours[_PATCHES] = ours[_PATCHES].squeeze(2)
     return _split_encoder(ours) if is_masked(ours) else ours
 
 
-def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_published(
+    state: Mapping[str, Tensor], column_grid: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """Our names to published ones; see `from_published`."""
     published: dict[str, Tensor] = {}
     if is_masked(state):
@@ -109,6 +115,8 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for twin, direction in zip(_STACKED[part], tensor, strict=True):
             value = direction.unsqueeze(1) if part == "conv_weight" else direction
             published[_rename(block, published=False) + dot + twin] = value.clone()
+    if column_grid is not None:
+        published["pos_embed"] = _transpose(published["pos_embed"], column_grid)
     if is_channel(published):
         published[_PATCHES] = published[_PATCHES].unsqueeze(2)
     return published
@@ -156,12 +164,8 @@ def _move(position: Tensor, source: int, target: int) -> Tensor:
     return position[:, order]
 
 
-def transpose_position(position: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A position embedding (1, H·W, d) laid out over `grid`, to the layout of its transpose.
-
-    The published column variant transposes its tokens after the patch embedding, so its embedding
-    lies column by column; ours lies row by row like every other.
-    """
+def _transpose(position: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A position embedding (1, H·W, d) laid out over `grid`, to the layout of its transpose."""
     return position.unflatten(1, grid).transpose(1, 2).flatten(1, 2).contiguous()
 
 

@@ -1,0 +1,150 @@
+"""Fit weights to a model that exists, and load them strictly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastvim.errors import UserError
+from fastvim.layers import resize_grid
+from fastvim.models.masked import MaskedAutoencoder
+from fastvim.models.vision import FastVim
+from fastvim.weights.files import Checkpoint, read
+from fastvim.weights.names import (
+    encoder_state,
+    from_published,
+    is_channel,
+    is_masked,
+    is_published,
+    square_side,
+)
+
+_HEAD = ("head.weight", "head.bias")
+
+
+def load_weights(
+    model: nn.Module, path: str | os.PathLike[str], *, ema: bool = True, new_head: bool = False
+) -> Checkpoint:
+    """Load a file into a model; nothing may be missing and nothing left over.
+
+    A position embedding of another grid is resized; published names are translated.
+
+    Args:
+        model: any model. One of this library takes published files too; a FastVim or Vim takes
+            the encoder of a masked autoencoder's file.
+        path: see `read`.
+        ema: take the averaged weights where the file has them.
+        new_head: keep the model's own head where the file has none (a masked autoencoder's) or
+            one of another size, to train for other classes.
+
+    Raises:
+        UserError: the weights are another architecture's; says which names and shapes.
+    """
+    checkpoint = read(path, ema=ema)
+    load_state(model, checkpoint, new_head=new_head)
+    return checkpoint
+
+
+def load_state(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool = False) -> None:
+    """`load_weights` from a file that is already read."""
+    state = checkpoint.state
+    if isinstance(model, FastVim | MaskedAutoencoder):
+        state = checkpoint_filter_fn(state, model)
+    own = model.state_dict()
+    if new_head:
+        for name in _HEAD:
+            if name in own and (name not in state or state[name].shape != own[name].shape):
+                state = {**state, name: own[name]}
+    problems = _differences(own, state)
+    if problems:
+        raise UserError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def checkpoint_filter_fn(
+    state_dict: dict[str, Tensor], model: FastVim | MaskedAutoencoder
+) -> dict[str, Tensor]:
+    """Fit a state dict to `model`: published names to ours, position embedding to its grid.
+
+    A FastVim takes the encoder of a masked autoencoder's weights.
+    """
+    if isinstance(model, MaskedAutoencoder):
+        return _fit_autoencoder(state_dict, model)
+    if is_published(state_dict):
+        column_grid = None
+        rows_last = model.scan_path == "column" and not is_masked(state_dict)
+        if rows_last and "pos_embed" in state_dict:
+            column_grid = _grid_of(state_dict["pos_embed"].shape[1], model)
+        state_dict = from_published(state_dict, column_grid)
+    if is_masked(state_dict):
+        state_dict = encoder_state(state_dict)
+    position = state_dict.get("pos_embed")
+    if position is not None and position.shape != model.pos_embed.shape:
+        with_class = "cls_token" in state_dict and not is_channel(state_dict)
+        resized = _resize_position(position, with_class, model)
+        state_dict = {**state_dict, "pos_embed": resized}
+    return state_dict
+
+
+def _fit_autoencoder(state_dict: dict[str, Tensor], model: MaskedAutoencoder) -> dict[str, Tensor]:
+    """Published names to ours; the model's own fixed positions replace those of another grid."""
+    state = from_published(state_dict) if is_published(state_dict) else dict(state_dict)
+    for name in ("encoder.pos_embed", "decoder_pos_embed"):
+        own = model.get_parameter(name)
+        if name in state and state[name].shape[1] != own.shape[1]:
+            state[name] = own.detach()
+    return state
+
+
+def _grid_of(cells: int, model: FastVim) -> tuple[int, int]:
+    """The grid of so many positions: the model's own if it has as many, else a square one."""
+    height, width = model.grid_size
+    if cells == height * width:
+        return height, width
+    side = square_side(cells)
+    if side is None:
+        raise UserError(f"pos_embed of {cells} positions: not of a square grid, cannot resize")
+    return side, side
+
+
+def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tensor:
+    """An embedding of another grid, with or without a class token, on the model's grid."""
+    cells = position.shape[1] - int(with_class)
+    old = _grid_of(cells, model)
+    if with_class != model.positions_class:
+        raise UserError(
+            f"the weights {'have' if with_class else 'lack'} a class token, unlike the model"
+        )
+    if not with_class:
+        return resize_grid(position, old, model.grid_size)
+    middle = cells // 2
+    before, token, after = position.split([middle, 1, cells - middle], dim=1)
+    resized = resize_grid(torch.cat([before, after], dim=1), old, model.grid_size)
+    middle = resized.shape[1] // 2
+    return torch.cat([resized[:, :middle], token, resized[:, middle:]], dim=1)
+
+
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps a state dict from being loaded: names and shapes, in words."""
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    return [
+        f"{what} {_some(names)}"
+        for what, names in (
+            ("missing", [name for name in own if name not in state]),
+            ("unexpected", [name for name in state if name not in own]),
+            ("other shapes", shapes),
+        )
+        if names
+    ]
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,130 @@
+"""Build the model that a file's weights are of, and load them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvim.errors import UserError
+from fastvim.models.factory import create_model
+from fastvim.models.feature_maps import FeatureMaps
+from fastvim.models.heads.upernet import UPerNet
+from fastvim.models.vision import FastVim
+from fastvim.weights.files import Checkpoint, read
+from fastvim.weights.fit import load_state
+from fastvim.weights.names import from_published, is_channel, is_published, square_side
+from fastvim.weights.options import find_options, is_ours, match
+
+_MAP_NORMS = "norms."  # of a dense model's feature maps
+
+
+def load_model(
+    name: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    ema: bool = True,
+    **model_args: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model with a file's weights, built as the file says, and the file's metadata.
+
+    A file of the segmentation task gives the whole `UPerNet`, one of the detection task the whole
+    `CascadeMaskRCNN`, one of a published segmentor's or detector's backbone `FeatureMaps`.
+
+    Args:
+        name: timm name; None for the one that the file names.
+        path: weights; None for the initial ones.
+        ema: take the averaged weights where the file has them.
+        **model_args: options of the model, over those of the file.
+
+    Raises:
+        UserError: neither a name nor a file, an unknown model or option, weights that do not fit.
+    """
+    if path is None:
+        if name is None:
+            raise UserError("expected the name of a model, or a checkpoint that holds one")
+        return create_model(name, **model_args), {"model": name, "model_args": model_args}
+    checkpoint = read(path, ema=ema)
+    state, written = checkpoint.state, checkpoint.metadata.get("model")
+    if name is not None and written not in (None, name):
+        raise UserError(f"{path} holds weights of {written}, not of {name}")
+    if written is not None or is_published(state) or is_ours(state):
+        state, metadata = resolve(checkpoint, model_args)
+    elif name is not None:
+        metadata = {"model": name, "model_args": model_args}
+    else:
+        raise UserError(f"{path} does not say which model it is of: expected its name as well")
+    backbone = create_model(name or metadata["model"], **metadata["model_args"])
+    model = _add_head(backbone, metadata)
+    if isinstance(model, FeatureMaps):
+        state = {n if n.startswith(_MAP_NORMS) else f"backbone.{n}": t for n, t in state.items()}
+    load_state(model, replace(checkpoint, state=state))
+    return model, metadata
+
+
+def resolve(
+    checkpoint: Checkpoint, model_args: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights under our names, and the metadata that `save` would write beside them.
+
+    Args:
+        checkpoint: of one of our models, in our names or published ones.
+        model_args: what the weights cannot tell (see `convert`); it wins over what they tell.
+
+    Raises:
+        UserError: other weights than those, or options that contradict them.
+    """
+    state, metadata, given = checkpoint.state, checkpoint.metadata, dict(model_args or {})
+    indices = given.pop("out_indices", None)
+    if "model" in metadata:
+        options = {**metadata["model_args"], **given}
+        features = {} if indices is None else _features(state, indices)
+        found = {"weights": checkpoint.weights, "model_args": options, **features}
+        return state, {**metadata, **found}
+    if is_published(state):
+        column_grid = None
+        if given.get("scan_path") == "column" and "pos_embed" in state:
+            side = square_side(state["pos_embed"].shape[1])
+            column_grid = None if side is None else (side, side)
+        state = from_published(state, column_grid)
+    features = _features(state, indices)
+    options = {**find_options(state, given.get("img_size")), **given}
+    model = match(options, is_channel(state))
+    with torch.device("meta"):
+        create_model(model, **options)  # raises for an option that the model does not take
+    metadata = {"model": model, "model_args": options, "weights": checkpoint.weights, **features}
+    return state, metadata
+
+
+def _features(state: Mapping[str, Tensor], given: Sequence[int] | None) -> dict[str, Any]:
+    """`features` of the metadata: which maps a dense model takes; empty for another model."""
+    count = len({name.split(".")[1] for name in state if name.startswith(_MAP_NORMS)})
+    if given is not None and len(given) != count:
+        raise UserError(f"out_indices {list(given)}: the weights are for {count} maps")
+    if not count:
+        return {}
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    evenly = [(i + 1) * depth // count - 1 for i in range(count)]
+    return {"features": {"out_indices": list(given or evenly), "source": "mixer"}}
+
+
+def _add_head(backbone: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
+    """The whole model over a backbone, as a file's metadata describe its head."""
+    heads = {"segmentation", "detection", "features"} & metadata.keys()
+    if not heads:
+        return backbone
+    assert isinstance(backbone, FastVim)
+    if head := metadata.get("segmentation"):
+        maps = FeatureMaps(backbone, head["out_indices"], head["source"])
+        sizes = {name: head[name] for name in ("num_classes", "channels", "aux_channels")}
+        return UPerNet(maps, **sizes)
+    if head := metadata.get("detection"):
+        # Imported here: torchvision's detection modules are slow to import.
+        from fastvim.models.heads.cascade import build_detector
+
+        return build_detector(backbone, **head)
+    return FeatureMaps(backbone, **metadata["features"])
