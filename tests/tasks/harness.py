@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import multiprocessing
 import sys
 from pathlib import Path
 
 import lightning as L
 import torch
 
-HERE = Path(__file__).parent
+from fastvim_cli import main
+
+# Processes begin as copies of one that has imported what they need.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["fastvim_cli.train", "fastvim.data.images", "matplotlib.pyplot"])
 # Of every small model: 16 patches of 8 pixels.
 MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1}
@@ -54,9 +57,15 @@ def trainer(tmp_path: Path, *callbacks: L.Callback, **settings) -> L.Trainer:
 
 def fit(config: Path, *arguments: str) -> int:
     """Run the command line in a process of its own; its exit code."""
-    command = [sys.executable, "-m", "fastvim_cli", "fit", "--config", str(config), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+    process = PROCESSES.Process(target=_fit, args=(str(config), *arguments))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _fit(config: str, *arguments: str) -> None:
+    sys.exit(main(["fit", "--config", config, *arguments]))
 
 
 def last(config: Path) -> dict:

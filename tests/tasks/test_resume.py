@@ -1,22 +1,136 @@
-"""A run that was killed and resumed ends with the very weights of one left alone."""
+"""A run that ended early and was resumed ends with the very weights of one left alone."""
 
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from harness import PRETRAINING, PROBE, fit, last
+from coco_sets import write_set as write_instances
+from harness import MODEL_ARGS, PRETRAINING, PROBE, fit, last
 from safetensors.torch import load_file
+from segmentation_sets import write_set as write_segments
 
 from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
 from fastvim.tasks.callbacks.curves import join
+from fastvim.weights import read
 from fastvim_cli import main
 
+MODEL = "fastvim_tiny_patch16_224"
+BY_STEPS = {"trainer.max_epochs": -1, "trainer.check_val_every_n_epoch": None}
+CHANNELS = {
+    "model.init_args.model": "fastchannelvim_small_patch16_224",
+    "model.init_args.model_args.in_chans": 3,
+    "model.init_args.sample_channels": True,
+    "model.init_args.weight_decay_end": 0.4,
+}
 
-def stop(kind: str, **init_args) -> dict:
-    return {"trainer.callbacks": [{"class_path": f"stops.{kind}", "init_args": init_args}]}
+
+@pytest.fixture(scope="module")
+def segments(tmp_path_factory) -> Path:
+    return write_segments(tmp_path_factory.mktemp("segments"))
+
+
+@pytest.fixture(scope="module")
+def instances(tmp_path_factory) -> Path:
+    return write_instances(tmp_path_factory.mktemp("instances"))
+
+
+def accumulating(batches: int) -> dict:
+    """Two epochs of twelve batches, so many of them a step; a checkpoint every three steps."""
+    return {
+        "trainer.accumulate_grad_batches": batches,
+        "trainer.max_epochs": 2,
+        "checkpoint_every_n_steps": 3,
+    }
+
+
+def segmentation() -> dict:
+    """Eight steps of two batches, three in an epoch; a validation every four batches."""
+    args = {**MODEL_ARGS, "depth": 4, "norm": "layer", "drop_path_rate": 0.2}
+    heads = {"channels": 24, "aux_channels": 12, "window": 32, "stride": 16}
+    sizes = {"num_classes": 3, "img_size": 32, "base_size": [64, 40]}
+    return {
+        "model": {
+            "class_path": "fastvim.tasks.segmentation.Segmentation",
+            "init_args": {
+                "model": MODEL,
+                "model_args": args,
+                **heads,
+                "out_indices": [0, 1, 2, 3],
+                "warmup_steps": 2,
+            },
+        },
+        "data": {
+            "class_path": "fastvim.data.segmentation.SegmentationData",
+            "init_args": {**sizes, "batch_size": 2, "num_workers": 0},
+        },
+        **BY_STEPS,
+        "trainer.max_steps": 8,
+        "trainer.val_check_interval": 4,
+    }
+
+
+def detection(validation: int) -> dict:
+    """Six steps of two batches, two in an epoch; a validation every so many batches."""
+    args = {**MODEL_ARGS, "img_size": 64, "norm": "layer", "drop_path_rate": 0.2}
+    heads = {"channels": 16, "pad_to": 64, "proposals": 32, "hidden_dim": 16, "samples": 16}
+    rates = {"lr": 1e-3, "lr_batch": 2, "warmup_steps": 2}
+    return {
+        "model": {
+            "class_path": "fastvim.tasks.Detection",
+            "init_args": {"model": MODEL, "model_args": args, **heads, **rates},
+        },
+        "data": {
+            "class_path": "fastvim.data.detection.DetectionData",
+            "init_args": {"img_size": 64, "batch_size": 2, "num_workers": 0},
+        },
+        **BY_STEPS,
+        "trainer.max_steps": 6,
+        "trainer.val_check_interval": validation,
+    }
+
+
+@dataclass
+class End:
+    """What ends a run early, and the steps in the checkpoint that it leaves.
+
+    `KillAt` kills the process, `StopAt` raises.
+    """
+
+    kind: str
+    batch: int
+    steps: int | None
+    options: dict = field(default_factory=dict)
+
+    def callback(self) -> dict:
+        return {
+            "class_path": f"stops.{self.kind}",
+            "init_args": {"batch": self.batch, **self.options},
+        }
+
+
+# First in the middle of an epoch and of an accumulation, then in a validation, before the epoch's
+# checkpoint.
+KILLED_TWICE = (End("KillAt", 7, 2), End("KillAt", 20, 10, {"validation": True}))
+
+CASES = {
+    "classifier": ({}, None, KILLED_TWICE),
+    "autoencoder": ({"model": PRETRAINING}, None, KILLED_TWICE),
+    "channels": (CHANNELS, None, KILLED_TWICE),
+    # With what is folded into its weights.
+    "probe": ({"model": PROBE}, None, [End("StopAt", 7, 2)]),
+    # In the middle of an epoch, and at its last batch.
+    "every-batch-a-step": (accumulating(1), None, [End("StopAt", 11, 9), End("StopAt", 12, 9)]),
+    # Before the first checkpoint, and between the batches of a step.
+    "three-batches-a-step": (accumulating(3), None, [End("StopAt", 5, None), End("StopAt", 14, 4)]),
+    "segmentation": (segmentation(), "segments", [End("KillAt", 9, 4)]),
+    # Validated within an epoch, and at its end.
+    "detection": (detection(3), "instances", [End("KillAt", 7, 2)]),
+    "detection-at-epochs-ends": (detection(4), "instances", [End("KillAt", 7, 2)]),
+}
 
 
 def assert_same_training_state(one: dict, other: dict) -> None:
@@ -29,38 +143,37 @@ def assert_same_training_state(one: dict, other: dict) -> None:
     assert (one["epoch"], one["global_step"]) == (other["epoch"], other["global_step"])
 
 
-CHANNELS = {
-    "model.init_args.model": "fastchannelvim_small_patch16_224",
-    "model.init_args.model_args.in_chans": 3,
-    "model.init_args.sample_channels": True,
-    "model.init_args.weight_decay_end": 0.4,
-}
-
-
-@pytest.mark.parametrize(
-    "task",
-    [{}, {"model": PRETRAINING}, CHANNELS],
-    ids=["classifier", "autoencoder", "channels"],
-)
-def test_killed_twice_and_resumed(write_recipe, task):
-    whole = write_recipe(task, name="whole")
+@pytest.mark.parametrize(("changes", "folder", "ends"), CASES.values(), ids=CASES)
+def test_resumed(write_recipe, request, changes, folder, ends):
+    if folder:
+        data = changes["data"]
+        options = {**data["init_args"], "root": str(request.getfixturevalue(folder))}
+        changes = {**changes, "data": {**data, "init_args": options}}
+    whole = write_recipe(changes, name="whole")
     assert main(["fit", "--config", str(whole)]) == 0
 
-    # The first kill is in the middle of an epoch and of an accumulation, the second in a
-    # validation, before the epoch's checkpoint.
-    killed = write_recipe({**task, **stop("KillAt", batch=7)}, name="killed")
-    assert fit(killed) == -signal.SIGKILL
-    assert last(killed)["global_step"] == 2
-    write_recipe({**task, **stop("KillAt", batch=20, validation=True)}, name="killed")
-    assert fit(killed, "--ckpt_path", "last") == -signal.SIGKILL
-    assert last(killed)["global_step"] == 10
-    write_recipe(task, name="killed")
-    assert main(["fit", "--config", str(killed), "--ckpt_path", "last"]) == 0
+    resume: list[str] = []
+    for end in ends:
+        ended = write_recipe({**changes, "trainer.callbacks": [end.callback()]}, name="ended")
+        if end.kind == "KillAt":
+            assert fit(ended, *resume) == -signal.SIGKILL
+        else:
+            with pytest.raises(RuntimeError, match="stopped by the test"):
+                main(["fit", "--config", str(ended), *resume])
+        resume = ["--ckpt_path", "last"]
+        if end.steps is None:
+            assert not list(ended.with_suffix("").rglob("*.ckpt"))
+        else:
+            assert last(ended)["global_step"] == end.steps
+    write_recipe(changes, name="ended")
+    assert main(["fit", "--config", str(ended), *resume]) == 0
 
-    assert_same_training_state(last(whole), last(killed))
-    assert (killed.with_suffix("") / "curves.png").exists()
-    one, other = (load_file(run.with_suffix("") / "model.safetensors") for run in (whole, killed))
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert_same_training_state(last(whole), last(ended))
+    assert (ended.with_suffix("") / "curves.png").exists()
+    one, other = (run.with_suffix("") / "model.safetensors" for run in (whole, ended))
+    torch.testing.assert_close(load_file(one), load_file(other), rtol=0, atol=0)
+    assert read(one).metadata == read(other).metadata
+    assert read(one).metadata["img_size"] == (64 if folder == "instances" else 32)
 
 
 def test_the_logs_of_all_starts_are_joined():
@@ -77,37 +190,6 @@ def test_the_logs_of_all_starts_are_joined():
         (7, 2),
         (8, 2),
     ]
-
-
-@pytest.mark.parametrize(("accumulate", "batches"), [(1, (11, 12)), (3, (5, 14))])
-def test_resumes_from_any_batch(write_recipe, accumulate, batches):
-    """In the middle of an epoch, at its last batch, and between the batches of one step."""
-    changes = {
-        "trainer.accumulate_grad_batches": accumulate,
-        "trainer.max_epochs": 2,
-        "checkpoint_every_n_steps": 3,
-    }
-    whole = write_recipe(changes, name="whole")
-    assert main(["fit", "--config", str(whole)]) == 0
-    for batch in batches:
-        name = f"stopped{batch}"
-        stopped = write_recipe({**changes, **stop("StopAt", batch=batch)}, name=name)
-        with pytest.raises(RuntimeError, match="stopped by the test"):
-            main(["fit", "--config", str(stopped)])
-        write_recipe(changes, name=name)
-        assert main(["fit", "--config", str(stopped), "--ckpt_path", "last"]) == 0
-        assert_same_training_state(last(whole), last(stopped))
-
-
-def test_a_probe_resumes_with_what_is_folded_into_its_weights(write_recipe):
-    whole = write_recipe({"model": PROBE}, name="whole")
-    assert main(["fit", "--config", str(whole)]) == 0
-    stopped = write_recipe({"model": PROBE, **stop("StopAt", batch=7)}, name="stopped")
-    with pytest.raises(RuntimeError, match="stopped by the test"):
-        main(["fit", "--config", str(stopped)])
-    write_recipe({"model": PROBE}, name="stopped")
-    assert main(["fit", "--config", str(stopped), "--ckpt_path", "last"]) == 0
-    assert_same_training_state(last(whole), last(stopped))
 
 
 def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
-from harness import fit, last, trainer
-from PIL import Image, ImageDraw
+from harness import trainer
+from PIL import Image
+from segmentation_sets import write_set
 from torch import optim
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
@@ -28,33 +27,11 @@ from fastvim_cli import main
 MODEL = "fastvim_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "norm": "layer"}
 SMALL = {"out_indices": (0, 1, 2, 3), "channels": 24, "aux_channels": 12, "window": 32}
-COLOURS = ("red", "lime", "blue")
-
-
-def write_shapes(root, split: str, count: int) -> None:
-    """Grey noise (stored 1) with a rectangle (2), a disc (3), and a frame that does not count."""
-    generator = np.random.default_rng(len(split))
-    for kind in ("images", "annotations"):
-        (root / kind / split).mkdir(parents=True)
-    for index in range(count):
-        noise = generator.integers(60, 120, (40, 48, 3), dtype=np.uint8)
-        image, mask = Image.fromarray(noise), Image.new("L", (48, 40), 1)
-        for stored, shape in ((2, "rectangle"), (3, "ellipse")):
-            left, top = (int(generator.integers(2, 22)) for _ in "xy")
-            box = (left, top, left + 16, top + 16)
-            getattr(ImageDraw.Draw(image), shape)(box, fill=COLOURS[stored - 1])
-            getattr(ImageDraw.Draw(mask), shape)(box, fill=stored)
-        ImageDraw.Draw(mask).rectangle((0, 0, 47, 39), outline=0)
-        image.save(root / "images" / split / f"{index}.png")
-        mask.save(root / "annotations" / split / f"{index}.png")
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("shapes")
-    write_shapes(root, "training", 12)
-    write_shapes(root, "validation", 4)
-    return root
+    return write_set(tmp_path_factory.mktemp("shapes"))
 
 
 def data(root, **options) -> SegmentationData:
@@ -247,38 +224,6 @@ def test_what_does_not_decay(tmp_path, shapes):
         assert decay[name] == 0, name
     for name in (f"{block}.mixer.in_proj", "head.fusion.0", "aux_head.classifier"):
         assert decay[f"{name}.weight"] == 0.01, name
-
-
-def test_killed_in_an_epoch_and_resumed(write_recipe, shapes):
-    """It validates by batches, not epochs, and ends with the very weights of a run left alone."""
-    model = {"model": MODEL, "model_args": {**ARGS, "drop_path_rate": 0.2}, **SMALL}
-    module = {"root": str(shapes), "num_classes": 3, "img_size": 32, "base_size": [64, 40]}
-    recipe = {
-        "model": {
-            "class_path": "fastvim.tasks.segmentation.Segmentation",
-            "init_args": {**model, "out_indices": [0, 1, 2, 3], "stride": 16, "warmup_steps": 2},
-        },
-        "data": {
-            "class_path": "fastvim.data.segmentation.SegmentationData",
-            "init_args": {**module, "batch_size": 2, "num_workers": 0},
-        },
-        "trainer.max_epochs": -1,
-        "trainer.max_steps": 8,
-        "trainer.check_val_every_n_epoch": None,
-        "trainer.val_check_interval": 4,
-    }
-    whole = write_recipe(recipe, name="whole")
-    assert main(["fit", "--config", str(whole)]) == 0
-    kill = {"class_path": "stops.KillAt", "init_args": {"batch": 9}}
-    killed = write_recipe({**recipe, "trainer.callbacks": [kill]}, name="killed")
-    assert fit(killed) == -signal.SIGKILL
-    assert last(killed)["global_step"] == 4  # of 3 an epoch
-    write_recipe(recipe, name="killed")
-    assert main(["fit", "--config", str(killed), "--ckpt_path", "last"]) == 0
-    one, other = last(whole), last(killed)
-    assert one["global_step"] == other["global_step"] == 8
-    for key in ("state_dict", "optimizer_states"):
-        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
 
 
 # Weights to start from.
