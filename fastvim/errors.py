@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -18,3 +18,9 @@ def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
     """`" (nearest: a, b)"` for a mistyped `name`, or an empty string when nothing is near."""
     matches = difflib.get_close_matches(name, list(valid), n=count, cutoff=0.5)
     return f" (nearest: {', '.join(matches)})" if matches else ""
+
+
+def first_few(values: Sequence[object], most: int = 3) -> str:
+    """`"a, b, c and 4 more"`."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(map(str, values[:most])) + more

@@ -10,10 +10,10 @@ from itertools import islice
 from rich.console import Console
 from rich.progress import track
 
-from fastvim.data.dense import MISSING_IMAGE
+from fastvim.data.base import DataModule
+from fastvim.data.dense_data import MISSING_IMAGE
 from fastvim.data.files import UnreadableImageError
-from fastvim.data.findings import Examination, Readable
-from fastvim.data.labelled import LabelledData
+from fastvim.data.issues import Readable, SplitReport
 from fastvim.errors import UserError
 
 DESCRIPTION = """\
@@ -50,35 +50,35 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     words = [f"--config={file}" for file in arguments.config] + overrides
     data = TrainingCLI("validate", [*words, "--trainer.accelerator=cpu"]).datamodule
-    if not isinstance(data, LabelledData):
+    if not isinstance(data, DataModule):
         raise UserError(f"{type(data).__name__} cannot be checked")
     data.prepare_data()
-    examined: dict[str, Examination] = {}
+    reports: dict[str, SplitReport] = {}
     for role in ROLES:
-        examination = data.examine(role)
-        examined.setdefault(examination.split, examination)
-    for split, examination in examined.items():
+        report = data.check(role)
+        reports.setdefault(report.split, report)
+    for split, report in reports.items():
         if arguments.read:
-            failures = _read(examination.files, arguments.workers)
+            failures = _read(report.files, arguments.workers)
             title, quiet = f"reading {split}", not errors.is_terminal
-            total = len(examination.files)
+            total = len(report.files)
             for failure in track(
                 failures, title, total, console=errors, transient=True, disable=quiet
             ):
                 # The lists have told of missing files.
                 if failure is not None and failure.kind != MISSING_IMAGE:
-                    examination.errors.add(failure.kind, str(failure))
-        facts = ", ".join(f"{number:,} {what}" for what, number in examination.facts.items())
+                    report.errors.add(failure.kind, str(failure))
+        facts = ", ".join(f"{number:,} {what}" for what, number in report.facts.items())
         lines = [f"{split}: {facts}"]
-        for kind, (number, first) in examination.errors.items():
+        for kind, (number, first) in report.errors.items():
             lines.append(f"  {number:,} x {kind}, first: {first}")
-        for kind, (number, first) in examination.dropped.items():
+        for kind, (number, first) in report.dropped.items():
             lines.append(f"  {number:,} x {kind}, left out in training, first: {first}")
         console.print("\n".join(lines), markup=False, soft_wrap=True)
-    wrong = sum(n for one in examined.values() for n, _ in one.errors.values())
+    wrong = sum(n for one in reports.values() for n, _ in one.errors.values())
     if wrong:
         raise UserError(f"{wrong:,} mistakes would stop a run")
-    if not any(one.dropped for one in examined.values()):
+    if not any(one.dropped for one in reports.values()):
         console.print("nothing wrong")
 
 

@@ -60,6 +60,7 @@ def _find(pattern: str, message: str) -> str:
 
 
 def _options(class_path: str) -> list[str]:
-    """The arguments of a class; none if there is no such class."""
+    """The arguments of a class and of its bases; none if there is no such class."""
     found = pydoc.locate(class_path)
-    return list(inspect.signature(found).parameters) if inspect.isclass(found) else []
+    bases = found.__mro__[:-1] if inspect.isclass(found) else ()
+    return list({name: None for base in bases for name in inspect.signature(base).parameters})

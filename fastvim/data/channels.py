@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from fastvim.data.arrays import read_array
+from fastvim.data.base import DataModule
 from fastvim.data.channel_transforms import evaluation_transform, training_transform
 from fastvim.data.files import MAX_UNREADABLE
-from fastvim.data.labelled import LabelledData
-from fastvim.data.remote import UnreadableFileError, is_url, join
+from fastvim.data.remote import UnreadableFileError, join
 from fastvim.data.table import read_table, require_columns, require_values, splits_of
+from fastvim.data.transforms import per_channel
 from fastvim.errors import UserError, nearest
 
 _logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Rows:
     class_names: list[str] | None = None
 
 
-class ChannelData(LabelledData):
+class ChannelData(DataModule):
     """Images of any number of channels in a table with the columns path, label and split.
 
     The table is a CSV, TSV or Parquet file, the images are NPY, TIFF, OME-TIFF, PNG or JPEG files;
@@ -149,10 +149,6 @@ class ChannelData(LabelledData):
         label_column: of the labels.
         split_column: of "train", "val" and "test"; a table may lack it.
         split_seed: of the permutation, at least 0.
-        batch_size: training images per process.
-        eval_batch_size: images per process in evaluation; None for `batch_size`.
-        num_workers: loading processes per process.
-        seed: of order and augmentation, at least 0.
         img_size: height and width in pixels, or one number for both.
         augment: options of `fastvim.data.channel_transforms.training_transform`.
         on_error: what becomes of an unreadable image in training: "raise" ends the run, "skip"
@@ -161,6 +157,7 @@ class ChannelData(LabelledData):
         attempts: to fetch a file, at least 1.
         wait: seconds before the second attempt, doubled before each further one.
         storage_options: arguments of the fsspec filesystem, such as `{anon: true}` for S3.
+        kwargs: further arguments of `DataModule`.
 
     Raises:
         UserError: for an argument out of range, and in `setup` for a missing or odd table.
@@ -177,18 +174,15 @@ class ChannelData(LabelledData):
         label_column: str = "label",
         split_column: str = "split",
         split_seed: int = 0,
-        batch_size: int = 128,
-        eval_batch_size: int | None = None,
-        num_workers: int = 4,
-        seed: int = 0,
         img_size: int | tuple[int, int] = 224,
         augment: dict[str, Any] | None = None,
         on_error: OnError = "raise",
         attempts: int = 4,
         wait: float = 0.5,
         storage_options: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(root, **kwargs)
         self.table = str(table)
         self.path_column = path_column
         self.label_column = label_column
@@ -199,8 +193,8 @@ class ChannelData(LabelledData):
         self.check_least(split_seed=0, in_chans=1)
         if on_error not in ("raise", "skip"):
             raise UserError(f"on_error {on_error!r}: expected 'raise' or 'skip'")
-        self.mean = _per_channel("mean", mean, in_chans)
-        self.std = _per_channel("std", std, in_chans)
+        self.mean = per_channel("mean", mean, in_chans)
+        self.std = per_channel("std", std, in_chans)
         self._reading: dict[str, Any] = {
             "attempts": attempts,
             "wait": wait,
@@ -286,17 +280,6 @@ class ChannelData(LabelledData):
 
     def _table_url(self) -> str:
         return join(self.directory(), self.table)
-
-    def directory(self) -> str:
-        directory = super().directory()
-        return directory if is_url(directory) else str(Path(directory).expanduser())
-
-
-def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
-    """One value for each channel, from as many or from one for all."""
-    if len(values) not in (1, in_chans):
-        raise UserError(f"{name} of {len(values)} values: expected 1 or in_chans {in_chans}")
-    return tuple(values) * (in_chans if len(values) == 1 else 1)
 
 
 def _known_options(augment: dict[str, Any]) -> dict[str, Any]:

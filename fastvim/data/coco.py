@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from faster_coco_eval.core import mask as mask_api
 
-from fastvim.data.dense import MISSING_IMAGE
-from fastvim.data.findings import Findings
+from fastvim.data.dense_data import MISSING_IMAGE
+from fastvim.data.issues import Issues
 from fastvim.errors import UserError
 
 ZERO_SIZE = "box of zero size"
@@ -67,8 +67,8 @@ class Instances:
     records: Records
     category_ids: list[int]
     class_names: list[str]
-    errors: Findings = field(default_factory=Findings)
-    dropped: Findings = field(default_factory=Findings)
+    errors: Issues = field(default_factory=Issues)
+    dropped: Issues = field(default_factory=Issues)
     facts: dict[str, int] = field(default_factory=dict)
 
 
@@ -104,7 +104,7 @@ def read_instances(file: Path, folder: Path) -> Instances:
         ) from error
     if not images or not ids:
         raise UserError(f"{file}: {len(images)} images, {len(ids)} categories; expected some")
-    errors, dropped = Findings(), Findings()
+    errors, dropped = Issues(), Issues()
     _find_files(images, folder, errors)
     annotations = defaultdict(list)
     known = set(ids)
@@ -150,7 +150,7 @@ def _load(file: Path) -> dict[str, Any]:
     return content
 
 
-def _find_files(images: dict[Any, dict[str, Any]], folder: Path, errors: Findings) -> None:
+def _find_files(images: dict[Any, dict[str, Any]], folder: Path, errors: Issues) -> None:
     """Which image files are missing; one look at each folder, not one at each file."""
     present: dict[Path, set[str]] = {}
     for image in images.values():

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional as TF
 
+from fastvim.data.base import DataModule
 from fastvim.data.coco import DAMAGED_MASK, Instances, masks_of, read_instances
-from fastvim.data.dense import chance, fit, integer, open_image, uniform, with_lists
+from fastvim.data.dense_data import chance, fit, integer, open_image, uniform
 from fastvim.data.files import UnreadableImageError
-from fastvim.data.findings import Examination
-from fastvim.data.labelled import LabelledData
-from fastvim.errors import UserError
+from fastvim.data.issues import SplitReport
+from fastvim.errors import UserError, first_few
 
 _logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class DetectionFiles(Dataset[Sample]):
         }
 
 
-class DetectionData(LabelledData):
+class DetectionData(DataModule):
     """Images with boxes and masks of objects, in the layout of COCO.
 
     A split is a folder of images and a file that lists them and the objects in them, with masks as
@@ -147,7 +147,7 @@ class DetectionData(LabelledData):
     (`fastvim.data.sampler`). The defaults are the published COCO recipe.
 
     Args:
-        root: the directory.
+        root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
         train_folder: of the training images, below `root`.
         train_file: of their objects, below `root`.
         val_folder: of the validation images.
@@ -156,17 +156,18 @@ class DetectionData(LabelledData):
         test_file: of their objects; None for those of the validation images.
         batch_size: training images per process.
         eval_batch_size: images per process in evaluation.
-        num_workers: loading processes per process.
-        seed: of order and augmentation, at least 0.
         img_size: longest side of a training image, in pixels.
         eval_size: longer side of an image in evaluation; None for `img_size`.
         scale: range of the random factor of large-scale jitter; at 1 an image just fits.
         hflip: probability of a horizontal flip in training.
+        kwargs: further arguments of `DataModule`.
 
     Raises:
         UserError: for an argument out of range, and in `setup` for missing files and for instances
             that cannot be used, with their number; `UnreadableImageError` when reading.
     """
+
+    list_batches = ("train", "val", "test")
 
     def __init__(
         self,
@@ -179,14 +180,13 @@ class DetectionData(LabelledData):
         test_file: str | None = None,
         batch_size: int = 8,
         eval_batch_size: int = 1,
-        num_workers: int = 4,
-        seed: int = 0,
         img_size: int = 1024,
         eval_size: int | None = None,
         scale: tuple[float, float] = (0.1, 2.0),
         hflip: float = 0.5,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(root, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
         if not 0 < scale[0] <= scale[1]:
             raise UserError(f"scale {list(scale)}: expected two factors above 0, the lower first")
         self.img_size = img_size
@@ -217,37 +217,25 @@ class DetectionData(LabelledData):
             self._class_names, self._category_ids = instances.class_names, instances.category_ids
         elif instances.category_ids != self._category_ids:
             raise UserError(
-                f"{instances.file}: categories {_some(instances.category_ids)}; expected those of "
-                f"the split before, {_some(self._category_ids)}"
+                f"{instances.file}: categories {first_few(instances.category_ids, 5)}; expected "
+                f"those of the split before, {first_few(self._category_ids, 5)}"
             )
         return self._files(role, instances)
 
-    def examine(self, role: str) -> Examination:
+    def check(self, role: str) -> SplitReport:
         known = self._read(role)
         files = self._files(role, known)
-        return Examination(self._splits[role][0], files, known.errors, known.dropped, known.facts)
+        return SplitReport(self._splits[role][0], files, known.errors, known.dropped, known.facts)
 
     def _read(self, role: str) -> Instances:
-        return read_instances(self._root() / self._splits[role][1], self._folder(role))
+        return read_instances(self.path(self._splits[role][1]), self._folder(role))
 
     def _files(self, role: str, instances: Instances) -> DetectionFiles:
         jitter = self._jitter if role == "train" else None
         return DetectionFiles(instances, self._folder(role), self.eval_size, jitter)
 
     def _folder(self, role: str) -> Path:
-        return self._root() / self._splits[role][0]
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return with_lists(super().train_dataloader())
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return with_lists(super().val_dataloader())
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return with_lists(super().test_dataloader())
-
-    def _root(self) -> Path:
-        return Path(self.directory()).expanduser()
+        return self.path(self._splits[role][0])
 
 
 def read_image(folder: Path, record: dict[str, Any]) -> Image.Image:
@@ -276,7 +264,3 @@ def resize(image: Image.Image, longer_side: int) -> Tensor:
 def to_tensor(image: Image.Image) -> Tensor:
     """uint8 to float32 (3, H, W) with values in 0 to 1."""
     return TF.to_dtype(TF.pil_to_tensor(image), scale=True)
-
-
-def _some(ids: list[int]) -> str:
-    return ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")

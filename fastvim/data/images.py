@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
 
+from fastvim.data.base import DataModule
 from fastvim.data.files import ImageFiles, find_split, open_folder, reader_classes
-from fastvim.data.labelled import LabelledData
 from fastvim.data.transforms import (
     IMAGE_MODES,
     Transform,
@@ -26,7 +25,7 @@ _logger = logging.getLogger(__name__)
 READERS = ("hfds", "hfids", "tfds", "wds")  # timm's, besides folders and tar files
 
 
-class ImageData(LabelledData):
+class ImageData(DataModule):
     """Images in class folders, or what timm's dataset readers open.
 
     The folder layout is `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` (.jpg, .jpeg, .png;
@@ -52,10 +51,6 @@ class ImageData(LabelledData):
         train_images: train on so many images alone, a random choice drawn with `seed`; None for
             all of them.
         num_classes: for datasets that do not name their classes (`wds/`); None to read them.
-        batch_size: training images per process.
-        eval_batch_size: images per process in evaluation; None for `batch_size`.
-        num_workers: loading processes per process.
-        seed: of order and augmentation, at least 0.
         img_size: height and width in pixels, or one number for both.
         in_chans: 3 (RGB) or 1 (grey).
         mean: per channel, for values in 0..1; a single value serves every channel.
@@ -70,6 +65,7 @@ class ImageData(LabelledData):
         auto_augment: timm's description of an augmentation policy; None or "" for none.
         re_prob: probability of random erasing.
         re_mode: what fills an erased rectangle: "const", "rand" or "pixel".
+        kwargs: further arguments of `DataModule`.
 
     Raises:
         UserError: for an argument out of range, and in `setup` for missing or odd files.
@@ -84,10 +80,6 @@ class ImageData(LabelledData):
         test_split: str | None = None,
         train_images: int | None = None,
         num_classes: int | None = None,
-        batch_size: int = 128,
-        eval_batch_size: int | None = None,
-        num_workers: int = 4,
-        seed: int = 0,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
@@ -102,8 +94,9 @@ class ImageData(LabelledData):
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
         re_prob: float = 0.25,
         re_mode: str = "pixel",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(root, **kwargs)
         self.dataset = dataset
         self.train_split = train_split
         self.val_split = val_split
@@ -191,9 +184,6 @@ class ImageData(LabelledData):
         if role == "test" and not self.dataset and find_split(self.directory(), "test"):
             return "test"
         return self.val_split
-
-    def directory(self) -> str:
-        return os.path.expanduser(super().directory())
 
     def _check_arguments(self) -> None:
         if self.dataset and self.dataset.partition("/")[0].lower() not in READERS:

@@ -42,7 +42,7 @@ class CellData(ChannelData):
         sample_column: of plate map and metadata: the sample.
         control_column: of the metadata: which kind of control a sample is.
         control: the negative control's value there, and the name of class 0.
-        settings: further arguments of `ChannelData`.
+        kwargs: further arguments of `ChannelData`.
 
     Raises:
         UserError: in `setup`, for a table that is missing, lacks a column or contradicts itself,
@@ -65,7 +65,7 @@ class CellData(ChannelData):
         sample_column: str = "broad_sample",
         control_column: str = "control_type",
         control: str = "negcon",
-        **settings: Any,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             root=root,
@@ -76,7 +76,7 @@ class CellData(ChannelData):
             path_column=path_column,
             label_column=label,
             split_column="",
-            **settings,
+            **kwargs,
         )
         self.plate_map = plate_map
         self.metadata = metadata

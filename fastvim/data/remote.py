@@ -44,7 +44,10 @@ def is_url(path: str) -> bool:
 
 def join(root: str, path: str) -> str:
     """`path` below `root`, a directory or a URL; an absolute path or a URL stays as it is."""
-    if not root or is_url(path) or Path(path).is_absolute():
+    if is_url(path):
+        return path
+    path = os.path.expanduser(path)
+    if not root or os.path.isabs(path):
         return path
     return f"{root.rstrip('/')}/{path}" if is_url(root) else str(Path(root).expanduser() / path)
 
@@ -80,7 +83,9 @@ def read_bytes(
         raise UserError(f"attempts {attempts}, wait {wait}: expected at least 1 and at least 0")
     for attempt in range(1, attempts + 1):
         try:
-            return _fetch(url, storage_options or {}) if is_url(url) else Path(url).read_bytes()
+            if is_url(url):
+                return _fetch(url, storage_options or {})
+            return Path(url).expanduser().read_bytes()
         except UserError:
             raise
         except Exception as error:

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from fastvim.data.dense import chance, fit, integer, open_image, uniform, with_lists
+from fastvim.data.base import DataModule
+from fastvim.data.dense_data import chance, fit, integer, open_image, uniform
 from fastvim.data.files import UnreadableImageError
-from fastvim.data.findings import Examination, Findings
-from fastvim.data.labelled import LabelledData
+from fastvim.data.issues import Issues, SplitReport
 from fastvim.errors import UserError
+from fastvim.labels import IGNORE_INDEX
 
-IGNORE = 255  # target of pixels that do not count
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MASK_MODES = ("1", "L", "P", "I", "I;16")  # PIL's: one number a pixel
 CROP_TRIES = 10
@@ -37,7 +37,7 @@ class TrainingTransform:
 
     Args:
         img_size: height and width of the crop; a smaller image is padded at the bottom and right
-            with the mean colour, its classes with `IGNORE`.
+            with the mean colour, its classes with `IGNORE_INDEX`.
         base_size: longer and shorter side that an image is resized to fit in, keeping its shape;
             None for its own size.
         ratio: range of a random factor on `base_size`.
@@ -78,7 +78,7 @@ class TrainingTransform:
             pixels, classes = pixels.flip(-1), classes.flip(-1)
         pixels = TF.normalize(distort(pixels, self.distortion), self.mean, self.std)
         missing = (0, self.img_size[1] - (right - left), 0, self.img_size[0] - (bottom - top))
-        return F.pad(pixels, missing), F.pad(classes, missing, value=IGNORE)
+        return F.pad(pixels, missing), F.pad(classes, missing, value=IGNORE_INDEX)
 
     def _crop(self, mask: np.ndarray) -> tuple[int, int, int, int]:
         """Left, top, right and bottom of a random crop in which no class prevails."""
@@ -87,7 +87,7 @@ class TrainingTransform:
             top = integer(mask.shape[0] - height)
             left = integer(mask.shape[1] - width)
             crop = mask[top : top + height, left : left + width]
-            counts = np.bincount(crop[crop != IGNORE], minlength=1)
+            counts = np.bincount(crop[crop != IGNORE_INDEX], minlength=1)
             if 0 < counts.max() <= self.max_share * counts.sum():
                 break
         return left, top, left + width, top + height
@@ -123,7 +123,7 @@ class SegmentationFiles(Dataset[Pair]):
     Args:
         pairs: paths of an image and its classes.
         transform: what becomes of both.
-        num_classes: an index is below it, or `IGNORE`.
+        num_classes: an index is below it, or `IGNORE_INDEX`.
         reduce_zero_label: a stored 0 is ignored and the classes are stored from 1.
 
     Raises:
@@ -170,17 +170,17 @@ class SegmentationFiles(Dataset[Pair]):
             )
         mask = np.array(image).astype(np.int64)
         last = self.num_classes - (not self.reduce_zero_label)
-        wrong = mask[((mask < 0) | (mask > last)) & (mask != IGNORE)]
+        wrong = mask[((mask < 0) | (mask > last)) & (mask != IGNORE_INDEX)]
         if wrong.size:
             raise UnreadableImageError(
                 f"{path}: value {wrong[0]}; expected 0 to {last}, or 255", "value out of range"
             )
         if self.reduce_zero_label:
-            mask = np.where((mask == 0) | (mask == IGNORE), IGNORE, mask - 1)
+            mask = np.where((mask == 0) | (mask == IGNORE_INDEX), IGNORE_INDEX, mask - 1)
         return mask.astype(np.uint8)
 
 
-class SegmentationData(LabelledData):
+class SegmentationData(DataModule):
     """Images and the class of each pixel, in the layout of ADE20K (ADEChallengeData2016).
 
     The images are `root/images/{training,validation}/NAME.jpg` (.jpeg, .png), their classes
@@ -192,7 +192,7 @@ class SegmentationData(LabelledData):
     (`fastvim.data.sampler`). The defaults are the published ADE20K recipe.
 
     Args:
-        root: the directory.
+        root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
         num_classes: that the files use, at most 255.
         reduce_zero_label: a stored 0 is ignored and the classes are stored from 1, as in ADE20K.
         class_file: text file below `root` with a class name a line; of a table with tabs, such as
@@ -201,8 +201,6 @@ class SegmentationData(LabelledData):
         val_split: of the validation split.
         test_split: of the test split; None for `val_split`.
         batch_size: training images per process.
-        num_workers: loading processes per process.
-        seed: of order and augmentation, at least 0.
         img_size: height and width of a training crop, or one number for both.
         base_size: longer and shorter side that an image is resized to fit in, keeping its shape;
             None for its own size.
@@ -212,11 +210,14 @@ class SegmentationData(LabelledData):
         distortion: probability of each change of brightness, contrast, saturation and hue.
         mean: per channel, for values in 0..1.
         std: as `mean`.
+        kwargs: further arguments of `DataModule`.
 
     Raises:
         UserError: for an argument out of range, and in `setup` for missing files;
             `UnreadableImageError` when reading.
     """
+
+    list_batches = ("val", "test")
 
     def __init__(
         self,
@@ -228,8 +229,6 @@ class SegmentationData(LabelledData):
         val_split: str = "validation",
         test_split: str | None = None,
         batch_size: int = 2,
-        num_workers: int = 4,
-        seed: int = 0,
         img_size: int | tuple[int, int] = 512,
         base_size: tuple[int, int] | None = (2048, 512),
         ratio: tuple[float, float] = (0.5, 2.0),
@@ -238,10 +237,11 @@ class SegmentationData(LabelledData):
         distortion: float = 0.5,
         mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(root, batch_size, 1, num_workers, seed)
-        if not 1 <= num_classes <= IGNORE:
-            raise UserError(f"num_classes {num_classes}: expected 1 to {IGNORE}")
+        super().__init__(root, batch_size=batch_size, eval_batch_size=1, **kwargs)
+        if not 1 <= num_classes <= IGNORE_INDEX:
+            raise UserError(f"num_classes {num_classes}: expected 1 to {IGNORE_INDEX}")
         if not 0 < ratio[0] <= ratio[1]:
             raise UserError(f"ratio {list(ratio)}: expected two factors above 0, the lower first")
         if base_size is not None and not base_size[0] >= base_size[1] >= 1:
@@ -260,34 +260,25 @@ class SegmentationData(LabelledData):
     def open(self, role: str) -> SegmentationFiles:
         if not self._class_names:
             self._class_names = self._find_class_names()
-        pairs, missing = find_pairs(self._root(), self._splits[role])
+        pairs, missing = find_pairs(Path(self.directory()), self._splits[role])
         if missing:
             raise UserError(f"{missing}; see fastvim data check")
         return self._files(role, pairs)
 
-    def examine(self, role: str) -> Examination:
+    def check(self, role: str) -> SplitReport:
         split = self._splits[role]
-        pairs, missing = find_pairs(self._root(), split)
+        pairs, missing = find_pairs(Path(self.directory()), split)
         facts = {"images": len(pairs)}
-        return Examination(split, self._files(role, pairs), missing, facts=facts)
+        return SplitReport(split, self._files(role, pairs), missing, facts=facts)
 
     def _files(self, role: str, pairs: list[tuple[Path, Path]]) -> SegmentationFiles:
         transform = self._train_transform if role == "train" else self._eval_transform
         return SegmentationFiles(pairs, transform, self._count, self.reduce_zero_label)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return with_lists(super().val_dataloader())
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return with_lists(super().test_dataloader())
-
-    def _root(self) -> Path:
-        return Path(self.directory()).expanduser()
-
     def _find_class_names(self) -> list[str]:
         if self.class_file is None:
             return [str(index) for index in range(self._count)]
-        path = self._root() / self.class_file
+        path = self.path(self.class_file)
         if not path.is_file():
             raise UserError(f"class_file: no file {path}")
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -299,7 +290,7 @@ class SegmentationData(LabelledData):
         return names
 
 
-def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Findings]:
+def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues]:
     """The images of a split, sorted by name, with the files of their classes, and what is missing.
 
     Raises:
@@ -314,7 +305,7 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Finding
     if not files:
         raise UserError(f"{images}: no images; expected files ending {', '.join(SUFFIXES)}")
     labelled = {file.name for file in masks.glob("*.png")}
-    pairs, missing = [], Findings()
+    pairs, missing = [], Issues()
     for file in files:
         path = masks / f"{file.stem}.png"
         if path.name in labelled:

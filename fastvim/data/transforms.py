@@ -5,7 +5,7 @@ C, H, W: channels, height and width of the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import methodcaller
 from typing import Any
 
@@ -129,19 +129,18 @@ def _common_settings(
     return {
         "input_size": img_size if isinstance(img_size, int) else tuple(img_size),
         "interpolation": interpolation,
-        "mean": _per_channel("mean", mean, in_chans),
-        "std": _per_channel("std", std, in_chans),
+        "mean": per_channel("mean", mean, in_chans),
+        "std": per_channel("std", std, in_chans),
     }
 
 
-def _per_channel(name: str, values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
-    if len(values) == 1:
-        return tuple(values) * in_chans
-    if len(values) != in_chans:
+def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """One value for each channel, from as many or from one for all."""
+    if len(values) not in (1, in_chans):
         raise UserError(
             f"{name} {list(values)}: expected 1 value or in_chans = {in_chans}, got {len(values)}"
         )
-    return tuple(values)
+    return tuple(values) * (in_chans if len(values) == 1 else 1)
 
 
 def _to_mode(in_chans: int) -> Callable[[Image.Image], Image.Image]:

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn, optim
 
-from fastvim.errors import UserError
+from fastvim.errors import UserError, first_few
 from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
 from fastvim.tasks.callbacks.ema import EMA
@@ -131,10 +131,8 @@ class Task(L.LightningModule):
             if _shape(theirs.get(name)) != _shape(own.get(name))
         ]
         if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UserError(
-                f"the checkpoint does not fit {self.model_name} as configured: "
-                f"{', '.join(wrong[:3])}{more}"
+                f"the checkpoint does not fit {self.model_name} as configured: {first_few(wrong)}"
             )
 
     def class_scores(self) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastvim.errors import UserError
+from fastvim.errors import UserError, first_few
 from fastvim.layers import resize_grid
 from fastvim.models.masked import MaskedAutoencoder
 from fastvim.models.vision import FastVim
@@ -135,7 +135,7 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list
         if name in state and state[name].shape != own[name].shape
     ]
     return [
-        f"{what} {_some(names)}"
+        f"{what} {first_few(names)}"
         for what, names in (
             ("missing", [name for name in own if name not in state]),
             ("unexpected", [name for name in state if name not in own]),
@@ -145,6 +145,6 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list
     ]
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def first_few(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -351,11 +351,11 @@ def test_a_damaged_mask_is_named_when_read(root, workers):
 def test_what_is_known_before_the_images_are_read(root):
     change(root, index=0, bbox=[5, 5, 0, 9])
     change(root, index=1, iscrowd=1)
-    examination = data(root).examine("train")
-    assert examination.split == "train2017"
-    assert not examination.errors
-    assert examination.dropped["box of zero size"].number == 1
-    assert examination.facts == {
+    report = data(root).check("train")
+    assert report.split == "train2017"
+    assert not report.errors
+    assert report.dropped["box of zero size"].number == 1
+    assert report.facts == {
         "images": 9,
         "categories": 2,
         "objects": 16,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvim.data.dense import fit
+from fastvim.data.dense_data import fit
 from fastvim.data.files import UnreadableImageError
 from fastvim.data.sampler import seeded
 from fastvim.data.segmentation import (
-    IGNORE,
+    IGNORE_INDEX,
     EvaluationTransform,
     SegmentationData,
     TrainingTransform,
@@ -80,7 +80,7 @@ def test_images_may_keep_their_size(root):
     assert sizes == [(3, 50, 80), (3, 50, 90), (3, 50, 100)]
     for _, classes in module.train_dataloader():
         # As wide as the crop: nothing is padded, a fifth is the stored 0.
-        assert (classes != IGNORE).any(dim=1).sum(dim=-1).tolist() == [80, 80]
+        assert (classes != IGNORE_INDEX).any(dim=1).sum(dim=-1).tolist() == [80, 80]
 
 
 def test_batches(root):
@@ -88,7 +88,7 @@ def test_batches(root):
     (images, classes), _ = module.train_dataloader()
     assert (images.shape, images.dtype) == ((2, 3, 64, 64), torch.float32)
     assert (classes.shape, classes.dtype) == ((2, 64, 64), torch.int64)
-    assert set(classes.unique().tolist()) <= {0, 1, 2, 3, IGNORE}
+    assert set(classes.unique().tolist()) <= {0, 1, 2, 3, IGNORE_INDEX}
     batches = list(module.val_dataloader())
     assert [len(images) for images, _ in batches] == [1, 1, 1]
     assert [tuple(images[0].shape) for images, _ in batches] == [
@@ -131,7 +131,7 @@ def test_image_and_classes_stay_together():
         with seeded(seed):
             pixels, classes = transform(image, mask)
         assert pixels.shape == (3, 32, 32)
-        inside = classes != IGNORE
+        inside = classes != IGNORE_INDEX
         greys = torch.from_numpy(GREYS / 255)[classes[inside]]
         away = (pixels[0][inside] - greys).abs() > 0.02
         assert away.float().mean() < 0.25  # between two stripes
@@ -145,7 +145,7 @@ def test_image_and_classes_stay_together():
 def test_no_class_prevails():
     mask = np.zeros((32, 320), dtype=np.uint8)
     mask[:, 270:] = 1
-    mask[:, 300:] = IGNORE
+    mask[:, 300:] = IGNORE_INDEX
     image = Image.fromarray(np.stack([mask] * 3, -1))
     fixed = {"ratio": (1.0, 1.0), "base_size": (320, 32), "hflip": 0.0}
 
@@ -155,7 +155,7 @@ def test_no_class_prevails():
         for seed in range(60):
             with seeded(seed):
                 classes = transform(image, mask)[1]
-            counts = classes[classes != IGNORE].bincount(minlength=2)
+            counts = classes[classes != IGNORE_INDEX].bincount(minlength=2)
             count += bool(0 < counts.max() <= 0.75 * counts.sum())
         return count
 

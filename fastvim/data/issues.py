@@ -7,52 +7,52 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 
-class Finding(NamedTuple):
-    """Something wrong, of one kind.
+class Issue(NamedTuple):
+    """A kind of mistake.
 
     Attributes:
-        number: how often.
-        first: where it was first, and what.
+        number: how often it was found.
+        first: where it was found first, and what exactly.
     """
 
     number: int
     first: str
 
 
-class Findings(dict[str, Finding]):
+class Issues(dict[str, Issue]):
     """What is wrong, by kind, in the order in which the kinds came up."""
 
     def add(self, kind: str, where: str) -> None:
         """Count one more of a kind, such as "unknown category"."""
-        known = self.get(kind, Finding(0, where))
+        known = self.get(kind, Issue(0, where))
         self[kind] = known._replace(number=known.number + 1)
 
     def __str__(self) -> str:
-        """All of it in one line."""
+        """All of them in one line."""
         return "; ".join(f"{n:,} x {kind} (first: {first})" for kind, (n, first) in self.items())
 
 
 class Readable(Sized, Protocol):
-    """A dataset that can be read without changing what it reads."""
+    """A dataset whose samples can be read as they are stored."""
 
     def read(self, index: int) -> object:
         """A sample as stored; `UnreadableImageError` where it cannot be used."""
 
 
 @dataclass
-class Examination:
+class SplitReport:
     """What is known of a split before its images are read.
 
     Attributes:
         split: its name.
-        errors: what keeps it from being used.
+        files: the samples that are left to be read.
+        errors: what a run would stop at.
         dropped: what training leaves out.
         facts: counts that are no mistakes.
-        files: what is left to be read.
     """
 
     split: str
     files: Readable
-    errors: Findings = field(default_factory=Findings)
-    dropped: Findings = field(default_factory=Findings)
+    errors: Issues = field(default_factory=Issues)
+    dropped: Issues = field(default_factory=Issues)
     facts: dict[str, int] = field(default_factory=dict)

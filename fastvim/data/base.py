@@ -1,14 +1,18 @@
-"""What the data modules of labelled images share: splits, classes, loaders, sample sets."""
+"""What the data modules share: splits, classes, loaders, and where the files are."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, ClassVar
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from fastvim.data import samples
-from fastvim.data.findings import Examination
+from fastvim.data.issues import SplitReport
+from fastvim.data.remote import is_url
 from fastvim.data.sampler import evaluation_loader, training_loader
 from fastvim.errors import UserError
 
@@ -16,8 +20,8 @@ SAMPLE_PREFIX = "sample:"
 ROLES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # by Lightning's stage
 
 
-class LabelledData(L.LightningDataModule):
-    """Images with a class each. A subclass opens a split and thereby settles `_class_names`.
+class DataModule(L.LightningDataModule):
+    """The base data module. A subclass opens a split and thereby settles `_class_names`.
 
     Args:
         root: the directory (or URL), or `sample:NAME` for a set of `fastvim.data.samples`.
@@ -30,13 +34,16 @@ class LabelledData(L.LightningDataModule):
         UserError: for an argument out of range.
     """
 
+    # Roles whose batches are a pair of lists, since their samples have sizes of their own.
+    list_batches: ClassVar[Collection[str]] = ()
+
     def __init__(
         self,
         root: str,
-        batch_size: int,
-        eval_batch_size: int | None,
-        num_workers: int,
-        seed: int,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int = 4,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.root = str(root)
@@ -77,23 +84,23 @@ class LabelledData(L.LightningDataModule):
                 self._datasets[role] = self.open(role)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return training_loader(self._datasets["train"], **self._loading(self.batch_size))
+        return self._loader("train", training_loader, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return evaluation_loader(self._datasets["val"], **self._loading(self.eval_batch_size))
+        return self._loader("val", evaluation_loader, self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return evaluation_loader(self._datasets["test"], **self._loading(self.eval_batch_size))
+        return self._loader("test", evaluation_loader, self.eval_batch_size)
 
     def open(self, role: str) -> Dataset[Any]:
         """The dataset of a role, "train", "val" or "test"; the first one settles the classes."""
         raise NotImplementedError
 
-    def examine(self, role: str) -> Examination:
+    def check(self, role: str) -> SplitReport:
         """What is wrong with the files of a role, counted and not raised; before `setup`.
 
         Raises:
-            UserError: no such files at all, or data that cannot be examined.
+            UserError: no such files at all, or data that cannot be checked.
         """
         raise UserError(
             f"{type(self).__name__} cannot be checked: expected images with boxes, or with a class "
@@ -104,12 +111,26 @@ class LabelledData(L.LightningDataModule):
         """Where the files are: the root, or a sample set's folder."""
         if self.root.startswith(SAMPLE_PREFIX):
             return str(samples.fetch(self.root.removeprefix(SAMPLE_PREFIX)))
-        return self.root
+        return self.root if is_url(self.root) else os.path.expanduser(self.root)
 
-    def _loading(self, batch_size: int) -> dict[str, Any]:
-        return {
-            "batch_size": batch_size,
-            "num_workers": self.num_workers,
-            "seed": self.seed,
-            "trainer": self.trainer,
-        }
+    def path(self, name: str) -> Path:
+        """A file or folder below the root; an absolute path stays as it is."""
+        return Path(self.directory()) / Path(name).expanduser()
+
+    def _loader(
+        self, role: str, make: Callable[..., DataLoader[Any]], batch_size: int
+    ) -> DataLoader[Any]:
+        loader = make(
+            self._datasets[role],
+            batch_size=batch_size,
+            num_workers=self.num_workers,
+            seed=self.seed,
+            trainer=self.trainer,
+        )
+        if role in self.list_batches:
+            loader.collate_fn = _collate_lists
+        return loader
+
+
+def _collate_lists(samples: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    return [first for first, _ in samples], [second for _, second in samples]

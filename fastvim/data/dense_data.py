@@ -1,14 +1,12 @@
-"""What images with answers inside them need: sizes, files, batches of lists, random numbers."""
+"""Helpers of the segmentation and detection data: sizes, files, random numbers."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from fastvim.data.files import UNREADABLE, UnreadableImageError
 
@@ -38,17 +36,7 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def with_lists(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Let a loader give (list, list) of its pairs: images have sizes of their own."""
-    loader.collate_fn = _collate_lists
-    return loader
-
-
-def _collate_lists(samples: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    return [first for first, _ in samples], [second for _, second in samples]
-
-
-# From torch's generator, which `fastvim.data.sampler` seeds for each sample.
+# These draw from torch's global generator, which `fastvim.data.sampler` seeds for each sample.
 
 
 def chance(probability: float) -> bool:
@@ -57,10 +45,10 @@ def chance(probability: float) -> bool:
 
 
 def uniform(low: float, high: float) -> float:
-    """A number of `low` to `high`."""
+    """A number from `low` to `high`."""
     return low + (high - low) * torch.rand(()).item()
 
 
 def integer(high: int) -> int:
-    """An integer of 0 to `high`."""
+    """An integer from 0 to `high`."""
     return int(torch.randint(high + 1, ()).item())
