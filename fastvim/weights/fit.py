@@ -143,8 +143,3 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list
         )
         if names
     ]
-
-
-def first_few(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
