@@ -22,7 +22,7 @@ from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim, MaskedAutoencoder
 from fastvim.models.heads.upernet import UPerNet
-from fastvim.tasks.callbacks.report import Prediction, draw_predictions
+from fastvim.tasks.pictures.predictions import Prediction, draw_predictions
 from fastvim.weights import load_model
 from fastvim_cli.arguments import Parser, usable_device
 from fastvim_cli.images import (
@@ -108,8 +108,8 @@ def run(argv: list[str]) -> None:
     if arguments.out is not None:
         _write(arguments.out, lines, failures)
         title = f"{len(shown)} of {len(lines)} images" if len(shown) < len(lines) else ""
-        figure = draw_predictions(shown, names, settings["mean"], settings["std"], title)
-        figure.savefig(arguments.out / "predictions.png", dpi=110)
+        picture = draw_predictions(shown, names, settings["mean"], settings["std"], title)
+        picture.save(arguments.out / "predictions.png")
         console.print(f"written to {arguments.out}/predictions.jsonl and predictions.png")
 
 

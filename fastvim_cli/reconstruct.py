@@ -11,7 +11,8 @@ from rich.progress import track
 from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder
-from fastvim.tasks.reconstruction import draw_reconstruction, reconstruct
+from fastvim.tasks.pictures.reconstruction import draw_reconstruction
+from fastvim.tasks.reconstruction import reconstruct
 from fastvim.weights import load_model
 from fastvim_cli.arguments import Parser, usable_device
 from fastvim_cli.images import (

@@ -16,7 +16,7 @@ from fastvim.data.segmentation import EvaluationTransform
 from fastvim.errors import UserError
 from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
 from fastvim.models.heads.upernet import UPerNet
-from fastvim.tasks.pictures.drawing import index_image, legend, overlay, sheet
+from fastvim.tasks.pictures.segmentation import draw_classes, index_image, legend
 from fastvim_cli.arguments import Parser, usable_device
 from fastvim_cli.images import (
     find_images,
@@ -94,10 +94,9 @@ def run(argv: list[str]) -> None:
         stem = free_stem(path, taken)
         arguments.out.mkdir(parents=True, exist_ok=True)
         index_image(classes, names).save(arguments.out / f"{stem}_classes.png")
-        entries = legend([classes], names)
         drawn = arguments.out / f"{stem}_overlay.png"
-        sheet([[image, overlay(image, classes, names)]], ("image", "classes"), entries).save(drawn)
-        shares = ", ".join(entry.text for entry in entries[:3])
+        draw_classes(image, classes, names).save(drawn)
+        shares = ", ".join(entry.text for entry in legend([classes], names)[:3])
         lines.append(f"{path}: {shares}, drawn in {drawn}")
 
     report_failures(failures, errors, read=len(lines))

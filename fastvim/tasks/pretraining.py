@@ -11,7 +11,7 @@ from torch import Tensor, optim
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder, MaskedOutput
 from fastvim.tasks.optim import parameter_groups
-from fastvim.tasks.reconstruction import ReconstructionPictures
+from fastvim.tasks.callbacks.reconstruction import ReconstructionPictures
 from fastvim.tasks.task import Task
 
 Batch = tuple[Tensor, Any]  # images and what nobody looks at here

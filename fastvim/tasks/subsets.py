@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
+from fastvim.tasks.pictures.colours import BLUE, GREEN, GREY, ORANGE, VIOLET
 
-COLOURS = ("#2563eb", "#ea7317", "#15803d", "#6b7280", "#7c3aed")
+COLOURS = (BLUE, ORANGE, GREEN, GREY, VIOLET)
 
 Subset = tuple[int, ...]
 

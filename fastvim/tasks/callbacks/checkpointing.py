@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from fastvim.errors import UserError
-from fastvim.tasks.task import Task
+from fastvim.tasks.protocols import TrainedTask
 from fastvim.weights import METADATA_KEY, save
 
 
@@ -166,14 +166,14 @@ class ExportWeights(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        assert isinstance(pl_module, Task)
+        assert isinstance(pl_module, TrainedTask)
         checkpoint[METADATA_KEY] = {**pl_module.exported_metadata(), **self._images}
 
     def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         # Here and not at an earlier hook: the averages are in the module only now.
         fitted = stage == TrainerFn.FITTING and not trainer.fast_dev_run
         if fitted and trainer.is_global_zero:
-            assert isinstance(pl_module, Task)
+            assert isinstance(pl_module, TrainedTask)
             weights = "only" if pl_module.ema_decay is None else "EMA"
             metadata = {**pl_module.exported_metadata(), **self._images, "weights": weights}
             save(self._path, pl_module.exported_weights(), metadata)

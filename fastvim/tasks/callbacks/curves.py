@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#2563eb", "#ea7317", "#15803d", "#6b7280"
+from fastvim.tasks.pictures.colours import BLUE, GREEN, GREY, ORANGE
 
 Points = tuple[list[float], list[float]]
 

@@ -9,39 +9,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from fastvim.labels import IGNORE_INDEX
-from fastvim.tasks.pictures import drawing
-from fastvim.tasks.task import Task
-
-GREEN, RED, GREY = "#15803d", "#dc2626", "#475569"  # right, wrong, truth unknown
-COLUMNS = 10
-
-
-class Prediction(NamedTuple):
-    """One image, what the model said, and what is right."""
-
-    image: Tensor  # (C, H, W), normalised
-    predicted: int
-    target: int | None  # None where nobody knows
-    certainty: float  # probability of the predicted class
-
-
-class Labelling(NamedTuple):
-    """One image, the class that the model gives each pixel, and the right ones."""
-
-    image: Tensor  # (C, H', W'), normalised
-    predicted: Tensor  # (H, W)
-    target: Tensor  # (H, W); 255 does not count
+from fastvim.tasks.pictures.predictions import Prediction, draw_predictions
+from fastvim.tasks.pictures.segmentation import Labelling, draw_labellings
+from fastvim.tasks.protocols import TrainedTask
 
 
 class Report(L.Callback):
@@ -135,7 +111,7 @@ class Report(L.Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         record = {"checkpoint": str(trainer.ckpt_path or ""), **metrics}
-        if isinstance(pl_module, Task) and (scores := pl_module.class_scores()):
+        if isinstance(pl_module, TrainedTask) and (scores := pl_module.class_scores()):
             record["classes"] = {
                 score: {name: None if math.isnan(value) else value for name, value in of.items()}
                 for score, of in scores.items()
@@ -150,103 +126,7 @@ class Report(L.Callback):
             picture.save(self._folder / "predictions.png")
             return
         correct = sorted(self._correct, key=lambda prediction: prediction.predicted)
-        figure = draw_predictions(
-            [*self._mistakes, *correct],
-            names,
-            self._mean,
-            self._std,
-            title=f"{self._wrong:,} of {self._seen:,} images wrong",
-        )
-        figure.savefig(self._folder / "predictions.png", dpi=110)
-
-
-def draw_predictions(
-    predictions: Sequence[Prediction],
-    class_names: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
-    title: str,
-) -> Figure:
-    """A grid of images with the predicted class and its probability; mistakes framed in red.
-
-    Args:
-        predictions: in the order to show them.
-        class_names: name of each class.
-        mean: of the normalisation, one value per channel, or one for all.
-        std: likewise.
-        title: above the grid.
-    """
-    columns = min(COLUMNS, max(1, len(predictions)))
-    rows = max(1, math.ceil(len(predictions) / columns))
-    figure = Figure(figsize=(1.3 * columns, 1.65 * rows + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=14)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, prediction in zip(grid.flat, predictions, strict=False):
-        _show(axes, _picture(prediction.image.float(), mean, std), prediction, class_names)
-    return figure
-
-
-def draw_labellings(
-    labellings: Sequence[Labelling],
-    class_names: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Image.Image:
-    """A row for each image: itself, the right classes over it, the predicted ones, the mistakes.
-
-    Args:
-        labellings: in the order to show them.
-        class_names: name of each class.
-        mean: of the normalisation, one value per channel, or one for all.
-        std: likewise.
-    """
-    rows, wrong, counted = [], 0, 0
-    for image, predicted, target in labellings:
-        size = (target.shape[1], target.shape[0])
-        grey = _picture(image.float(), mean, std).mul(255).round().to(torch.uint8).numpy()
-        shown = Image.fromarray(grey).convert("RGB").resize(size, Image.Resampling.BILINEAR)
-        counts = target != IGNORE_INDEX
-        errors = counts & (predicted != target)
-        wrong, counted = wrong + int(errors.sum()), counted + int(counts.sum())
-        classes = [drawing.overlay(shown, of.numpy(), class_names) for of in (target, predicted)]
-        rows.append([shown, *classes, drawing.mistakes(shown, errors.numpy())])
-    entries = drawing.legend([np.asarray(of.predicted) for of in labellings], class_names)
-    entries.append(drawing.Entry(drawing.MISTAKE, f"wrong {wrong / max(1, counted):.1%}"))
-    return drawing.sheet(rows, ("image", "labels", "prediction", "mistakes"), entries)
-
-
-def _picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(H, W) or (H, W, 3) in [0, 1] of a normalised image (C, H, W).
-
-    Other channel counts than grey and RGB have no colours, nor their values a known range: the
-    first three channels are shown, each from its darkest to its brightest pixel.
-    """
-    if len(image) in (1, 3):
-        scale, shift = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
-        picture = (image * scale + shift).clamp(0, 1)
-    else:
-        shown = image[:3] if len(image) > 3 else image[:1]
-        low, high = shown.amin((1, 2), keepdim=True), shown.amax((1, 2), keepdim=True)
-        picture = (shown - low) / (high - low).clamp(min=1e-6)
-    return picture.permute(1, 2, 0) if len(picture) == 3 else picture[0]
-
-
-def _show(axes: Axes, picture: Tensor, prediction: Prediction, class_names: Sequence[str]) -> None:
-    """One image with what the model said."""
-    wrong = prediction.target not in (None, prediction.predicted)
-    colour = GREY if prediction.target is None else RED if wrong else GREEN
-    axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
-    axes.set_axis_on()
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color=colour, linewidth=3 if wrong else 1)
-    text = f"{_short(class_names[prediction.predicted])} ({prediction.certainty:.0%})"
-    if wrong and prediction.target is not None:
-        text += f"\ntrue: {_short(class_names[prediction.target])}"
-    axes.set_title(text, fontsize=9, color=colour)
-
-
-def _short(name: str) -> str:
-    """A class name that fits over its image."""
-    return name if len(name) <= 14 else name[:13] + "…"
+        title = f"{self._wrong:,} of {self._seen:,} images wrong"
+        shown = [*self._mistakes, *correct]
+        picture = draw_predictions(shown, names, self._mean, self._std, title)
+        picture.save(self._folder / "predictions.png")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
 import torch
 from rich.console import Console
+
+from fastvim.tasks.protocols import TrainedTask
 
 
 class SeedSteps(L.Callback):
@@ -36,17 +37,6 @@ class SeedSteps(L.Callback):
         torch.manual_seed(int(state[2]))
 
 
-@runtime_checkable
-class Recipe(Protocol):
-    """A task that scales its rate to the batch."""
-
-    @property
-    def global_batch(self) -> int: ...
-
-    @property
-    def peak_lr(self) -> float: ...
-
-
 class RunLog(L.Callback):
     """Prints what is about to be trained, then one line per epoch, fit for a terminal or a file.
 
@@ -65,7 +55,7 @@ class RunLog(L.Callback):
             return
         parameters = sum(weight.numel() for weight in pl_module.parameters())
         facts = [f"{parameters / 1e6:.2f} M parameters"]
-        if isinstance(pl_module, Recipe):
+        if isinstance(pl_module, TrainedTask):
             facts.append(f"{pl_module.global_batch} images a step")
             facts.append(f"peak rate {pl_module.peak_lr:.2g}")
         facts.append(f"{int(trainer.estimated_stepping_batches):,} steps")

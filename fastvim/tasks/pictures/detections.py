@@ -6,20 +6,22 @@ H W  pixels of an image
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from faster_coco_eval.core import mask as mask_api
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
 
 from fastvim.tasks.average_precision import Result
-from fastvim.tasks.pictures.drawing import LARGEST, OPACITY, WHITE, Entry, font, palette, sheet
+from fastvim.tasks.pictures.colours import INK, WHITE, Colour, class_colour
+from fastvim.tasks.pictures.overlay import overlay
+from fastvim.tasks.pictures.sheet import LARGEST, Entry, Panel, enlarge, font, sheet, shrink
 
 TEXT_SIZE, PADDING = 12, 2
 LONGEST_NAME = 16
-INK = "#0f172a"
-
-Colour = tuple[int, int, int]
 
 
 def draw_detections(
@@ -27,8 +29,9 @@ def draw_detections(
 ) -> Image.Image:
     """An image, and beside it what was found there, with the number of each class below.
 
-    Every class has a colour of its own; if there is one alone, every object has, and its name
-    stands only below. Small images are enlarged by a whole number, large ones shrink.
+    Every class has a colour of its own. If there is only one class, every object has its own
+    colour, and the name stands only below. Small images are enlarged by a whole number, large ones
+    shrink.
 
     Args:
         image: RGB.
@@ -38,59 +41,61 @@ def draw_detections(
     Returns:
         RGB.
     """
-    longer = max(image.size)
-    factor = max(1, LARGEST // longer) if longer < LARGEST else LARGEST / longer
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    smooth = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
-    shown = image.resize(size, smooth)
-    of_classes = dict(zip(names, _colours(list(names.values())), strict=True))
-    # The best one lies on top.
-    drawn = sorted(results, key=lambda result: result["score"])
+    shown = enlarge(shrink(image), max(1, LARGEST // max(image.size)))
+    of_classes = {category: class_colour(number) for number, category in enumerate(names)}
+    drawn = sorted(results, key=lambda result: result["score"])  # the best one lies on top
     if len(names) == 1:
-        colours = _colours([str(number) for number in range(len(drawn))])
+        colours = [class_colour(number) for number in range(len(drawn))]
+        labels = [f"{result['score']:.0%}" for result in drawn]
     else:
         colours = [of_classes[result["category_id"]] for result in drawn]
-    panel = _with_masks(shown, drawn, colours)
-    draw = ImageDraw.Draw(panel)
-    for result, colour in zip(drawn, colours, strict=True):
-        x, y, width, height = (factor * number for number in result["bbox"])
-        draw.rectangle((x, y, x + width, y + height), outline=colour, width=2)
-    for result, colour in zip(drawn, colours, strict=True):
-        name = "" if len(names) == 1 else f"{names[result['category_id']][:LONGEST_NAME]} "
-        x, y = (factor * number for number in result["bbox"][:2])
-        _label(draw, (x, y), f"{name}{result['score']:.0%}", colour, panel.width)
+        labels = [
+            f"{names[result['category_id']][:LONGEST_NAME]} {result['score']:.0%}"
+            for result in drawn
+        ]
+    panel = overlay(shown, zip(_masks(drawn, shown.size), colours, strict=True))
+    if drawn:
+        panel = _with_boxes(panel, shown.width / image.width, drawn, colours, labels)
     counts = Counter(result["category_id"] for result in drawn)
     entries = [
         Entry(None if len(names) == 1 else of_classes[category], f"{names[category]}: {number}")
         for category, number in counts.most_common()
     ]
-    return sheet([[shown, panel]], ("image", "detections"), entries)
+    return sheet([[Panel(shown, "image"), Panel(panel, "detections")]], entries)
 
 
-def _colours(names: Sequence[str]) -> list[Colour]:
-    """Those of the other pictures; a class called "background" is one like any other here."""
-    return [colour for colour in palette([f"{name} " for name in names]) if colour is not None]
+def _masks(results: Sequence[Result], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """The mask of each object, bool (H, W), in an image of another size (W, H)."""
+    for result in results:
+        mask = Image.fromarray(mask_api.decode(result["segmentation"]))
+        yield np.asarray(mask.resize(size, Image.Resampling.NEAREST)) > 0
 
 
-def _with_masks(
-    image: Image.Image, results: Sequence[Result], colours: Sequence[Colour]
+def _with_boxes(
+    image: Image.Image,
+    factor: float,
+    results: Sequence[Result],
+    colours: Sequence[Colour],
+    labels: Sequence[str],
 ) -> Image.Image:
-    """Each mask as a tint of its colour within a line of that colour."""
-    pixels = np.asarray(image, dtype=np.float32).copy()
-    for result, colour in zip(results, colours, strict=True):
-        stored = Image.fromarray(255 * mask_api.decode(result["segmentation"]))
-        mask = stored.resize(image.size, Image.Resampling.NEAREST)
-        inner = np.asarray(mask.filter(ImageFilter.MinFilter(3))) > 0
-        place = np.asarray(mask) > 0
-        strength = np.where(inner, OPACITY, 1.0)[place][:, None]
-        pixels[place] += strength * (np.asarray(colour, dtype=np.float32) - pixels[place])
-    return Image.fromarray(np.rint(pixels).astype(np.uint8))
+    """Boxes, scaled by a factor, and their labels."""
+    corners = factor * torch.tensor([result["bbox"] for result in results])  # x, y, width, height
+    corners[:, 2:] += corners[:, :2]
+    boxed = draw_bounding_boxes(pil_to_tensor(image), corners, colors=list(colours), width=2)
+    picture = to_pil_image(boxed)
+    draw = ImageDraw.Draw(picture)
+    for (x, y, *_), label, colour in zip(corners.tolist(), labels, colours, strict=True):
+        _label(draw, (x, y), label, colour, picture.width)
+    return picture
 
 
 def _label(
     draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: Colour, right: int
 ) -> None:
-    """Letters on the colour, above a corner of a box, or below it at the image's upper edge."""
+    """Letters on the colour, above a corner of a box, or below it at the image's upper edge.
+
+    torchvision writes labels into the box, where they hide small objects.
+    """
     letters = font(TEXT_SIZE)
     width, height = letters.getlength(text) + 2 * PADDING, TEXT_SIZE + 2 * PADDING
     x = max(0.0, min(corner[0], right - width))

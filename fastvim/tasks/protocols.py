@@ -1,0 +1,70 @@
+"""What tasks ask of the data modules, and callbacks of the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class Normalised(Protocol):
+    """Data that tell how their images are normalised."""
+
+    @property
+    def mean(self) -> Sequence[float]: ...
+
+    @property
+    def std(self) -> Sequence[float]: ...
+
+
+class TaskData(Normalised, Protocol):
+    """What the tasks read from a data module. Each task needs a part of it.
+
+    Attributes:
+        batch_size: images per process.
+        seed: of the order of the images, and of random choices that all processes share.
+        num_classes: of the targets.
+        class_names: in the order of the class indices.
+        category_ids: COCO's ids of the classes, in that order; of detection data.
+    """
+
+    batch_size: int
+    seed: int
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+    @property
+    def category_ids(self) -> list[int]: ...
+
+    def train_dataloader(self) -> Any: ...
+
+
+@runtime_checkable
+class TrainedTask(Protocol):
+    """What the callbacks of a run read from its task.
+
+    Attributes:
+        global_batch: images of one optimiser step over all processes.
+        peak_lr: the learning rate at the end of the warm-up.
+        ema_decay: of the averaged weights; None where there are none.
+    """
+
+    ema_decay: float | None
+
+    @property
+    def global_batch(self) -> int: ...
+
+    @property
+    def peak_lr(self) -> float: ...
+
+    def exported_weights(self) -> dict[str, Tensor]: ...
+
+    def exported_metadata(self) -> dict[str, Any]: ...
+
+    def class_scores(self) -> dict[str, dict[str, float]]: ...
