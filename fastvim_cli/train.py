@@ -180,9 +180,9 @@ class TrainingCLI(LightningCLI):
             KeyboardInterrupt: on Ctrl-C, after Lightning has put things in order.
         """
         console = get_console()
-        inputs = {"model": self.model, "datamodule": self.datamodule}
-        # Not an argument of `fit` and the others: the task should know when it builds its model.
-        self.trainer.ckpt_path = self._checkpoint()
+        checkpoint = self._checkpoint()
+        self.model.resuming = checkpoint is not None
+        inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": checkpoint}
         results: Mapping[str, float] = {}
         try:
             if self.command == "fit":

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim, sample_channels
-from fastvim.tasks.optim import parameter_groups
 from fastvim.tasks.task import Task
 
 Batch = tuple[Tensor, Tensor]
@@ -24,95 +23,51 @@ Batch = tuple[Tensor, Tensor]
 class Classification(Task):
     """Trains and evaluates a timm model on (image, class index) batches.
 
-    The defaults are the ImageNet-1k recipe of the published models. The data module must have
-    `batch_size` (images per process) and, where `num_classes` is None, `num_classes`.
+    The defaults are the ImageNet-1k recipe of the published models.
 
     Args:
-        model: name of a timm model, e.g. `fastvim_tiny_patch16_224`.
-        model_args: options of that model, e.g. `{drop_path_rate: 0.05, img_size: 224}`.
-        num_classes: width of the head; None takes the data's.
-        checkpoint: file of weights to start from; None starts from random ones. Training makes
-            a new head if the file has none (a masked autoencoder's, whose encoder is taken) or one
-            for another number of classes. A run that goes on from its own checkpoint leaves it be.
-        lr: peak learning rate for `lr_batch` images a step. The rate used is
-            `lr * global batch / lr_batch`, the global batch being images per process times
-            processes times `accumulate_grad_batches`.
-        lr_batch: see `lr`.
-        min_lr: where the cosine ends.
-        warmup_lr: where the linear warm-up starts.
-        warmup_epochs: length of the warm-up; the cosine starts after it.
-        weight_decay: of every parameter of two or more dimensions.
-        weight_decay_end: where it ends, along half a cosine over the run; None keeps it.
-        no_decay: shell patterns of further parameter names without weight decay.
-        betas: of AdamW.
-        layer_decay: factor of the rate from one layer to the one below it; None for one rate.
-        blocks_per_decay: how many consecutive blocks share one factor of `layer_decay`.
         mixup: alpha of Mixup; 0 turns it off.
         cutmix: alpha of CutMix; 0 turns it off.
         switch_prob: probability of CutMix instead of Mixup in a batch, when both are on.
         label_smoothing: share of the target spread evenly over all classes.
-        ema_decay: decay of the averaged weights, which are validated and exported; None trains
-            without them.
-        grad_checkpointing: recompute each block in the backward pass, for memory.
-        capture: on a GPU, record the model's forward and backward pass as CUDA graphs and replay
-            them: the same steps, several times faster where the model is small. Not with
-            `grad_checkpointing` or `sample_channels`.
         sample_channels: train each batch on a random choice of its images' channels (hierarchical
             channel sampling, `fastvim.models.sample_channels`), for channel models. The choice
-            follows from the data's seed, epoch and batch, the same in every process.
+            follows from the data's seed, epoch and batch, the same in every process. Turns
+            `capture` off.
+        **options: of `Task`.
 
     Raises:
-        UserError: unknown model or model option; checkpoint that does not fit the model; batch
-            of odd size with Mixup or CutMix; warm-up as long as the run.
+        UserError: as `Task`; batch of odd size with Mixup or CutMix.
     """
 
     monitor, monitor_mode = "val/acc1", "max"
 
     def __init__(
         self,
-        model: str,
-        model_args: dict[str, Any] | None = None,
-        num_classes: int | None = None,
-        checkpoint: str | None = None,
+        *args: Any,
         lr: float = 1e-3,
         lr_batch: int = 512,
         min_lr: float = 1e-5,
         warmup_lr: float = 1e-6,
         warmup_epochs: float = 5,
-        weight_decay: float = 0.05,
-        weight_decay_end: float | None = None,
-        no_decay: list[str] | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        layer_decay: float | None = None,
-        blocks_per_decay: int = 1,
         mixup: float = 0.8,
         cutmix: float = 1.0,
         switch_prob: float = 0.5,
         label_smoothing: float = 0.1,
         ema_decay: float | None = 0.9999,
-        grad_checkpointing: bool = False,
-        capture: bool = True,
         sample_channels: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(
-            model,
-            model_args,
-            checkpoint,
+            *args,
             lr=lr,
             lr_batch=lr_batch,
             min_lr=min_lr,
             warmup_lr=warmup_lr,
             warmup_epochs=warmup_epochs,
-            weight_decay_end=weight_decay_end,
             ema_decay=ema_decay,
-            grad_checkpointing=grad_checkpointing,
-            capture=capture,
+            **options,
         )
-        self.save_hyperparameters()  # a checkpoint says what it is a checkpoint of
-        self.num_classes = num_classes
-        self.weight_decay, self.no_decay = weight_decay, no_decay or []
-        self.betas = betas
-        self.layer_decay, self.blocks_per_decay = layer_decay, blocks_per_decay
         self.mixup_alpha, self.cutmix_alpha, self.switch_prob = mixup, cutmix, switch_prob
         self.label_smoothing = label_smoothing
         self.sample_channels = sample_channels
@@ -128,7 +83,7 @@ class Classification(Task):
                 f"fastvim.tasks.Pretraining, then train {self.model_name.removeprefix('mae_')} "
                 "with its weights as the checkpoint"
             )
-        num_classes = self.num_classes or self._data.num_classes
+        num_classes = self.head_classes
         self.model = self.build_model(num_classes=num_classes)
         if self.sample_channels and not isinstance(self.model, FastChannelVim):
             raise UserError(
@@ -178,7 +133,7 @@ class Classification(Task):
         return loss
 
     def _draw_channels(self, count: int, batch_idx: int) -> Tensor:
-        key = (self._data.seed, self.trainer.current_epoch, batch_idx)
+        key = (self.data.seed, self.trainer.current_epoch, batch_idx)
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         return sample_channels(count, torch.Generator().manual_seed(seed))
 
@@ -197,14 +152,8 @@ class Classification(Task):
         self.log_dict(metrics, batch_size=len(images))
         return logits
 
-    def make_optimizer(self) -> optim.Optimizer:
-        groups = parameter_groups(
-            self.model, self.weight_decay, self.layer_decay, self.blocks_per_decay, self.no_decay
-        )
-        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
-
     def exported_metadata(self) -> dict[str, Any]:
         metadata = super().exported_metadata()
         assert self.model is not None
         options = {**self.model_args, "num_classes": self.model.num_classes}
-        return {**metadata, "model_args": options, "class_names": list(self._data.class_names)}
+        return {**metadata, "model_args": options, "class_names": list(self.data.class_names)}

@@ -16,25 +16,37 @@ from fastvim.weights import Checkpoint, checkpoint_filter_fn, load_state, read
 
 _logger = logging.getLogger(__name__)
 
-NO_DECAY = ("*pos_embed", "*cls_token", "*A_log")  # by default, beside the 1-D parameters
-
 
 class DenseTask(Task):
-    """A `Task` whose network is a head over a FastVim or Vim.
+    """A `Task` whose network is a head over a FastVim or Vim, with a warm-up in steps.
 
     A subclass sets `head` and `head_prefix`, and gives `add_head`.
 
     Args:
-        warmup_steps: length of the warm-up, in optimiser steps.
-        **options: of `Task`, all but the length of the warm-up in epochs.
+        model: name of a fastvim or vim model, e.g. `fastvim_tiny_patch16_224`.
+        model_args: options of that model, e.g. `{norm: layer, drop_path_rate: 0.4}`.
+        checkpoint: file of weights to start from: those of a classifier or masked autoencoder
+            without head and last norm, or of a whole dense model. The weights of RMS norms are
+            given to the LayerNorms of `norm: layer`. None starts from random ones. Ignored when
+            resuming.
+        warmup_steps: length of the warm-up, in optimiser steps. A warm-up as long as the run is
+            shortened to a tenth of the run.
+        no_decay: shell patterns of parameter names without weight decay; None for the position
+            embedding, the class token and A_log.
     """
 
     head: str  # what the head is for, in messages
     head_prefix: str  # the names of weights that tell a whole model's file
+    default_no_decay = ("*pos_embed", "*cls_token", "*A_log")
 
-    def __init__(self, *arguments: Any, warmup_steps: int, **options: Any) -> None:
-        super().__init__(*arguments, warmup_epochs=0, **options)
+    def __init__(self, *args: Any, warmup_steps: int, **options: Any) -> None:
+        super().__init__(*args, warmup_epochs=0, weight_decay_end=None, ema_decay=None, **options)
         self.warmup_steps = warmup_steps
+
+    def configure_model(self) -> None:
+        """Build the network; Lightning calls it."""
+        if self.model is None:
+            self.model = self.build_model(num_classes=self.head_classes)
 
     def add_head(self, backbone: FastVim, **options: Any) -> nn.Module:
         """The whole network over a backbone."""

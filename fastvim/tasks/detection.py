@@ -16,8 +16,8 @@ from fastvim.models import CascadeMaskRCNN, FastVim
 from fastvim.models.heads.cascade import build_detector
 from fastvim.models.vision import Source
 from fastvim.tasks.average_precision import AveragePrecision, coco_results
-from fastvim.tasks.dense_task import NO_DECAY, DenseTask
-from fastvim.tasks.optim import parameter_groups, warmup_steps_down
+from fastvim.tasks.dense_task import DenseTask
+from fastvim.tasks.optim import warmup_steps_down
 
 # Images (3, H, W) with values in 0 to 1, and what is in them.
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -32,13 +32,6 @@ class Detection(DenseTask):
     images as stored.
 
     Args:
-        model: name of a fastvim or vim model, e.g. `fastvim_tiny_patch16_224`.
-        model_args: options of that model, e.g. `{norm: layer, drop_path_rate: 0.4}`.
-        num_classes: K; None takes the data's.
-        checkpoint: file of weights to start from: a classifier's or masked autoencoder's, of which
-            head and last norm are left out, or a whole detector's. RMS norms give their weights to
-            the LayerNorms of `norm: layer`. None starts from random ones. A run that goes on from
-            its own checkpoint leaves it be.
         source: "mixer" as published, or the "residual" stream (`fastvim.models.FeatureMaps`).
         channels: width of the pyramid and of the heads' convolutions.
         pad_to: images are padded to squares of at least this side; 0: no further than necessary.
@@ -50,25 +43,11 @@ class Detection(DenseTask):
         score_thresh: least score of a detection.
         nms_thresh: intersection over union from which on the lesser of two of a class goes.
         detections: at most so many per image; 100 count in COCO's scores.
-        lr: learning rate for `lr_batch` images a step. The rate used is
-            `lr * global batch / lr_batch`, the global batch being images per process times
-            processes times `accumulate_grad_batches`.
-        lr_batch: see `lr`.
-        warmup_lr: where the linear warm-up starts.
-        warmup_steps: length of the warm-up, in optimiser steps.
         drops: shares of the run after which the rate falls to a tenth.
-        weight_decay: of every parameter of two or more dimensions but those of `no_decay`.
-        no_decay: shell patterns of parameter names without weight decay; None for the position
-            embedding, the class token and A_log.
-        layer_decay: factor of the rate from one block of the backbone to the one below it; the
-            heads train at the full rate. None for one rate.
-        blocks_per_decay: how many consecutive blocks share one factor.
-        betas: of AdamW.
-        grad_checkpointing: recompute each block in the backward pass, for memory.
+        **options: of `DenseTask`.
 
     Raises:
-        UserError: unknown model or model option; a model or a checkpoint that does not fit;
-            warm-up as long as the run.
+        UserError: as `Task`; drops outside of the run or out of order.
     """
 
     monitor, monitor_mode = "val/box_ap", "max"
@@ -76,10 +55,7 @@ class Detection(DenseTask):
 
     def __init__(
         self,
-        model: str,
-        model_args: dict[str, Any] | None = None,
-        num_classes: int | None = None,
-        checkpoint: str | None = None,
+        *args: Any,
         source: Source = "mixer",
         channels: int = 256,
         pad_to: int = 1024,
@@ -96,28 +72,22 @@ class Detection(DenseTask):
         warmup_lr: float = 1e-7,
         warmup_steps: int = 250,
         drops: tuple[float, ...] = (8 / 9, 26 / 27),
-        weight_decay: float = 0.05,
-        no_decay: list[str] | None = None,
         layer_decay: float | None = 0.7,
-        blocks_per_decay: int = 1,
-        betas: tuple[float, float] = (0.9, 0.999),
-        grad_checkpointing: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(
-            model,
-            model_args,
-            checkpoint,
+            *args,
             lr=lr,
             lr_batch=lr_batch,
             min_lr=0.0,  # the rate ends where the drops leave it
             warmup_lr=warmup_lr,
             warmup_steps=warmup_steps,
-            grad_checkpointing=grad_checkpointing,
+            layer_decay=layer_decay,
+            capture=False,  # the number of regions changes from image to image
+            **options,
         )
-        self.save_hyperparameters()  # a checkpoint says what it is a checkpoint of
         if not all(0 < drop < 1 for drop in drops) or list(drops) != sorted(drops):
             raise UserError(f"drops {list(drops)}: expected shares of the run, the earliest first")
-        self.num_classes = num_classes
         self.source: Source = source
         self._sizes: dict[str, Any] = {
             "channels": channels,
@@ -134,19 +104,10 @@ class Detection(DenseTask):
             },
         }
         self.drops = tuple(drops)
-        self.weight_decay, self.betas = weight_decay, betas
-        self.layer_decay, self.blocks_per_decay = layer_decay, blocks_per_decay
-        self.no_decay = list(NO_DECAY) if no_decay is None else no_decay
         self._metrics: AveragePrecision | None = None
         self._test_scores: dict[str, dict[str, float]] = {}
 
     # The network and its weights.
-
-    def configure_model(self) -> None:
-        """Build the network; Lightning calls it."""
-        if self.model is None:
-            num_classes = self.num_classes or self._data.num_classes
-            self.model = self.build_model(num_classes=num_classes)
 
     def add_head(self, backbone: FastVim, **options: Any) -> nn.Module:
         return build_detector(backbone, source=self.source, **self._sizes, **options)
@@ -157,8 +118,8 @@ class Detection(DenseTask):
         return {
             **super().exported_metadata(),
             "detection": head,
-            "class_names": list(self._data.class_names),
-            "category_ids": list(self._data.category_ids),
+            "class_names": list(self.data.class_names),
+            "category_ids": list(self.data.category_ids),
         }
 
     # Training.
@@ -178,12 +139,6 @@ class Detection(DenseTask):
     ) -> Scheduler:
         return warmup_steps_down(optimizer, total_steps, warmup_steps, self.warmup_lr, self.drops)
 
-    def make_optimizer(self) -> optim.Optimizer:
-        groups = parameter_groups(
-            self.model, self.weight_decay, self.layer_decay, self.blocks_per_decay, self.no_decay
-        )
-        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
-
     # Evaluation.
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -195,10 +150,10 @@ class Detection(DenseTask):
         return self._test_scores
 
     def on_validation_epoch_start(self) -> None:
-        self._metrics = AveragePrecision(self._data.category_ids)
+        self._metrics = AveragePrecision(self.data.category_ids)
 
     def on_test_epoch_start(self) -> None:
-        self._metrics = AveragePrecision(self._data.category_ids)
+        self._metrics = AveragePrecision(self.data.category_ids)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)
@@ -211,7 +166,7 @@ class Detection(DenseTask):
 
     def on_test_epoch_end(self) -> None:
         of_classes = self._log_scores("test")
-        names = self._data.class_names
+        names = self.data.class_names
         self._test_scores = {
             score: dict(zip(names, values, strict=True)) for score, values in of_classes.items()
         }

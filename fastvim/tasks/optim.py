@@ -12,6 +12,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRSchedu
 from torch import optim
 
 from fastvim.errors import UserError
+from fastvim.tasks.protocols import TaskData
 
 
 def parameter_groups(
@@ -59,7 +60,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-def count_steps(trainer: Any) -> tuple[int, int]:
+def count_steps(trainer: Any, data: TaskData) -> tuple[int, int]:
     """Optimiser steps of one epoch, and of the whole run.
 
     Lightning's `trainer.estimated_stepping_batches` would open the training loader for good,
@@ -67,12 +68,14 @@ def count_steps(trainer: Any) -> tuple[int, int]:
     would start that epoch again. Here a loader is made, measured and dropped.
 
     Raises:
-        UserError: the run has no end.
+        UserError: the run has no end, or an epoch has no batches.
     """
-    batches = len(trainer.datamodule.train_dataloader())
+    batches = len(data.train_dataloader())
     limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    used = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if used == 0:
+        raise UserError(f"limit_train_batches={limit} leaves none of {batches} batches to train on")
+    per_epoch = math.ceil(used / trainer.accumulate_grad_batches)
     ends = [per_epoch * trainer.max_epochs, trainer.max_steps]  # -1 means without end
     total = min((end for end in ends if end >= 0), default=0)
     if total == 0:

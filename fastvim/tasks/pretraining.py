@@ -6,11 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, optim
+from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder, MaskedOutput
-from fastvim.tasks.optim import parameter_groups
 from fastvim.tasks.callbacks.reconstruction import ReconstructionPictures
 from fastvim.tasks.task import Task
 
@@ -30,66 +29,41 @@ class Pretraining(Task):
     Args:
         model: name of a masked autoencoder, e.g. `mae_fastvim_base_patch16_224`.
         model_args: options of that model, e.g. `{mask_ratio: 0.75, img_size: 224}`.
-        checkpoint: file of weights to start from; None starts from random ones. A run that goes
-            on from its own checkpoint leaves it be.
-        lr: peak learning rate for `lr_batch` images a step. The rate used is
-            `lr * global batch / lr_batch`, the global batch being images per process times
-            processes times `accumulate_grad_batches`.
-        lr_batch: see `lr`.
-        min_lr: where the cosine ends.
-        warmup_lr: where the linear warm-up starts.
-        warmup_epochs: length of the warm-up; the cosine starts after it.
-        weight_decay: of every parameter of two or more dimensions.
-        betas: of AdamW.
-        ema_decay: decay of the averaged weights, which are validated and exported; None trains
-            without them.
-        grad_checkpointing: recompute each block in the backward pass, for memory.
-        capture: on a GPU, record the model's forward and backward pass as CUDA graphs and replay
-            them: the same steps, several times faster where the model is small. Not with
-            `grad_checkpointing`.
+        checkpoint: file of weights to start from; None starts from random ones. Ignored when
+            resuming.
         pictures_every_n_epochs: draw what the model makes of some validation images so often;
             the data must then tell the `mean` and `std` of their normalisation. None draws none.
+        **options: of `Task`.
 
     Raises:
-        UserError: unknown model or model option, or a model that is no masked autoencoder;
-            checkpoint that does not fit the model; warm-up as long as the run.
+        UserError: as `Task`; a model that is no masked autoencoder.
     """
 
     monitor, monitor_mode = "val/loss", "min"
 
     def __init__(
         self,
-        model: str,
-        model_args: dict[str, Any] | None = None,
-        checkpoint: str | None = None,
+        *args: Any,
         lr: float = 1.5e-4,
         lr_batch: int = 256,
-        min_lr: float = 0.0,
-        warmup_lr: float = 0.0,
         warmup_epochs: float = 40,
-        weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
-        ema_decay: float | None = None,
-        grad_checkpointing: bool = False,
-        capture: bool = True,
         pictures_every_n_epochs: int | None = 10,
+        **options: Any,
     ) -> None:
         super().__init__(
-            model,
-            model_args,
-            checkpoint,
+            *args,
+            num_classes=None,
             lr=lr,
             lr_batch=lr_batch,
-            min_lr=min_lr,
-            warmup_lr=warmup_lr,
             warmup_epochs=warmup_epochs,
-            ema_decay=ema_decay,
-            grad_checkpointing=grad_checkpointing,
-            capture=capture,
+            weight_decay_end=None,
+            no_decay=None,
+            layer_decay=None,
+            blocks_per_decay=1,
+            betas=betas,
+            **options,
         )
-        self.save_hyperparameters()  # a checkpoint says what it is a checkpoint of
-        self.weight_decay = weight_decay
-        self.betas = betas
         self.pictures_every_n_epochs = pictures_every_n_epochs
 
     def configure_model(self) -> None:
@@ -136,7 +110,3 @@ class Pretraining(Task):
         images = batch[0]
         loss = self(images, self._validation_masks).loss
         self.log("val/loss", loss, batch_size=len(images), sync_dist=True)
-
-    def make_optimizer(self) -> optim.Optimizer:
-        groups = parameter_groups(self.model, self.weight_decay)
-        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)

@@ -31,16 +31,8 @@ class LinearProbe(Classification):
             `fastvim_base_patch16_224`.
         model_args: options of that model; `pool_scale: 0.25` for a FastVim encoder that was
             pre-trained with 75 % masked.
-        num_classes: width of the head; None takes the data's.
-        checkpoint: file of the backbone's weights, its head if any left out; None probes random
-            weights. A run that goes on from its own checkpoint leaves it be.
-        lr: peak learning rate for `lr_batch` images a step. The rate used is
-            `lr * global batch / lr_batch`, the global batch being images per process times
-            processes times `accumulate_grad_batches`.
-        lr_batch: see `lr`.
-        min_lr: where the cosine ends.
-        warmup_lr: where the linear warm-up starts.
-        warmup_epochs: length of the warm-up; the cosine starts after it.
+        checkpoint: file of the backbone's weights, without its head; None probes random weights.
+            Ignored when resuming.
         momentum: of LARS.
         weight_decay: of the head's weight; its bias has none.
         trust_coefficient: of LARS: how far a step goes, as a part of the weight's norm. The bias
@@ -71,8 +63,8 @@ class LinearProbe(Classification):
         super().__init__(
             model,
             model_args,
-            num_classes,
             checkpoint,
+            num_classes=num_classes,
             lr=lr,
             lr_batch=lr_batch,
             min_lr=min_lr,

@@ -18,9 +18,9 @@ from fastvim.models import FastVim, FeatureMaps
 from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
 from fastvim.models.heads.upernet import UPerNet
 from fastvim.models.vision import Source
-from fastvim.tasks.dense_task import NO_DECAY, DenseTask
+from fastvim.tasks.dense_task import DenseTask
 from fastvim.tasks.metrics import SegmentationMetrics
-from fastvim.tasks.optim import parameter_groups, warmup_linear
+from fastvim.tasks.optim import warmup_linear
 
 # Images (3, H, W) and classes (H, W) each: tensors in training, lists in evaluation.
 Batch = tuple[Iterable[Tensor], Iterable[Tensor]]
@@ -29,18 +29,10 @@ Batch = tuple[Iterable[Tensor], Iterable[Tensor]]
 class Segmentation(DenseTask):
     """Trains and evaluates UPerNet over a FastVim or Vim on (image, class of each pixel) batches.
 
-    The defaults are the published ADE20K recipe: AdamW, a linear warm-up, then a line to 0. The
-    data module must have `batch_size`, `class_names` and, where `num_classes` is None,
-    `num_classes`. A prediction is resized to the size of the classes that it is compared with.
+    The defaults are the published ADE20K recipe: AdamW, a linear warm-up, then a line to 0. A
+    prediction is resized to the size of the classes that it is compared with.
 
     Args:
-        model: name of a fastvim or vim model, e.g. `fastvim_tiny_patch16_224`.
-        model_args: options of that model, e.g. `{norm: layer, drop_path_rate: 0.4}`.
-        num_classes: K; None takes the data's.
-        checkpoint: file of weights to start from: a classifier's or masked autoencoder's, of which
-            head and last norm are left out, or a whole segmentation model's. RMS norms give their
-            weights to the LayerNorms of `norm: layer`. None starts from random ones. A run that
-            goes on from its own checkpoint leaves it be.
         out_indices: blocks whose maps the head reads.
         source: "mixer" as published, or the "residual" stream (`fastvim.models.FeatureMaps`).
         channels: width of the head.
@@ -51,25 +43,10 @@ class Segmentation(DenseTask):
         stride: pixels from one window to the next.
         scales: factors on the sides of an image; a prediction is the mean over them.
         flip: predict the mirror images as well, for the mean.
-        lr: peak learning rate for `lr_batch` images a step. The rate used is
-            `lr * global batch / lr_batch`, the global batch being images per process times
-            processes times `accumulate_grad_batches`.
-        lr_batch: see `lr`.
-        min_lr: where the rate ends.
-        warmup_lr: where the linear warm-up starts.
-        warmup_steps: length of the warm-up, in optimiser steps.
-        weight_decay: of every parameter of two or more dimensions but those of `no_decay`.
-        no_decay: shell patterns of parameter names without weight decay; None for the position
-            embedding, the class token and A_log.
-        betas: of AdamW.
-        grad_checkpointing: recompute each block in the backward pass, for memory.
-        capture: on a GPU, record the model's forward and backward pass as CUDA graphs and replay
-            them: the same steps, several times faster where the model is small. Not with
-            `grad_checkpointing`.
+        **options: of `DenseTask`.
 
     Raises:
-        UserError: unknown model or model option; a model or a checkpoint that does not fit; one
-            image a step; warm-up as long as the run.
+        UserError: as `Task`; one image a step.
     """
 
     monitor, monitor_mode = "val/miou", "max"
@@ -77,10 +54,7 @@ class Segmentation(DenseTask):
 
     def __init__(
         self,
-        model: str,
-        model_args: dict[str, Any] | None = None,
-        num_classes: int | None = None,
-        checkpoint: str | None = None,
+        *args: Any,
         out_indices: tuple[int, ...] = (5, 11, 17, 23),
         source: Source = "mixer",
         channels: int = 512,
@@ -93,29 +67,22 @@ class Segmentation(DenseTask):
         flip: bool = False,
         lr: float = 6e-5,
         lr_batch: int = 16,
-        min_lr: float = 0.0,
         warmup_lr: float = 1e-6,
         warmup_steps: int = 1500,
         weight_decay: float = 0.01,
-        no_decay: list[str] | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        grad_checkpointing: bool = False,
-        capture: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(
-            model,
-            model_args,
-            checkpoint,
+            *args,
             lr=lr,
             lr_batch=lr_batch,
-            min_lr=min_lr,
             warmup_lr=warmup_lr,
             warmup_steps=warmup_steps,
-            grad_checkpointing=grad_checkpointing,
-            capture=capture,
+            weight_decay=weight_decay,
+            layer_decay=None,
+            blocks_per_decay=1,
+            **options,
         )
-        self.save_hyperparameters()  # a checkpoint says what it is a checkpoint of
-        self.num_classes = num_classes
         self.out_indices, self.source = tuple(out_indices), source
         self.channels, self.aux_channels = channels, aux_channels
         self.aux_weight, self.drop_rate = aux_weight, drop_rate
@@ -123,20 +90,16 @@ class Segmentation(DenseTask):
         if not scales or min(scales) <= 0:
             raise UserError(f"scales {list(scales)}: expected factors above 0")
         self.scales, self.flip = tuple(scales), flip
-        self.weight_decay, self.betas = weight_decay, betas
-        self.no_decay = list(NO_DECAY) if no_decay is None else no_decay
         self._test_iou: dict[str, float] = {}
 
     # The network and its weights.
 
     def configure_model(self) -> None:
         """Build the network and the metrics; Lightning calls it."""
-        if self.model is not None:
-            return
-        num_classes = self.num_classes or self._data.num_classes
-        self.model = self.build_model(num_classes=num_classes)
-        self.val_metrics = SegmentationMetrics(num_classes, IGNORE_INDEX)
-        self.test_metrics = SegmentationMetrics(num_classes, IGNORE_INDEX)
+        if self.model is None:
+            super().configure_model()
+            self.val_metrics = SegmentationMetrics(self.head_classes)
+            self.test_metrics = SegmentationMetrics(self.head_classes)
 
     def add_head(self, backbone: FastVim, **options: Any) -> nn.Module:
         depth = len(backbone.blocks)
@@ -160,7 +123,7 @@ class Segmentation(DenseTask):
             "window": self.window,
             "stride": self.stride,
         }
-        names = list(self._data.class_names)
+        names = list(self.data.class_names)
         return {**super().exported_metadata(), "segmentation": head, "class_names": names}
 
     # Training.
@@ -179,13 +142,9 @@ class Segmentation(DenseTask):
         return warmup_linear(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        if self._data.batch_size * self.trainer.world_size == 1:
+        if self.data.batch_size * self.trainer.world_size == 1:
             raise UserError("batch_size 1: expected 2 or more, the head has batch norms")
         return super().configure_optimizers()
-
-    def make_optimizer(self) -> optim.Optimizer:
-        groups = parameter_groups(self.model, self.weight_decay, no_decay=self.no_decay)
-        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
 
     # Evaluation.
 
@@ -211,7 +170,7 @@ class Segmentation(DenseTask):
 
     def on_test_epoch_end(self) -> None:
         iou = self._log_metrics("test", self.test_metrics)
-        self._test_iou = dict(zip(self._data.class_names, iou.tolist(), strict=True))
+        self._test_iou = dict(zip(self.data.class_names, iou.tolist(), strict=True))
 
     def _evaluate(self, batch: Batch, loss_name: str, metrics: SegmentationMetrics) -> list[Tensor]:
         predicted = []

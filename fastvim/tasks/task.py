@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -15,7 +16,8 @@ from fastvim.errors import UserError, first_few
 from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
 from fastvim.tasks.callbacks.ema import EMA
-from fastvim.tasks.optim import WeightDecayCosine, count_steps, warmup_cosine
+from fastvim.tasks.optim import WeightDecayCosine, count_steps, parameter_groups, warmup_cosine
+from fastvim.tasks.protocols import TaskData
 from fastvim.weights import load_weights
 
 _logger = logging.getLogger(__name__)
@@ -25,75 +27,94 @@ class Task(L.LightningModule):
     """Trains a timm model on a schedule of optimiser steps: warm-up, then a cosine.
 
     A subclass sets `monitor` and `monitor_mode`, builds `self.model` in `configure_model`, and
-    gives the steps and `make_optimizer`. The data module must have `batch_size` (images per
-    process).
+    gives the steps. The options of a recipe are declared here once. A subclass adds its own, states
+    its defaults, and passes the rest on as `**options`, where the command line finds them. What it
+    gives to this constructor itself is fixed: the command line offers no such option.
 
     Args:
-        model: name of a timm model.
-        model_args: options of that model.
-        checkpoint: file of weights to start from; None starts from random ones.
+        model: name of a timm model, e.g. `fastvim_tiny_patch16_224`.
+        model_args: options of that model, e.g. `{drop_path_rate: 0.05, img_size: 224}`.
+        checkpoint: file of weights to start from; None starts from random ones. Training makes
+            a new head if the file has none (a masked autoencoder's, whose encoder is taken) or one
+            for another number of classes. Ignored when resuming.
+        num_classes: width of the head; None takes the data's.
         lr: peak learning rate for `lr_batch` images a step. The rate used is
-            `lr * global batch / lr_batch`, the global batch being images per process times
+            `lr * global batch / lr_batch`. The global batch is images per process times
             processes times `accumulate_grad_batches`.
-        lr_batch: see `lr`.
-        min_lr: where the cosine ends.
+        lr_batch: the global batch that `lr` is for.
+        min_lr: where the schedule ends.
         warmup_lr: where the linear warm-up starts.
-        warmup_epochs: length of the warm-up; the cosine starts after it.
-        weight_decay_end: where the optimiser's weight decay ends, along half a cosine over the
-            run; None keeps it as it is.
+        warmup_epochs: length of the warm-up; the cosine starts after it. A warm-up as long as the
+            run is shortened to a tenth of the run.
+        weight_decay: of every parameter of two or more dimensions.
+        weight_decay_end: where it ends, along half a cosine over the run; None keeps it.
+        no_decay: shell patterns of further parameter names without weight decay.
+        layer_decay: factor of the rate from one layer to the one below it; None for one rate.
+        blocks_per_decay: how many consecutive blocks share one factor of `layer_decay`.
+        betas: of AdamW.
         ema_decay: decay of the averaged weights, which are validated and exported; None trains
             without them.
-        grad_checkpointing: recompute each block in the backward pass, for memory.
-        capture: on a GPU, train with the model's passes captured as graphs, where the task calls it
-            through `call_model`.
+        grad_checkpointing: recompute each block in the backward pass, to save memory.
+        capture: on a GPU, record the model's forward and backward pass as CUDA graphs and replay
+            them: the same steps, several times faster where the model is small. Not with
+            `grad_checkpointing`.
+
+    Attributes:
+        resuming: whether the run resumes from a checkpoint of its own. That holds all weights:
+            `checkpoint` is then not read.
 
     Raises:
-        UserError: unknown model or model option; checkpoint that does not fit the model; warm-up
-            as long as the run.
+        UserError: unknown model or model option; checkpoint that does not fit the model.
     """
 
     monitor: str  # the metric that the best checkpoint is chosen by
     monitor_mode: str  # "max" if higher is better, "min" if lower is
+    default_no_decay: tuple[str, ...] = ()  # where `no_decay` is None
 
     def __init__(
         self,
         model: str,
-        model_args: dict[str, Any] | None,
-        checkpoint: str | None,
+        model_args: dict[str, Any] | None = None,
+        checkpoint: str | None = None,
         *,
+        num_classes: int | None = None,
         lr: float,
         lr_batch: int,
-        min_lr: float,
-        warmup_lr: float,
+        min_lr: float = 0.0,
+        warmup_lr: float = 0.0,
         warmup_epochs: float,
+        weight_decay: float = 0.05,
         weight_decay_end: float | None = None,
+        no_decay: list[str] | None = None,
+        layer_decay: float | None = None,
+        blocks_per_decay: int = 1,
+        betas: tuple[float, float] = (0.9, 0.999),
         ema_decay: float | None = None,
         grad_checkpointing: bool = False,
-        capture: bool = False,
+        capture: bool = True,
     ) -> None:
         super().__init__()
-        self.model_name = model
-        self.model_args = model_args or {}
-        self.checkpoint = checkpoint
+        self.save_hyperparameters()  # of the subclass too: a checkpoint says what it is of
+        self.model_name, self.model_args = model, model_args or {}
+        self.checkpoint, self.num_classes = checkpoint, num_classes
         self.lr, self.lr_batch, self.min_lr = lr, lr_batch, min_lr
         self.warmup_lr, self.warmup_epochs = warmup_lr, warmup_epochs
-        self.weight_decay_end = weight_decay_end
-        self._weight_decay: WeightDecayCosine | None = None
-        self.ema_decay = ema_decay
-        self.grad_checkpointing = grad_checkpointing
-        self.capture = capture
-        # One or none; in a list, since a layer's weights would be listed a second time.
-        self._graphed: list[GraphedModel] = []
+        self.weight_decay, self.weight_decay_end = weight_decay, weight_decay_end
+        self.no_decay = list(self.default_no_decay) if no_decay is None else no_decay
+        self.layer_decay, self.blocks_per_decay = layer_decay, blocks_per_decay
+        self.betas, self.ema_decay = betas, ema_decay
+        self.grad_checkpointing, self.capture = grad_checkpointing, capture
+        self.resuming = False
         self.model: nn.Module | None = None
+        self._weight_decay: WeightDecayCosine | None = None
+        self._captured: Callable[[Tensor], Any] | None = None
 
     # The network and its weights.
 
     def build_model(self, **options: Any) -> nn.Module:
-        """The network, with the weights to start from.
+        """The network, with the weights of `checkpoint` if there is one.
 
-        Those are left out where the run goes on from a checkpoint of its own
-        (`trainer.ckpt_path`), which holds all weights. Training makes a new head if the file has
-        none, or one for another number of classes.
+        In training it gets a new head if the file has none, or one for another number of classes.
         """
         model = self.create_network(**options)
         if self.initial_weights is not None:
@@ -109,8 +130,13 @@ class Task(L.LightningModule):
 
     @property
     def initial_weights(self) -> str | None:
-        """The file to start from; None also where a checkpoint of the run's own is gone on from."""
-        return self.checkpoint if self.checkpoint and not self.trainer.ckpt_path else None
+        """The file to start from; None when resuming."""
+        return None if self.resuming else self.checkpoint
+
+    @property
+    def head_classes(self) -> int:
+        """Number of classes: the option's, or the data's."""
+        return self.num_classes or self.data.num_classes
 
     def exported_weights(self) -> dict[str, Tensor]:
         """Weights of the trained model, as `fastvim.weights.save` takes them."""
@@ -143,7 +169,10 @@ class Task(L.LightningModule):
 
     def make_optimizer(self) -> optim.Optimizer:
         """The optimiser of the trainable parameters, at the peak rate."""
-        raise NotImplementedError
+        groups = parameter_groups(
+            self.model, self.weight_decay, self.layer_decay, self.blocks_per_decay, self.no_decay
+        )
+        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [] if self.ema_decay is None else [EMA(self.ema_decay)]
@@ -160,17 +189,8 @@ class Task(L.LightningModule):
         return warmup_cosine(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        steps_per_epoch, total_steps = count_steps(self.trainer)
-        warmup_steps, source = self.warmup(steps_per_epoch)
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            warmup_steps = 0
-        else:
-            self._check_averaging(total_steps)
-        if warmup_steps >= total_steps:
-            raise UserError(
-                f"{source} but the whole run is {total_steps} steps: shorten the warm-up or train "
-                "longer"
-            )
+        steps_per_epoch, total_steps = count_steps(self.trainer, self.data)
+        warmup_steps = self._fit_warmup(steps_per_epoch, total_steps)
         optimizer = self.make_optimizer()
         scheduler = self.make_scheduler(optimizer, total_steps, warmup_steps)
         if self.weight_decay_end is not None:
@@ -180,6 +200,23 @@ class Task(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _fit_warmup(self, steps_per_epoch: int, total_steps: int) -> int:
+        """Steps of the warm-up; a tenth of the run where it would be as long as the run."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return 0
+        self._check_averaging(total_steps)
+        steps, source = self.warmup(steps_per_epoch)
+        if steps < total_steps:
+            return steps
+        if self.trainer.is_global_zero:
+            _logger.warning(
+                "%s but the whole run is %d steps: the warm-up is shortened to %d",
+                source,
+                total_steps,
+                total_steps // 10,
+            )
+        return total_steps // 10
 
     def _check_averaging(self, total_steps: int) -> None:
         """Warn of an average that has not forgotten the initial weights when the run ends."""
@@ -203,8 +240,7 @@ class Task(L.LightningModule):
     def call_model(self, images: Tensor) -> Any:
         """What the model gives for images; in a fit with `capture`, by a `GraphedModel`."""
         assert self.model is not None
-        model = self._graphed[0] if self._graphed else self.model
-        return model(images)
+        return (self._captured or self.model)(images)
 
     def on_fit_start(self) -> None:
         # Recomputing blocks draws on random states that a graph cannot tell; other strategies than
@@ -212,10 +248,11 @@ class Task(L.LightningModule):
         whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
         if self.capture and whole and not self.grad_checkpointing:
             assert self.model is not None
-            self._graphed = [GraphedModel(self.model)]
+            # Its method alone: a submodule would list the model's weights a second time.
+            self._captured = GraphedModel(self.model).__call__
 
     def on_fit_end(self) -> None:
-        self._graphed = []  # the graphs hold memory
+        self._captured = None  # the graphs hold memory
 
     def log_training(self, loss: Tensor, batch_size: int | None = None) -> None:
         """Log a training step's loss, and the highest rate of any group.
@@ -239,7 +276,7 @@ class Task(L.LightningModule):
     def global_batch(self) -> int:
         """Images of one optimiser step over all processes."""
         trainer = self.trainer
-        return self._data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        return self.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
 
     @property
     def peak_lr(self) -> float:
@@ -247,7 +284,8 @@ class Task(L.LightningModule):
         return self.lr * self.global_batch / self.lr_batch
 
     @property
-    def _data(self) -> Any:
+    def data(self) -> TaskData:
+        """The data module of the run."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
 

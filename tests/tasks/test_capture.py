@@ -29,7 +29,7 @@ class Captured(L.Callback):
     """Whether the last batch was a replay."""
 
     def on_train_batch_end(self, trainer, pl_module, *args) -> None:
-        self.last = any(graphed.captured for graphed in pl_module._graphed)
+        self.last = pl_module._captured is not None and pl_module._captured.__self__.captured
 
 
 def fit(task: Task, folder, data, device: str, **settings) -> tuple[list[torch.Tensor], bool]:
@@ -38,7 +38,7 @@ def fit(task: Task, folder, data, device: str, **settings) -> tuple[list[torch.T
     captured = Captured()
     callbacks = (SeedSteps(3), captured)
     trainer(folder, *callbacks, accelerator=device, devices=1, **settings).fit(task, data)
-    assert not task._graphed
+    assert task._captured is None
     return [parameter.detach().cpu() for parameter in task.parameters()], captured.last
 
 

@@ -179,16 +179,45 @@ def test_bfloat16_mixed_precision_trains(tmp_path, data):
     assert fit.callback_metrics["train/loss"].isfinite()
 
 
+def test_an_unknown_model_option_is_named(tmp_path, data):
+    with pytest.raises(UserError, match=r"no option 'img_sise' \(nearest: img_size"):
+        trainer(tmp_path).fit(task(model_args={"img_sise": 32}), datamodule=data)
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "steps", "asked", "warmup"),
     [
-        ({"model_args": {"img_sise": 32}}, r"no option 'img_sise' \(nearest: img_size"),
-        ({"warmup_epochs": 1}, "warmup_epochs is 1 .* whole run is 12 steps"),
+        ({"max_epochs": 3}, 36, 24, 24),
+        ({"max_steps": 11}, 11, 24, 1),
+        ({"limit_train_batches": 2}, 2, 4, 0),
     ],
+    ids=["fits", "steps", "batches"],
 )
-def test_mistakes_are_named(tmp_path, data, settings, message):
-    with pytest.raises(UserError, match=message):
-        trainer(tmp_path).fit(task(**settings), datamodule=data)
+def test_a_warm_up_as_long_as_the_run_is_shortened(
+    tmp_path, data, caplog, settings, steps, asked, warmup
+):
+    """An epoch has 12 batches. The warm-up lasts two epochs, or a tenth of a shorter run."""
+    rates = []
+
+    class Rates(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    classifier = task(lr=0.512, warmup_epochs=2, min_lr=0.0, ema_decay=None)
+    trainer(tmp_path, Rates(), **settings).fit(classifier, datamodule=data)
+    assert len(rates) == steps
+    assert max(rates) == pytest.approx(rates[max(warmup - 1, 0)])
+    lines = [line for line in caplog.messages if "warm-up" in line]
+    message = (
+        f"warmup_epochs is 2 ({asked} steps) but the whole run is {steps} steps: the warm-up is "
+        f"shortened to {warmup}"
+    )
+    assert lines == ([] if asked == warmup else [message])
+
+
+def test_a_limit_that_leaves_no_batches_is_named(tmp_path, data):
+    with pytest.raises(UserError, match=r"limit_train_batches=0\.01 leaves none of 12 batches"):
+        trainer(tmp_path, limit_train_batches=0.01).fit(task(), datamodule=data)
 
 
 def test_odd_batches_cannot_be_mixed(tmp_path, image_folder):

@@ -228,7 +228,6 @@ def test_evaluation_needs_a_whole_model(tmp_path, shapes):
     ("options", "message"),
     [
         ({"model": "resnet10t", "model_args": {}}, "model resnet10t: expected a fastvim"),
-        ({"warmup_steps": 3}, "the whole run is 3 steps"),
         ({"checkpoint": "nowhere.ckpt"}, "no checkpoint at nowhere.ckpt"),
         ({"drops": (0.9, 0.5)}, r"drops \[0.9, 0.5\]"),
         ({"drops": (100.0,)}, r"drops \[100.0\]: expected shares"),
