@@ -1,105 +1,49 @@
 """The command line: `fastvim COMMAND …`.
 
-Each command is imported when it is asked for, so that `fastvim --help` does not wait for Lightning.
+A command's module imports the library when the command runs, so that help needs no torch.
 """
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import importlib
 import importlib.metadata
+import io
+import json
+import os
 import sys
-from collections.abc import Callable
+import time
+from pathlib import Path
 from typing import NamedTuple
 
-from fastvim.errors import UserError, nearest
-
-Run = Callable[[list[str]], None]
+from fastvim_cli.extras import needed_extra
 
 
 class Command(NamedTuple):
-    """A line of the help page, and how to get at the function that runs the command."""
+    """A line of the help page, and the module here whose `run` takes the command's arguments."""
 
     help: str
-    load: Callable[[], Run]
-
-
-def _train() -> Run:
-    from fastvim_cli.train import run
-
-    return run
-
-
-def _predict() -> Run:
-    from fastvim_cli.predict import run
-
-    return run
-
-
-def _reconstruct() -> Run:
-    from fastvim_cli.reconstruct import run
-
-    return run
-
-
-def _segment() -> Run:
-    from fastvim_cli.segment import run
-
-    return run
-
-
-def _detect() -> Run:
-    from fastvim_cli.detect import run
-
-    return run
-
-
-def _convert() -> Run:
-    from fastvim_cli.convert import run
-
-    return run
-
-
-def _models() -> Run:
-    from fastvim_cli.models import run
-
-    return run
-
-
-def _benchmark() -> Run:
-    from fastvim_cli.benchmark import run
-
-    return run
-
-
-def _data() -> Run:
-    from fastvim_cli.data import run
-
-    return run
-
-
-def _channels() -> Run:
-    from fastvim_cli.channels import run
-
-    return run
+    module: str
 
 
 # `fit`, `validate` and `test` are one module: it gets the command's name as the first argument.
 COMMANDS = {
-    "fit": Command("train a model as a recipe says", _train),
-    "validate": Command("evaluate a checkpoint on the validation images", _train),
-    "test": Command("evaluate a checkpoint on the test images", _train),
-    "predict": Command("classify image files and folders", _predict),
-    "reconstruct": Command("draw what a masked autoencoder makes of images", _reconstruct),
-    "segment": Command("draw the class of every pixel of image files", _segment),
-    "detect": Command("draw boxes and masks of the objects in image files", _detect),
-    "channels": Command("evaluate channel models on subsets of the channels", _channels),
-    "data": Command("check a recipe's images; mean and deviation of their channels", _data),
-    "convert": Command("turn published weights into a safetensors file", _convert),
-    "benchmark": Command("time models, each checked for correctness first", _benchmark),
-    "models": Command("list the models and the engines that compute them", _models),
+    "fit": Command("train a model as a recipe says", "train"),
+    "validate": Command("evaluate a checkpoint on the validation images", "train"),
+    "test": Command("evaluate a checkpoint on the test images", "train"),
+    "predict": Command("classify image files and folders", "predict"),
+    "reconstruct": Command("draw what a masked autoencoder makes of images", "reconstruct"),
+    "segment": Command("draw the class of every pixel of image files", "segment"),
+    "detect": Command("draw boxes and masks of the objects in image files", "detect"),
+    "channels": Command("evaluate channel models on subsets of the channels", "channels"),
+    "data": Command("check a recipe's images; mean and deviation of their channels", "data"),
+    "convert": Command("turn published weights into a safetensors file", "convert"),
+    "benchmark": Command("time models, each checked for correctness first", "benchmark"),
+    "models": Command("list the models and the engines that compute them", "models"),
 }
-TRAINING = ("fit", "validate", "test")
 
-EXIT_USER_ERROR = 2
+EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 
 
@@ -107,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     A mistake of the user is one line on standard error and code 2; `--debug`, anywhere, shows
-    the traceback as well. A defect of ours keeps its traceback.
+    the traceback as well. A bug keeps its traceback.
 
     Args:
         argv: the words after `fastvim`; those of the process when None.
@@ -115,49 +59,74 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         _dispatch(words)
-    except (UserError, FileNotFoundError) as error:
-        if debug:
+    except Exception as error:
+        line = _mistake(error)
+        if debug or line is None:
             raise
-        message = " ".join(str(error).split())
-        sys.stderr.write(f"fastvim: error: {message}\n")
-        return EXIT_USER_ERROR
+        print(f"fastvim: error: {line}", file=sys.stderr)
+        _tell_torchrun(line)
+        return EXIT_MISTAKE
     except KeyboardInterrupt as interrupt:
         if debug:
             raise
         advice = f"; {interrupt}" if str(interrupt) else ""
-        sys.stderr.write(f"fastvim: interrupted{advice}\n")
+        print(f"fastvim: interrupted{advice}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
 
+def _mistake(error: Exception) -> str | None:
+    """The line about a mistake of the user, or None for a bug."""
+    if isinstance(error, ModuleNotFoundError):
+        return needed_extra(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    library = sys.modules.get("fastvim.errors")  # imported, if it raised the error
+    mistakes = (argparse.ArgumentError, FileNotFoundError)
+    if isinstance(error, mistakes) or (library and isinstance(error, library.UserError)):
+        return " ".join(str(error).split())
+    return None
+
+
+def _tell_torchrun(line: str) -> None:
+    """Write the line where torchrun's report, the last on the terminal, takes its cause from."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+
+
 def _dispatch(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help", "help"):
-        sys.stdout.write(_help_page())
+        print(_help_page())
         return
     if words[0] == "--version":
-        sys.stdout.write(f"fastvim {importlib.metadata.version('fastvim')}\n")
+        print(f"fastvim {importlib.metadata.version('fastvim')}")
         return
     name, arguments = words[0], words[1:]
     if name not in COMMANDS:
-        raise UserError(f"unknown command '{name}'{nearest(name, COMMANDS)}; see fastvim --help")
-    COMMANDS[name].load()(words if name in TRAINING else arguments)
+        matches = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = f" (nearest: {matches[0]})" if matches else ""
+        raise argparse.ArgumentError(None, f"unknown command '{name}'{near}; see fastvim --help")
+    module = COMMANDS[name].module
+    run = importlib.import_module(f"fastvim_cli.{module}").run
+    run(words if module == "train" else arguments)
 
 
 def _help_page() -> str:
-    lines = [f"  {name:<12} {command.help}" for name, command in COMMANDS.items()]
+    commands = [f"  {name:<12} {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fastvim COMMAND [ARGUMENT …]",
             "",
             "Fast vision Mamba: train, evaluate and use.",
             "",
-            *lines,
+            *commands,
             "",
             "fastvim COMMAND --help tells a command's arguments. Everywhere:",
             "  --debug    show the traceback of an error",
             "  --version  print the version",
-            "",
         ]
     )

@@ -1,25 +1,57 @@
-"""Arguments of the commands that are not Lightning's."""
+"""Arguments of the commands that are not Lightning's. Nothing here imports torch early."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-
-from fastvim.errors import UserError
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a UserError: one line and exit code 2, as everywhere."""
+    """argparse whose mistakes are an exception, so that `main` prints them as all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise argparse.ArgumentError(None, f"{message}; see {self.prog} --help")
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of that name, or a UserError where this machine has none."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option `--device`, for `usable_device`."""
+    parser.add_argument("--device", metavar="DEVICE", help="default: cuda where there is one")
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name; None for a GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    import torch
+
+    from fastvim.errors import UserError
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable on this machine") from error
+
+
+def local_path(text: str) -> Path:
+    """A path; the shell leaves the `~` of `--out=~/x` to us."""
+    return Path(text).expanduser()
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads a whole number that is not smaller."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected {least} or more")
+        return int(text)
+
+    return number

@@ -8,40 +8,19 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
+from fastvim_cli.arguments import Parser, add_device, at_least, local_path, usable_device
+from fastvim_cli.console import note, table, track
 
-from fastvim.benchmark import (
-    MODES,
-    PRECISIONS,
-    Bench,
-    Case,
-    Record,
-    Row,
-    Settings,
-    check_names,
-    draw,
-    markdown,
-    parse_size,
-)
-from fastvim.benchmark.cases import size_name
-from fastvim.benchmark.record import device_name, environment, rate_text
-from fastvim.errors import UserError
-from fastvim.ops import engine_name, use_engine
-from fastvim.ops.dispatch import OPS
-from fastvim_cli.arguments import Parser, usable_device
+if TYPE_CHECKING:
+    from fastvim.benchmark import Bench, Case, Record, Row, Settings
 
 EXIT_WRONG = 1
+
+# Those of `fastvim.benchmark`, which imports torch; a test compares.
+MODES = ("eager", "compiled", "graph", "compiled-graph")
+DTYPES = ("float32", "float16", "bfloat16", "amp")
 
 DESCRIPTION = """\
 Time models of this library and of timm, at random weights on random images.
@@ -77,29 +56,34 @@ def _parser() -> Parser:
     help = "sides in pixels, or HEIGHTxWIDTH (default: 224)"
     add("--size", nargs="+", default=["224"], metavar="N", help=help)
     help = "images at a time: one number, or one for each size (default: 32)"
-    add("--batch", nargs="+", type=int, default=[32], metavar="N", help=help)
+    add("--batch", nargs="+", type=at_least(1), default=[32], metavar="N", help=help)
     help = (
         "amp: bfloat16 autocast over float32 weights (default: on CUDA bfloat16, with --train amp;"
     )
-    add("--dtype", choices=list(PRECISIONS), help=f"{help} elsewhere float32)")
+    add("--dtype", choices=DTYPES, help=f"{help} elsewhere float32)")
     help = "graph: one captured CUDA graph; compiled-graph: torch.compile, then captured"
     help += " (default: graph on CUDA, eager elsewhere)"
     add("--mode", nargs="+", choices=MODES, help=help)
     add("--train", action="store_true", help="time forward and backward")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, metavar="DEVICE", help=f"default: {device}")
+    add_device(parser)
     add("--engine", metavar="NAME", help="serve our operations by this engine, as use_engine does")
     add("--channels-last", action="store_true", help="memory format for convolutional models")
-    add("--warmup", type=int, default=10, metavar="N", help="untimed calls (default: 10)")
-    add("--repeats", type=int, default=10, metavar="N", help="timed groups of calls (default: 10)")
+    add("--warmup", type=at_least(1), default=10, metavar="N", help="untimed calls (default: 10)")
+    add(
+        "--repeats",
+        type=at_least(1),
+        default=10,
+        metavar="N",
+        help="timed groups of calls (default: 10)",
+    )
     add("--no-check", action="store_true", help="time without checking")
     add("--no-floor", action="store_true", help="leave out the floor of our models")
-    add("--out", type=Path, metavar="FILE.json", help="results, written after every row")
+    add("--out", type=local_path, metavar="FILE.json", help="results, written after every row")
     add("--append", action="store_true", help="keep the other rows that --out has")
-    add("--plot", type=Path, metavar="FILE.png", help="picture of images/s against size")
+    add("--plot", type=local_path, metavar="FILE.png", help="picture of images/s against size")
     add("--markdown", action="store_true", help="print a Markdown table")
     help = "measure nothing: show, plot or print the results in this file"
-    add("--from", dest="source", type=Path, metavar="FILE.json", help=help)
+    add("--from", dest="source", type=local_path, metavar="FILE.json", help=help)
     return parser
 
 
@@ -107,12 +91,16 @@ def run(argv: list[str]) -> None:
     """Run the command; see `fastvim benchmark --help`."""
     # Intermixed: models may follow options.
     arguments = _parser().parse_intermixed_args(argv)
-    console = Console(highlight=False)
+
+    from fastvim.benchmark import Bench, Record
+    from fastvim.benchmark.record import environment
+    from fastvim.errors import UserError
+
     if arguments.source is not None:
         if arguments.models:
             raise UserError(f"--from measures nothing: expected no models, got {arguments.models}")
         record = Record.load(arguments.source)
-        _show(console, record, record.rows, arguments)
+        _show(record, record.rows, arguments)
         return
     settings, cases = _settings(arguments), _cases(arguments)
     bench = Bench(settings)
@@ -122,16 +110,15 @@ def run(argv: list[str]) -> None:
     command = shlex.join(["fastvim", "benchmark", *argv])
     with _engine(arguments.engine):
         record.runs.append(environment(command, _engines(settings)))
-        rows = _measure(bench, cases, record, arguments.out, console)
-    _show(console, record, rows, arguments)
+        rows = _measure(bench, cases, record, arguments.out)
+    _show(record, rows, arguments)
     if any(row.wrong for row in rows):
         raise SystemExit(EXIT_WRONG)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    for name, value in (("warmup", arguments.warmup), ("repeats", arguments.repeats)):
-        if value < 1:
-            raise UserError(f"--{name} {value}: expected 1 or more")
+    from fastvim.benchmark import Settings
+
     device = usable_device(arguments.device)
     default = "amp" if arguments.train else "bfloat16"
     return Settings(
@@ -148,13 +135,14 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
     """Every model at every size in every mode; a model's modes follow one another."""
+    from fastvim.benchmark import Case, check_names, parse_size
+    from fastvim.errors import UserError
+
     if not arguments.models:
         raise UserError("expected the name of at least one model; fastvim models lists ours")
     check_names(arguments.models)
     sizes = [parse_size(text) for text in arguments.size]
     batches = arguments.batch
-    if min(batches) < 1:
-        raise UserError(f"--batch {min(batches)}: expected 1 or more")
     if len(batches) == 1:
         batches = batches * len(sizes)
     if len(batches) != len(sizes):
@@ -174,6 +162,10 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
 
 def _record(arguments: argparse.Namespace, settings: Settings) -> Record:
     """An empty record, or the one to append to."""
+    from fastvim.benchmark import Record
+    from fastvim.benchmark.record import device_name
+    from fastvim.errors import UserError
+
     device = device_name(settings.device)
     if not arguments.append:
         return Record(device)
@@ -190,6 +182,9 @@ def _record(arguments: argparse.Namespace, settings: Settings) -> Record:
 @contextmanager
 def _engine(name: str | None) -> Iterator[None]:
     """That engine, or with None whichever serves by itself."""
+    from fastvim.errors import UserError
+    from fastvim.ops import use_engine
+
     with ExitStack() as stack:
         if name is not None:
             try:
@@ -201,62 +196,51 @@ def _engine(name: str | None) -> Iterator[None]:
 
 def _engines(settings: Settings) -> dict[str, str]:
     """What serves each operation of our models in this run."""
+    from fastvim.ops import engine_name
+    from fastvim.ops.dispatch import OPS
+
     device, dtype = settings.device.type, settings.precision.products
     return {op: engine_name(op, device, dtype) for op in OPS}
 
 
-def _measure(
-    bench: Bench, cases: list[Case], record: Record, out: Path | None, console: Console
-) -> list[Row]:
+def _measure(bench: Bench, cases: list[Case], record: Record, out: Path | None) -> list[Row]:
     """Measure the cases, writing each row at once; an interruption shows what there is."""
-    errors = Console(stderr=True, highlight=False)
-    progress = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=errors,
-        transient=True,
-        disable=not errors.is_terminal,
-    )
+    from fastvim.benchmark.cases import size_name
+
     rows: list[Row] = []
     try:
-        with progress:
-            task = progress.add_task("", total=len(cases))
-            for case in cases:
-                description = f"{case.model}  {size_name(case.size)} ({case.batch})  {case.mode}"
-                progress.update(task, description=description)
-                rows.append(bench.measure(case))
-                record.add(rows[-1])
-                if out is not None:
-                    record.save(out)
-                progress.advance(task)
-                if not errors.is_terminal:  # a log file: a line for each row instead of the bar
-                    errors.print(f"{description}  {_rate(rows[-1])}", soft_wrap=True)
+        for case in track(cases, "measuring", len(cases)):
+            rows.append(bench.measure(case))
+            record.add(rows[-1])
+            if out is not None:
+                record.save(out)
+            if not sys.stderr.isatty():  # a log file: a line for each row
+                where = f"{case.model}  {size_name(case.size)} ({case.batch})  {case.mode}"
+                note(f"{where}  {_rate(rows[-1])}")
     except KeyboardInterrupt:
         if rows:
-            console.print(_table(rows))
+            print(_table(rows))
         kept = f"the rows so far are in {out}" if rows and out is not None else ""
         raise KeyboardInterrupt(kept) from None
     return rows
 
 
-def _show(console: Console, record: Record, rows: list[Row], arguments: argparse.Namespace) -> None:
+def _show(record: Record, rows: list[Row], arguments: argparse.Namespace) -> None:
     """Table or Markdown of the rows; picture of all in the record."""
+    from fastvim.benchmark import draw, markdown
+    from fastvim.benchmark.cases import size_name
+
     if arguments.markdown:
         sys.stdout.write(markdown(rows))
     else:
-        console.print(f"{record.device}, {_common(rows)}", markup=False)
-        console.print(_table(rows))
-    errors = Console(stderr=True, highlight=False)
+        print(f"{record.device}, {_common(rows)}")
+        print(_table(rows))
     for row in rows:
         if row.failure is not None:
-            where = f"{row.model} {size_name(row.size)} ({row.batch}) {row.mode}"
-            errors.print(f"{where}: {row.failure}", markup=False, soft_wrap=True, style="red")
+            note(f"{row.model} {size_name(row.size)} ({row.batch}) {row.mode}: {row.failure}")
     if arguments.plot is not None:
         draw(record, arguments.plot)
-        console.print(f"drawn in {arguments.plot}", markup=False, soft_wrap=True)
+        print(f"drawn in {arguments.plot}")
 
 
 def _common(rows: Iterable[Row]) -> str:
@@ -264,8 +248,10 @@ def _common(rows: Iterable[Row]) -> str:
     return "; ".join(", ".join(pair) for pair in sorted(words))
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Row]) -> str:
     """One line per row; columns that no row has are left out."""
+    from fastvim.benchmark.cases import size_name
+
     columns = {
         "model": [row.model for row in rows],
         "image": [size_name(row.size) for row in rows],
@@ -278,16 +264,12 @@ def _table(rows: list[Row]) -> Table:
         "share of floor": [_number(row.share_of_floor, ".0%") for row in rows],
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
-    table = Table(*shown, box=None)
-    for column in table.columns:
-        column.justify = "left" if column.header in ("model", "mode") else "right"
-        column.no_wrap = True
-    for cells in zip(*shown.values(), strict=True):
-        table.add_row(*cells)
-    return table
+    return table(list(shown), list(zip(*shown.values(), strict=True)), left=("model", "mode"))
 
 
 def _rate(row: Row) -> str:
+    from fastvim.benchmark.record import rate_text
+
     if row.images_per_second is not None and row.failure is None:
         return rate_text(row.images_per_second)
     return "failed" if row.wrong else "out of memory"

@@ -6,15 +6,14 @@ import argparse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import track
+from fastvim_cli.arguments import at_least
+from fastvim_cli.console import track
 
-from fastvim.data.base import DataModule
-from fastvim.data.dense_data import MISSING_IMAGE
-from fastvim.data.files import UnreadableImageError
-from fastvim.data.issues import Readable, SplitReport
-from fastvim.errors import UserError
+if TYPE_CHECKING:
+    from fastvim.data.files import UnreadableImageError
+    from fastvim.data.issues import Readable, SplitReport
 
 DESCRIPTION = """\
 Reads all images of a recipe's data with boxes, or with a class for each pixel, and counts what is
@@ -29,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own; the others are the recipe's."""
     add = parser.add_argument
     add("--config", metavar="FILE", action="append", required=True, help="a recipe")
-    add("--workers", type=int, default=4, metavar="N", help="files read at a time (default: 4)")
+    add(
+        "--workers",
+        type=at_least(1),
+        default=4,
+        metavar="N",
+        help="files read at a time (default: 4)",
+    )
     add("--no-read", dest="read", action="store_false", help="look at the lists of files alone")
 
 
@@ -43,11 +48,11 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     Raises:
         UserError: something is wrong that a run would stop at.
     """
-    if arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: expected 1 or more")
-    from fastvim_cli.train import TrainingCLI  # `fastvim data stats` does not wait for Lightning
+    from fastvim.data.base import DataModule
+    from fastvim.data.dense_data import MISSING_IMAGE
+    from fastvim.errors import UserError
+    from fastvim_cli.train import TrainingCLI
 
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     words = [f"--config={file}" for file in arguments.config] + overrides
     data = TrainingCLI("validate", [*words, "--trainer.accelerator=cpu"]).datamodule
     if not isinstance(data, DataModule):
@@ -60,11 +65,7 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     for split, report in reports.items():
         if arguments.read:
             failures = _read(report.files, arguments.workers)
-            title, quiet = f"reading {split}", not errors.is_terminal
-            total = len(report.files)
-            for failure in track(
-                failures, title, total, console=errors, transient=True, disable=quiet
-            ):
+            for failure in track(failures, f"reading {split}", len(report.files)):
                 # The lists have told of missing files.
                 if failure is not None and failure.kind != MISSING_IMAGE:
                     report.errors.add(failure.kind, str(failure))
@@ -74,16 +75,18 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
             lines.append(f"  {number:,} x {kind}, first: {first}")
         for kind, (number, first) in report.dropped.items():
             lines.append(f"  {number:,} x {kind}, left out in training, first: {first}")
-        console.print("\n".join(lines), markup=False, soft_wrap=True)
+        print("\n".join(lines))
     wrong = sum(n for one in reports.values() for n, _ in one.errors.values())
     if wrong:
         raise UserError(f"{wrong:,} mistakes would stop a run")
     if not any(one.dropped for one in reports.values()):
-        console.print("nothing wrong")
+        print("nothing wrong")
 
 
 def _read(files: Readable, workers: int) -> Iterator[UnreadableImageError | None]:
     """What is wrong with each sample, in their order."""
+
+    from fastvim.data.files import UnreadableImageError
 
     def read(index: int) -> UnreadableImageError | None:
         try:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
-from fastvim.weights import convert
-from fastvim_cli.arguments import Parser
+from fastvim_cli.arguments import Parser, local_path
 
 LICENCE = "The published FastVim weights are CC-BY-NC-SA: not for commercial use, converted or not."
 
@@ -19,8 +16,12 @@ def _parser() -> Parser:
         "library, or such a file back to published names. Of a segmentor or detector the backbone "
         "is taken. " + LICENCE,
     )
-    parser.add_argument("source", metavar="IN", help="published .ckpt or .pth, or .safetensors")
-    parser.add_argument("target", metavar="OUT", help=".safetensors (ours) or .ckpt (published)")
+    parser.add_argument(
+        "source", metavar="IN", type=local_path, help="published .ckpt or .pth, or .safetensors"
+    )
+    parser.add_argument(
+        "target", metavar="OUT", type=local_path, help=".safetensors (ours) or .ckpt (published)"
+    )
     parser.add_argument("--model", metavar="NAME", help="name of the model (default: by its sizes)")
     parser.add_argument(
         "--raw", action="store_true", help="the weights without averaging (default: EMA if present)"
@@ -38,13 +39,15 @@ def _parser() -> Parser:
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim convert --help`."""
     arguments = vars(_parser().parse_args(argv))
+
+    from fastvim.weights import convert
+
     source, target, model = (arguments.pop(key) for key in ("source", "target", "model"))
     raw = arguments.pop("raw")
     given = {option: value for option, value in arguments.items() if value is not None}
     found = convert(source, target, ema=not raw, model=model, model_args=given)
-    console = Console(highlight=False, soft_wrap=True)
     kind = {"EMA": "EMA weights", "raw": "weights without averaging"}
-    console.print(f"{source}: {kind.get(found['weights'], 'weights')} of [bold]{found['model']}[/]")
+    print(f"{source}: {kind.get(found['weights'], 'weights')} of {found['model']}")
     for option, value in {**found["model_args"], **found.get("features", {})}.items():
-        console.print(f"  {option:<17} {value}")
-    console.print(f"written to {target}")
+        print(f"  {option:<17} {value}")
+    print(f"written to {target}")

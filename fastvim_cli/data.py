@@ -12,54 +12,21 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-from fastvim.data.arrays import read_array
-from fastvim.data.remote import UnreadableFileError, is_url, join
-from fastvim.data.table import SPLITS, read_table, require_columns, require_values, splits_of
-from fastvim.errors import UserError
 from fastvim_cli import check
-from fastvim_cli.arguments import Parser
+from fastvim_cli.arguments import Parser, at_least
+from fastvim_cli.console import note, table, track
+
+if TYPE_CHECKING:
+    from fastvim.data.moments import Moments
+    from fastvim.data.remote import UnreadableFileError
 
 DESCRIPTION = """\
 Mean and standard deviation of each channel over all pixels, of the values as stored: what a recipe
 wants as mean and std. Without a column of splits, the training split is the one that a run with the
 same split_seed has.
 """
-
-
-class Moments(NamedTuple):
-    """Of each channel: the number of values, their mean and the sum of squared deviations.
-
-    Attributes:
-        number: of one channel; all have as many.
-        mean: float64 (C,).
-        squares: float64 (C,).
-    """
-
-    number: int
-    mean: np.ndarray
-    squares: np.ndarray
-
-    @classmethod
-    def of(cls, image: np.ndarray) -> Moments:
-        """Those of an image (C, H, W)."""
-        values = image.reshape(len(image), -1).astype(np.float64)
-        mean = values.mean(axis=1)
-        return cls(values.shape[1], mean, ((values - mean[:, None]) ** 2).sum(axis=1))
-
-    def __or__(self, other: Moments) -> Moments:
-        """Those of both sets of values (Chan, Golub, LeVeque 1979)."""
-        number = self.number + other.number
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.number / number)
-        between = delta**2 * (self.number * other.number / number)
-        return Moments(number, mean, self.squares + other.squares + between)
 
 
 def _parser() -> Parser:
@@ -76,13 +43,19 @@ def _parser() -> Parser:
     add("--path-column", default="path", metavar="NAME", help="default: path")
     add("--split-column", default="split", metavar="NAME", help="default: split")
     help = "images of this split (default: train)"
-    add("--split", choices=(*SPLITS, "all"), default="train", help=help)
+    add("--split", choices=("train", "val", "test", "all"), default="train", help=help)
     help = "of the permutation that divides a table without splits (default: 0)"
-    add("--split-seed", type=int, default=0, metavar="N", help=help)
-    add("--images", type=int, metavar="N", help="a random choice of so many (default: all)")
+    add("--split-seed", type=at_least(0), default=0, metavar="N", help=help)
+    add("--images", type=at_least(1), metavar="N", help="a random choice of so many (default: all)")
     add("--skip-unreadable", action="store_true", help="leave out what cannot be read, and say so")
-    add("--workers", type=int, default=4, metavar="N", help="files read at a time (default: 4)")
-    add("--attempts", type=int, default=4, metavar="N", help="to fetch a file (default: 4)")
+    add(
+        "--workers",
+        type=at_least(1),
+        default=4,
+        metavar="N",
+        help="files read at a time (default: 4)",
+    )
+    add("--attempts", type=at_least(1), default=4, metavar="N", help="to fetch a file (default: 4)")
     help = "arguments of the fsspec filesystem"
     add("--storage-options", type=_json, default={}, metavar="JSON", help=help)
     return parser
@@ -102,20 +75,15 @@ def run(argv: list[str]) -> None:
 
 def _stats(arguments: argparse.Namespace) -> None:
     """`fastvim data stats`."""
-    for name, least in {"images": 1, "workers": 1, "attempts": 1, "split_seed": 0}.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    from fastvim.data.remote import UnreadableFileError
+    from fastvim.errors import UserError
+
     reading = {"attempts": arguments.attempts, "storage_options": arguments.storage_options}
     paths = _paths(arguments, reading)
     total: Moments | None = None
     used, failures = 0, []
     results = _measure(paths, arguments.workers, reading)
-    quiet = not errors.is_terminal
-    for path, result in track(
-        results, "reading", len(paths), console=errors, transient=True, disable=quiet
-    ):
+    for path, result in track(results, "reading", len(paths)):
         if isinstance(result, UnreadableFileError):
             if not arguments.skip_unreadable:
                 raise result
@@ -127,21 +95,27 @@ def _stats(arguments: argparse.Namespace) -> None:
         else:
             total, used = result if total is None else total | result, used + 1
     for failure in failures:
-        errors.print(f"skipped {failure}", markup=False, soft_wrap=True)
+        note(f"skipped {failure}")
     if total is None:
         raise UserError(f"{arguments.table}: none of {len(paths)} images could be read")
-    _show(console, total, f"{used:,} images of {arguments.table}")
+    _show(total, f"{used:,} images of {arguments.table}")
 
 
 def _paths(arguments: argparse.Namespace, reading: dict[str, Any]) -> list[str]:
     """The files that the arguments choose."""
+    import numpy as np
+
+    from fastvim.data.remote import is_url, join
+    from fastvim.data.table import read_table, require_columns, require_values, splits_of
+    from fastvim.errors import UserError
+
     url = arguments.table
-    table = read_table(url, **reading)
-    require_columns(table, [arguments.path_column], url)
-    require_values(table, arguments.path_column, url)
-    paths = table[arguments.path_column].astype(str).to_numpy(dtype=object)
+    frame = read_table(url, **reading)
+    require_columns(frame, [arguments.path_column], url)
+    require_values(frame, arguments.path_column, url)
+    paths = frame[arguments.path_column].astype(str).to_numpy(dtype=object)
     if arguments.split != "all":
-        splits = splits_of(table, arguments.split_column, arguments.split_seed, url)
+        splits = splits_of(frame, arguments.split_column, arguments.split_seed, url)
         paths = paths[splits == arguments.split]
         if not len(paths):
             raise UserError(f"{url}: no rows of the split {arguments.split!r}")
@@ -159,6 +133,10 @@ def _measure(
 ) -> Iterator[tuple[str, Moments | UnreadableFileError]]:
     """The moments of each image, or why it has none, in the order of the paths."""
 
+    from fastvim.data.arrays import read_array
+    from fastvim.data.moments import Moments
+    from fastvim.data.remote import UnreadableFileError
+
     def measure(path: str) -> Moments | UnreadableFileError:
         try:
             return Moments.of(read_array(path, **reading))
@@ -172,18 +150,16 @@ def _measure(
             yield from zip(portion, pool.map(measure, portion), strict=True)
 
 
-def _show(console: Console, total: Moments, title: str) -> None:
+def _show(total: Moments, title: str) -> None:
+    import numpy as np
+
     std = np.sqrt(total.squares / total.number)
-    table = Table("channel", "mean", "standard deviation", box=None)
-    for column in table.columns:
-        column.justify = "right"
-    for channel, (centre, spread) in enumerate(zip(total.mean, std, strict=True)):
-        table.add_row(str(channel), f"{centre:.6g}", f"{spread:.6g}")
-    console.print(title, markup=False, soft_wrap=True)
-    console.print(table)
+    channels = enumerate(zip(total.mean, std, strict=True))
+    rows = [(str(i), f"{centre:.6g}", f"{spread:.6g}") for i, (centre, spread) in channels]
+    print(title)
+    print(table(("channel", "mean", "standard deviation"), rows, left=()))
     for name, values in (("mean", total.mean), ("std", std)):
-        text = ", ".join(f"{value:.6g}" for value in values)
-        console.print(f"{name}: [{text}]", markup=False, soft_wrap=True)
+        print(f"{name}: [{', '.join(f'{value:.6g}' for value in values)}]")
 
 
 def _json(text: str) -> dict[str, Any]:

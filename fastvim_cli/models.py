@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import timm
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from fastvim.models import create_model
-from fastvim.models.masked import encoder_of
-from fastvim.ops import engine_name
-from fastvim.ops.dispatch import OPS
 from fastvim_cli.arguments import Parser
+from fastvim_cli.console import table
 
 FAMILIES = ("fastvim_*", "vim_*", "mae_fastvim_*", "mae_vim_*")
 
@@ -26,33 +18,41 @@ def _parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim models --help`."""
-    console = Console(highlight=False)
-    console.print(_engines() if _parser().parse_args(argv).engines else _models())
+    print(_engines() if _parser().parse_args(argv).engines else _models())
 
 
-def _models() -> Table:
-    table = Table("model", "image", "patch", "width", "blocks", "parameters", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+def _models() -> str:
+    import timm
+    import torch
+
+    from fastvim.models import create_model
+    from fastvim.models.masked import encoder_of
+
+    rows = []
     for name in timm.list_models(list(FAMILIES)):
         with torch.device("meta"):
             model = create_model(name)
         backbone = encoder_of(model)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        table.add_row(
-            name,
-            str(backbone.grid_size[0] * backbone.patch_embed.stride),
-            str(backbone.patch_embed.patch_size),
-            str(backbone.embed_dim),
-            str(len(backbone.blocks)),
-            f"{parameters:,}",
+        rows.append(
+            (
+                name,
+                str(backbone.grid_size[0] * backbone.patch_embed.stride),
+                str(backbone.patch_embed.patch_size),
+                str(backbone.embed_dim),
+                str(len(backbone.blocks)),
+                f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            )
         )
-    return table
+    return table(("model", "image", "patch", "width", "blocks", "parameters"), rows)
 
 
-def _engines() -> Table:
+def _engines() -> str:
+    import torch
+
+    from fastvim.ops import engine_name
+    from fastvim.ops.dispatch import OPS
+
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    table = Table("operation", *devices, box=None)
-    for op in OPS:
-        table.add_row(op, *(engine_name(op, device) for device in devices))
-    return table
+    header = ("operation", *devices)
+    rows = [(op, *(engine_name(op, device) for device in devices)) for op in OPS]
+    return table(header, rows, left=header)

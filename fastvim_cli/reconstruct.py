@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.progress import track
+from fastvim_cli.arguments import Parser, at_least, usable_device
+from fastvim_cli.images import add_images, draw_each
 
-from fastvim.data.transforms import evaluation_transform
-from fastvim.errors import UserError
-from fastvim.models import MaskedAutoencoder
-from fastvim.tasks.pictures.reconstruction import draw_reconstruction
-from fastvim.tasks.reconstruction import reconstruct
-from fastvim.weights import load_model
-from fastvim_cli.arguments import Parser, usable_device
-from fastvim_cli.images import (
-    find_images,
-    free_stem,
-    image_settings,
-    pictures,
-    read_batches,
-    report_failures,
-    upright,
-)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _parser() -> Parser:
@@ -34,44 +21,38 @@ def _parser() -> Parser:
         "pasted in. Where the model predicts normalised patches (norm_pix_loss), a hidden patch's "
         "brightness and contrast are taken from the original.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders or globs")
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="FILE",
-        help="weights of a masked autoencoder: of this library, or published ones",
-    )
-    parser.add_argument("--model", metavar="NAME", help="default: the one the checkpoint names")
-    parser.add_argument(
-        "--mask-ratio", type=float, metavar="PART", help="hidden part (default: the model's, 0.75)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the mask, the same for every image"
-    )
-    parser.add_argument(
-        "--size", type=int, metavar="N", help="side in pixels (default: that of the training)"
-    )
-    parser.add_argument(
-        "--out",
-        default=Path("reconstructions"),
-        metavar="DIR",
-        type=Path,
-        help="writes NAME_reconstruction.png here (default: reconstructions)",
-    )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="DEVICE"
-    )
+    add = parser.add_argument
+    help = "weights of a masked autoencoder: of this library, or published ones"
+    add("--checkpoint", required=True, metavar="FILE", help=help)
+    add("--model", metavar="NAME", help="default: the one the checkpoint names")
+    help = "hidden part (default: the model's, 0.75)"
+    add("--mask-ratio", type=_part, metavar="PART", help=help)
+    help = "of the mask, the same for every image (default: 0)"
+    add("--seed", type=int, default=0, metavar="N", help=help)
+    help = "side in pixels (default: that of the training)"
+    add("--size", type=at_least(1), metavar="N", help=help)
+    add_images(parser, "reconstructions", "NAME_reconstruction.png")
     return parser
+
+
+def _part(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 0, below 1")
+    return float(text)
 
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim reconstruct --help`."""
     arguments = _parser().parse_args(argv)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
-    if arguments.size is not None and arguments.size < 1:
-        raise UserError(f"--size {arguments.size}: expected at least 1")
-    if arguments.mask_ratio is not None and not 0 <= arguments.mask_ratio < 1:
-        raise UserError(f"--mask-ratio {arguments.mask_ratio:g}: expected at least 0, below 1")
+
+    from fastvim.data.inputs import find_images, image_settings, pictures, upright
+    from fastvim.data.transforms import evaluation_transform
+    from fastvim.errors import UserError
+    from fastvim.models import MaskedAutoencoder
+    from fastvim.tasks.pictures.reconstruction import draw_reconstruction
+    from fastvim.tasks.reconstruction import reconstruct
+    from fastvim.weights import load_model
+
     paths, failures = find_images(arguments.images)
     model, metadata = load_model(arguments.model, arguments.checkpoint)
     if not isinstance(model, MaskedAutoencoder):
@@ -82,33 +63,15 @@ def run(argv: list[str]) -> None:
     settings = image_settings(model, metadata)
     if arguments.size is not None:
         settings["img_size"] = arguments.size
+    mean, std = settings["mean"], settings["std"]
     model = model.to(usable_device(arguments.device)).eval()
 
-    lines: list[str] = []
-    names: set[str] = set()
-    # One by one: an image's mask then depends on the seed alone, not on the files beside it.
-    batches = read_batches(paths, pictures(upright(evaluation_transform(**settings))), 1, failures)
-    for (path,), images in track(
-        batches,
-        "reconstructing",
-        len(paths),
-        console=errors,
-        transient=True,
-        disable=not errors.is_terminal,
-    ):
+    def draw(path: Path, image: Tensor, target: Path) -> str:
         result = reconstruct(
-            model,
-            images,
-            settings["mean"],
-            settings["std"],
-            mask_ratio=arguments.mask_ratio,
-            seed=arguments.seed,
+            model, image, mean, std, mask_ratio=arguments.mask_ratio, seed=arguments.seed
         )
-        file = arguments.out / f"{free_stem(path, names)}_reconstruction.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draw_reconstruction(result).save(file)
-        lines.append(f"{path}: loss {result.loss:.4f}, drawn in {file}")
+        draw_reconstruction(result).save(f"{target}_reconstruction.png")
+        return f"loss {result.loss:.4f}, drawn in {target}_reconstruction.png"
 
-    report_failures(failures, errors, read=len(lines))
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+    read = pictures(upright(evaluation_transform(**settings)))
+    draw_each(paths, failures, read, "reconstructing", arguments.out, draw)

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from PIL import Image
-from rich.console import Console
-from torch import Tensor
+from fastvim_cli.arguments import Parser, at_least, usable_device
+from fastvim_cli.images import add_images, draw_each, load_trained
 
-from fastvim.data.segmentation import EvaluationTransform
-from fastvim.errors import UserError
-from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
-from fastvim.models.heads.upernet import UPerNet
-from fastvim.tasks.pictures.segmentation import draw_classes, index_image, legend
-from fastvim_cli.arguments import Parser, usable_device
-from fastvim_cli.images import (
-    find_images,
-    free_stem,
-    load_trained,
-    read_upright,
-    report_failures,
-)
-
-TOLD = ("mean", "std", "base_size", "class_names")  # in the file, beside the weights
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _parser() -> Parser:
@@ -39,69 +23,64 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="weights of a segmentation model of fastvim fit")
-    add("images", nargs="+", metavar="IMAGES", help="files, folders or globs")
-    add(
-        "--out",
-        default=Path("segments"),
-        metavar="DIR",
-        type=Path,
-        help="writes the pictures here (default: segments)",
-    )
-    add("--window", type=int, metavar="N", help="side of the windows (default: the training's)")
+    add_images(parser, "segments", "the pictures")
+    help = "side of the windows (default: the training's)"
+    add("--window", type=at_least(1), metavar="N", help=help)
     help = "from one window to the next (default: the training's; two thirds of a --window)"
-    add("--stride", type=int, metavar="N", help=help)
+    add("--stride", type=at_least(1), metavar="N", help=help)
     help = "average over these factors on the sides of the image (default: 1)"
-    add("--scales", type=float, nargs="+", default=[1.0], metavar="FACTOR", help=help)
+    add("--scales", type=_factor, nargs="+", default=[1.0], metavar="FACTOR", help=help)
     add("--flip", action="store_true", help="average over the mirror images as well")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="DEVICE")
     return parser
+
+
+def _factor(text: str) -> float:
+    if float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected factors above 0")
+    return float(text)
 
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim segment --help`."""
     arguments = _parser().parse_args(argv)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
-    if min(arguments.scales) <= 0:
-        raise UserError(f"--scales {min(arguments.scales):g}: expected factors above 0")
-    for name in ("window", "stride"):
-        if (given := getattr(arguments, name)) is not None and given < 1:
-            raise UserError(f"--{name} {given}: expected at least 1")
+
+    import torch
+    from PIL import Image
+
+    from fastvim.data.inputs import find_images, pictures, rgb_pixels, upright
+    from fastvim.data.segmentation import EvaluationTransform
+    from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
+    from fastvim.models.heads.upernet import UPerNet
+    from fastvim.tasks.pictures.segmentation import draw_classes, index_image, legend
+
     paths, failures = find_images(arguments.images)
-    model, metadata = load_trained(arguments.checkpoint, UPerNet, "segmentation", TOLD)
+    required = ("mean", "std", "base_size", "class_names")
+    model, metadata = load_trained(arguments.checkpoint, UPerNet, "segmentation", *required)
     names = metadata["class_names"]
     transform = EvaluationTransform(metadata["base_size"], metadata["mean"], metadata["std"])
-    model = model.to(usable_device(arguments.device)).eval()
+    device = usable_device(arguments.device)
+    model = model.to(device).eval()
     window, stride = _windows(arguments, metadata["segmentation"])
 
+    def logits(images: Tensor) -> Tensor:
+        if window is None:
+            return model(images)
+        return sliding_window(model, images, window, stride)
+
     @torch.inference_mode()
-    def classes_of(image: Image.Image) -> np.ndarray:
-        """The class of each pixel, (H, W)."""
-
-        def logits(version: Tensor) -> Tensor:
-            if window is None:
-                return model(version)
-            return sliding_window(model, version, window, stride)
-
-        prepared = transform.prepare(image)[None].to(arguments.device)
+    def draw(path: Path, pixels: Tensor, target: Path) -> str:
+        image = Image.fromarray(pixels[0].movedim(0, -1).numpy())
+        prepared = transform.prepare(image)[None].to(device)
         size = (image.height, image.width)
         scores = multi_scale_flip(logits, prepared, size, arguments.scales, arguments.flip)
-        return scores[0].argmax(dim=0).byte().cpu().numpy()
-
-    lines: list[str] = []
-    taken: set[str] = set()
-    for path, image in read_upright(paths, failures, errors, "segmenting"):
-        classes = classes_of(image)
-        stem = free_stem(path, taken)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        index_image(classes, names).save(arguments.out / f"{stem}_classes.png")
-        drawn = arguments.out / f"{stem}_overlay.png"
-        draw_classes(image, classes, names).save(drawn)
+        classes = scores[0].argmax(dim=0).byte().cpu().numpy()
+        index_image(classes, names).save(f"{target}_classes.png")
+        draw_classes(image, classes, names).save(f"{target}_overlay.png")
         shares = ", ".join(entry.text for entry in legend([classes], names)[:3])
-        lines.append(f"{path}: {shares}, drawn in {drawn}")
+        return f"{shares}, drawn in {target}_overlay.png"
 
-    report_failures(failures, errors, read=len(lines))
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+    read = pictures(upright(rgb_pixels))
+    draw_each(paths, failures, read, "segmenting", arguments.out, draw)
 
 
 def _windows(arguments: argparse.Namespace, trained: dict[str, Any]) -> tuple[int | None, int]:

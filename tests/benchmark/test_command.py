@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_models import CONV, OURS, WRONG
 
+import fastvim.benchmark
 from fastvim.benchmark import Bench, Record, timing
+from fastvim_cli import benchmark as command
 from fastvim_cli import main
 
 QUICK = ["--device", "cpu", "--warmup", "1", "--repeats", "1"]
@@ -129,8 +131,8 @@ def test_an_interruption_loses_nothing(monkeypatch, capsys):
         ([OURS, "resnet188"], "nearest: resnet18"),
         ([OURS, "--size", "32by32"], "'32by32'"),
         ([OURS, "--size", "32", "--batch", "1", "2"], "2 numbers for --batch, 1 for --size"),
-        ([OURS, "--batch", "0"], "--batch 0"),
-        ([OURS, "--repeats", "0"], "--repeats 0"),
+        ([OURS, "--batch", "0"], "--batch: 0"),
+        ([OURS, "--repeats", "0"], "--repeats: 0"),
         ([OURS, "--dtype", "int8"], "--dtype"),
         ([OURS, "--mode", "graph"], "mode graph needs a CUDA device"),
         ([OURS, "--train", "--mode", "eager", "graph"], "mode graph needs a CUDA device"),
@@ -147,3 +149,8 @@ def test_mistakes_are_one_line(words, message, capsys):
     assert message in error
     assert error.startswith("fastvim: error: ")
     assert error.count("\n") == 1
+
+
+def test_the_choices_are_the_librarys():
+    assert command.MODES == fastvim.benchmark.MODES
+    assert list(command.DTYPES) == list(fastvim.benchmark.PRECISIONS)

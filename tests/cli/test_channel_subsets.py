@@ -65,10 +65,10 @@ def test_channels(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"name": "fastvim_tiny_patch16_224"}, [], "takes all channels at once"),
+        ({"name": "fastvim_tiny_patch16_224"}, [], "expected a channel model"),
         ({"class_names": ["a", "c"]}, [], "other classes"),
         ({}, ["--names", "x", "y"], "--names x y"),
-        ({}, ["--most", "0"], "0 subsets"),
+        ({}, ["--most", "0"], "--most: 0: expected 1 or more"),
     ],
 )
 def test_mistakes_are_told_in_a_line(changes, arguments, message, images, tmp_path, capsys):

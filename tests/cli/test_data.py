@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
+from fastvim.data.moments import Moments
 from fastvim.data.table import random_splits
 from fastvim_cli import main
-from fastvim_cli.data import Moments
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
@@ -144,8 +144,8 @@ def test_different_numbers_of_channels(table: Path, capsys) -> None:
         (["stats"], "required: TABLE; see fastvim data stats --help"),
         (["stats", "none.csv"], "none.csv: no such file"),
         (["stats", "table.xls"], "table.xls: expected a table ending in .csv"),
-        (["stats", "TABLE", "--images", "0"], "--images 0: expected 1 or more"),
-        (["stats", "TABLE", "--split-seed", "-1"], "--split-seed -1: expected 0 or more"),
+        (["stats", "TABLE", "--images", "0"], "--images: 0: expected 1 or more"),
+        (["stats", "TABLE", "--split-seed", "-1"], "--split-seed: -1: expected 0 or more"),
         (["stats", "TABLE", "--split", "test"], "table.csv: no rows of the split 'test'"),
         (["stats", "TABLE", "--path-column", "pth"], "no column 'pth' (nearest: path"),
         (["stats", "TABLE", "--storage-options", "{"], "'{' is not JSON"),

@@ -112,7 +112,7 @@ def test_classes_of_pixels(tmp_path, capsys):
     [
         ((), "the following arguments are required: --config"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
-        (("--config", str(COCO), "--workers", "0"), "--workers 0"),
+        (("--config", str(COCO), "--workers", "0"), "--workers: 0"),
         (("--config", str(COCO), "--data.root", "nowhere"), "train2017.json: no such file"),
         (
             ("--config", str(RECIPES / "quickstart.yaml"), "--data.root", "x"),

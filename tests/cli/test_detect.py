@@ -135,11 +135,11 @@ def test_mistakes_are_one_line(weights, images, tmp_path, capsys):
     del metadata["img_size"]
     save(untold, model.state_dict(), metadata)
     for words, message in (
-        ((classifier, images), "without a detection head"),
+        ((classifier, images), ": expected a detection model"),
         ((untold, images), "does not say img_size"),
         ((weights, "nowhere"), "no image among 1 files"),
-        ((weights, images, "--score", "2"), "--score 2: expected 0 to 1"),
-        ((weights, images, "--img-size", "0"), "--img-size 0"),
+        ((weights, images, "--score", "2"), "--score: 2: expected 0 to 1"),
+        ((weights, images, "--img-size", "0"), "--img-size: 0"),
     ):
         assert main(["detect", *map(str, words), "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastvim.data.inputs import find_images
 from fastvim.models import create_model
 from fastvim.weights import read, save, to_published
 from fastvim_cli import main
-from fastvim_cli.predict import find_images
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 MODEL = "fastvim_tiny_patch16_224"
@@ -134,7 +134,7 @@ def test_the_rest_is_predicted(weights, image_folder, tmp_path, capsys):
         (["a.png"], "name of a model"),
         (["--checkpoint", "none.safetensors", "a.png"], "no checkpoint at none.safetensors"),
         (["--model", MODEL, "none.png"], "no image among 1 files"),
-        (["--model", MODEL, "--batch-size", "0", "a.png"], "--batch-size 0"),
+        (["--model", MODEL, "--batch-size", "0", "a.png"], "--batch-size: 0"),
         (["--model", MODEL, "--device", "gpu", "a.png"], "--device gpu"),
         (["--model", MODEL], "IMAGES"),
     ],

@@ -159,9 +159,9 @@ def test_the_rest_is_drawn(weights, photo, tmp_path, capsys):
         (["--checkpoint", "none.ckpt", "a.png"], "no checkpoint at none.ckpt"),
         (["--checkpoint", "WEIGHTS"], "IMAGES"),
         (["--checkpoint", "WEIGHTS", "none.png"], "no image among 1 files"),
-        (["--checkpoint", "WEIGHTS", "--mask-ratio", "1", "a.png"], "--mask-ratio 1: expected"),
+        (["--checkpoint", "WEIGHTS", "--mask-ratio", "1", "a.png"], "--mask-ratio: 1: expected"),
         (["--checkpoint", "WEIGHTS", "--mask-ratio", "0.99", "PHOTO"], "keeps none of 16 patches"),
-        (["--checkpoint", "WEIGHTS", "--size", "0", "a.png"], "--size 0: expected at least 1"),
+        (["--checkpoint", "WEIGHTS", "--size", "0", "a.png"], "--size: 0: expected 1 or more"),
         (["--checkpoint", "WEIGHTS", "--size", "4", "PHOTO"], "smaller than a patch"),
         (["--checkpoint", "WEIGHTS", "--model", CLASSIFIER, "a.png"], f"not of {CLASSIFIER}"),
         (["--checkpoint", "WEIGHTS", "--device", "gpu", "a.png"], "--device gpu"),
@@ -186,6 +186,6 @@ def test_each_model_has_its_command(weights, photo, tmp_path, capsys):
 
     assert main(["predict", "--checkpoint", str(weights), str(photo)]) == 2
     error = capsys.readouterr().err
-    assert "mae.safetensors is a masked autoencoder" in error
+    assert "mae_fastvim_tiny_patch16_224 is a masked autoencoder" in error
     assert "fastvim reconstruct" in error
     assert error.count("\n") == 1

@@ -167,11 +167,11 @@ def test_the_rest_is_drawn(weights, photo, tmp_path, capsys):
         (["WEIGHTS"], "IMAGES"),
         (["none.ckpt", "a.png"], "no checkpoint at none.ckpt"),
         (["WEIGHTS", "none.png"], "no image among 1 files"),
-        (["WEIGHTS", "PHOTO", "--scales", "0"], "--scales 0: expected factors above 0"),
-        (["WEIGHTS", "PHOTO", "--window", "0"], "--window 0: expected at least 1"),
+        (["WEIGHTS", "PHOTO", "--scales", "0"], "--scales: 0: expected factors above 0"),
+        (["WEIGHTS", "PHOTO", "--window", "0"], "--window: 0: expected 1 or more"),
         (["WEIGHTS", "PHOTO", "--stride", "33"], "stride 33: expected at least 1 and at most"),
         (["WEIGHTS", "PHOTO", "--device", "gpu"], "--device gpu"),
-        (["CLASSIFIER", "PHOTO"], f"holds {MODEL} without a segmentation head"),
+        (["CLASSIFIER", "PHOTO"], f"holds {MODEL}: expected a segmentation model"),
         (["UNTOLD", "PHOTO"], "does not say base_size: expected weights of fastvim fit"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -192,6 +192,6 @@ def test_mistakes_are_one_line(weights, photo, tmp_path, capsys, words, message)
 
 def test_each_model_has_its_command(weights, photo, tmp_path, capsys):
     assert main(["predict", "--checkpoint", str(weights), str(photo)]) == 2
-    assert "labels pixels: see fastvim segment" in capsys.readouterr().err
+    assert "see fastvim segment" in capsys.readouterr().err
     assert main(["convert", str(weights), str(tmp_path / "out.ckpt")]) == 2
     assert "it has no published names" in capsys.readouterr().err

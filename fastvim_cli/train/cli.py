@@ -7,10 +7,8 @@ overridden on the command line. Everything that a run writes lies under `trainer
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rich import get_console
-from rich.table import Table
 
 from fastvim.errors import UserError
 from fastvim.tasks.callbacks.checkpointing import (
@@ -32,10 +29,12 @@ from fastvim.tasks.callbacks.checkpointing import (
     LastCheckpoint,
 )
 from fastvim.tasks.callbacks.curves import LearningCurves
+from fastvim.tasks.callbacks.progress import ProgressBar
 from fastvim.tasks.callbacks.report import Report
 from fastvim.tasks.callbacks.run_log import RunLog, SeedSteps, describe
 from fastvim.tasks.task import Task
-from fastvim_cli.config_errors import explain
+from fastvim_cli.console import table
+from fastvim_cli.train.config_errors import explain
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -48,20 +47,6 @@ IMAGE_SETTINGS = (
     *("img_size", "in_chans", "mean", "std"),
     *("base_size", "eval_size", "crop_pct", "interpolation"),
 )
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's, without the number of the log folder, and counting epochs from one."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        epochs = self.trainer.max_epochs or -1
-        text = f"epoch {current_epoch + 1}" + (f"/{epochs}" if epochs > 0 else "")
-        return text.ljust(len(self.validation_description))  # equally long, or the bars flicker
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
 
 
 class TrainingCLI(LightningCLI):
@@ -110,23 +95,31 @@ class TrainingCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        files, overrides = _split_configs(args)
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args([f"--config={file}" for file in files] + overrides)
         except argparse.ArgumentError as error:
             message = explain(str(error), parser.get_defaults().keys())
             if message.startswith("Problems parsing config"):  # does not say which
-                message = f"{' '.join(_config_files(args))}: {message}"
+                message = f"{' '.join(files)}: {message}"
             raise UserError(message) from error
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ModuleNotFoundError as error:
+            if error.name is not None:
+                raise
+            # Lightning's own, which names the package that a logger or profiler needs.
+            raise UserError(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config_init.trainer
-        self.root = Path(settings.default_root_dir or self._root_of_config())
-        fitting = self.command == "fit"
+        self.root = Path(settings.default_root_dir or self._root_of_config()).expanduser()
         kwargs["default_root_dir"] = str(self.root)
         kwargs["plugins"] = [AtomicCheckpointIO(), *_as_list(settings.plugins)]
         kwargs["callbacks"] = [*_as_list(settings.callbacks), *self._callbacks()]
-        if settings.logger is None:
-            kwargs["logger"] = _loggers(self.root) if fitting else False
+        kwargs["logger"] = self._loggers() if self.command == "fit" else settings.logger or False
         if settings.enable_progress_bar is None and not get_console().is_terminal:
             kwargs["enable_progress_bar"] = False  # a bar in a log file is noise
         if settings.deterministic is None and not _uses_accelerator(settings.accelerator):
@@ -140,6 +133,18 @@ class TrainingCLI(LightningCLI):
         """`runs/NAME` for a configuration NAME.yaml."""
         files = self.config.config or []
         return os.path.join("runs", Path(str(files[-1])).stem if files else "unnamed")
+
+    def _loggers(self) -> list[Logger]:
+        """One start of a run has its files in `logs/version_N`, N counting up.
+
+        Lightning writes `config.yaml` to the folder of the first logger, and the curves are drawn
+        from its table: it is there whatever the configuration asks for.
+        """
+        first = CSVLogger(self.root, "logs", flush_logs_every_n_steps=1)
+        asked = self.config_init.trainer.logger
+        if asked is None or asked is True:
+            return [first, TensorBoardLogger(self.root, "logs", version=first.version)]
+        return [first, *_as_list(asked or None)]
 
     def _callbacks(self) -> list[Callback]:
         """What every run has, beside what the configuration and the task add."""
@@ -179,7 +184,6 @@ class TrainingCLI(LightningCLI):
             UserError: a mistake in the configuration, or a loss that is not finite.
             KeyboardInterrupt: on Ctrl-C, after Lightning has put things in order.
         """
-        console = get_console()
         checkpoint = self._checkpoint()
         self.model.resuming = checkpoint is not None
         inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": checkpoint}
@@ -200,11 +204,10 @@ class TrainingCLI(LightningCLI):
             raise
         if self.trainer.is_global_zero:
             if results:
-                line = "   ".join(describe(*item) for item in results.items())
-                console.print(line, highlight=False, soft_wrap=True)
+                print("   ".join(describe(*item) for item in results.items()))
             if scores := self.model.class_scores():
-                console.print(_class_table(scores))
-            console.print(f"results in {self.root}/", highlight=False, soft_wrap=True)
+                print(_class_table(scores))
+            print(f"results in {self.root}/")
 
     def _checkpoint(self) -> str | None:
         """The file that `--ckpt_path` means."""
@@ -215,6 +218,7 @@ class TrainingCLI(LightningCLI):
                 raise UserError(f"nothing to {self.command}: give --ckpt_path last, best or FILE")
             return None
         if name not in ("last", "best"):
+            name = os.path.expanduser(name)
             if not os.path.exists(name):
                 raise UserError(f"no checkpoint at {name}")
             return name
@@ -225,62 +229,29 @@ class TrainingCLI(LightningCLI):
         if not fitting:
             raise UserError(f"no {name} checkpoint in {folder}")
         # Not an error: a scheduler restarts a preempted run with one and the same command.
-        get_console().print(f"no checkpoint in {folder} yet: starting afresh", highlight=False)
+        print(f"no checkpoint in {folder} yet: starting afresh")
         return None
 
 
-def run(words: list[str]) -> None:
-    """Run one of the three commands.
-
-    Args:
-        words: the command's name, then its arguments.
-
-    Raises:
-        UserError: see `TrainingCLI.execute`.
-    """
-    _quiet()
-    TrainingCLI(words[0], words[1:]).execute()
-
-
-def _quiet() -> None:
-    """Keep Lightning's notices off the terminal; its warnings about our own choices too."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",  # a choice of the recipe
-        ".*Checkpoint directory .* exists and is not empty.*",  # nothing in it is overwritten
-        ".*is smaller than the logging interval.*",  # every epoch is logged anyway
-        ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation has less
-        ".*No seed found.*",
-        ".*in eval mode at the start of training.*",
-    ):
-        warnings.filterwarnings("ignore", message)
-    for category in (DeprecationWarning, FutureWarning):  # for Lightning's authors
-        warnings.filterwarnings("ignore", category=category, module="lightning")
-
-
-def _class_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
+def _class_table(scores: Mapping[str, Mapping[str, float]]) -> str:
     """A line for each class, a column for each score; a class that is absent has none."""
-    table = Table("class", *scores, box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows = []
     for name in next(iter(scores.values())):
         values = (of[name] for of in scores.values())
-        table.add_row(name, *("-" if math.isnan(value) else f"{value:.2%}" for value in values))
-    return table
+        rows.append((name, *("-" if math.isnan(value) else f"{value:.2%}" for value in values)))
+    return table(("class", *scores), rows)
 
 
-def _loggers(root: Path) -> list[Logger]:
-    """CSV and TensorBoard files of one start of a run, in `logs/version_N`, N counting up."""
-    table = CSVLogger(root, "logs", flush_logs_every_n_steps=1)
-    return [table, TensorBoardLogger(root, "logs", version=table.version)]
+def _split_configs(words: list[str]) -> tuple[list[str], list[str]]:
+    """The files that `--config` names, and the other words.
 
-
-def _config_files(args: list[str]) -> list[str]:
-    """What `--config` names among the arguments."""
-    parser = argparse.ArgumentParser(add_help=False)
+    jsonargparse reads from left to right, but an option makes sense only after the file that says
+    which class it belongs to.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
-    return parser.parse_known_args(args)[0].config
+    found, others = parser.parse_known_args(words)
+    return [os.path.expanduser(file) for file in found.config], others
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,0 +1,201 @@
+"""Image files that a trained model is given: found, read and prepared; names of its classes.
+
+C, H, W: channels, height and width of an image
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import ImageNetInfo, get_img_extensions, resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from fastvim.data import channel_transforms
+from fastvim.data.arrays import DECODERS, read_array
+from fastvim.data.files import UNREADABLE
+from fastvim.data.remote import UnreadableFileError
+from fastvim.data.transforms import Transform, evaluation_transform
+from fastvim.errors import UserError
+from fastvim.models import CascadeMaskRCNN, FastChannelVim, MaskedAutoencoder, UPerNet
+
+Read = Callable[[Path], Tensor]  # from a file to a prepared image (C, H, W)
+
+
+class Failure(NamedTuple):
+    """A file that gave no image, and why."""
+
+    path: Path
+    reason: str
+
+
+def find_images(
+    patterns: list[str], endings: Collection[str] | None = None
+) -> tuple[list[Path], list[Failure]]:
+    """Image files that files, folders (with all below them) and globs name, each once.
+
+    A name without a file is one of the failures, not an error.
+
+    Args:
+        patterns: files, folders or globs.
+        endings: of image files, for folders; None for what Pillow opens.
+    """
+    endings = get_img_extensions() if endings is None else endings
+    found: dict[Path, None] = {}
+    failures = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in endings]
+            reason = "a folder without images"
+        elif path.exists():
+            files, reason = [path], ""
+        else:
+            files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+            reason = "no such file"
+        if not files:
+            failures.append(Failure(path, reason))
+        found.update(dict.fromkeys(files))
+    return list(found), failures
+
+
+def read_batches(
+    paths: list[Path], read: Read, size: int, failures: list[Failure]
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Files that could be read and their images (B, C, H, W), in the order of the paths.
+
+    Args:
+        paths: of the files.
+        read: prepares one; with `size` above 1, all images have one shape.
+        size: files at a time.
+        failures: gets the files that could not be read.
+    """
+    remaining = iter(paths)
+    while chunk := list(islice(remaining, size)):
+        files, images = [], []
+        for path in chunk:
+            try:
+                images.append(read(path))
+                files.append(path)
+            except UnreadableFileError as error:
+                failures.append(Failure(path, str(error).removeprefix(f"{path}: ")))
+            except UnidentifiedImageError:
+                failures.append(Failure(path, "not an image"))
+            except UNREADABLE as error:
+                failures.append(Failure(path, f"damaged: {error}"))
+        if files:
+            yield files, torch.stack(images)
+
+
+def pictures(transform: Transform) -> Read:
+    """Reads the image files that Pillow opens."""
+
+    def read(path: Path) -> Tensor:
+        with Image.open(path) as image:
+            return transform(image)
+
+    return read
+
+
+def upright(transform: Transform) -> Transform:
+    """The transform after a photograph is turned as its EXIF orientation says."""
+
+    def turned(image: Image.Image) -> Tensor:
+        return transform(ImageOps.exif_transpose(image))
+
+    return turned
+
+
+def rgb_pixels(image: Image.Image) -> Tensor:
+    """uint8 (3, H, W)."""
+    return TF.pil_to_tensor(image.convert("RGB"))
+
+
+def arrays(transform: Callable[[Tensor], Tensor]) -> Read:
+    """Reads files of any number of channels (`fastvim.data.arrays`)."""
+
+    def read(path: Path) -> Tensor:
+        return transform(torch.from_numpy(read_array(str(path)).astype(np.float32)))
+
+    return read
+
+
+def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    """How to prepare an image: as the weights' file says, else as timm's configuration does.
+
+    Converted weights say nothing about images: the size is then that of the model's options.
+
+    Args:
+        model: whose configuration has the defaults.
+        metadata: of the weights' file.
+
+    Returns:
+        The arguments of `fastvim.data.transforms.evaluation_transform`.
+    """
+    options = metadata.get("model_args", {})
+    told = {name: options[name] for name in ("img_size", "in_chans") if name in options}
+    told |= metadata
+    config = resolve_model_data_config(model)
+    channels, *size = config["input_size"]
+    default = {
+        "img_size": tuple(size),
+        "in_chans": channels,
+        "mean": config["mean"],
+        "std": config["std"],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+    }
+    settings = {key: told.get(key, value) for key, value in default.items()}
+    settings["mean"], settings["std"] = tuple(settings["mean"]), tuple(settings["std"])
+    return settings
+
+
+def reader(model: nn.Module, settings: dict[str, Any]) -> tuple[Read, Collection[str]]:
+    """How a classifier's images are read, and the endings of the files that it takes.
+
+    Args:
+        model: the classifier.
+        settings: of `image_settings`.
+    """
+    if isinstance(model, FastChannelVim):
+        size = (settings["img_size"], settings["mean"], settings["std"])
+        return arrays(channel_transforms.evaluation_transform(*size)), DECODERS
+    return pictures(evaluation_transform(**settings)), get_img_extensions()
+
+
+def class_names(model: nn.Module, metadata: dict[str, Any]) -> list[str]:
+    """Names of a model's outputs: the file's, ImageNet's for 1000 of them, else their numbers.
+
+    Args:
+        model: a classifier.
+        metadata: of the weights' file.
+
+    Raises:
+        UserError: the model has no classes of images.
+    """
+    name = metadata.get("model", type(model).__name__)
+    if isinstance(model, MaskedAutoencoder):
+        raise UserError(
+            f"{name} is a masked autoencoder, which has no classes: see fastvim reconstruct"
+        )
+    if isinstance(model, UPerNet):
+        raise UserError(f"the weights of {name} are a segmentor's: see fastvim segment")
+    if isinstance(model, CascadeMaskRCNN):
+        raise UserError(f"the weights of {name} are a detector's: see fastvim detect")
+    count = int(getattr(model, "num_classes", 0))
+    if count < 1:
+        raise UserError("the model has no classes to predict: its head is empty")
+    names = metadata.get("class_names") or []
+    if len(names) == count:
+        return list(names)
+    if count == 1000:
+        info = ImageNetInfo()
+        return [info.index_to_description(i) for i in range(count)]
+    return [f"class {i}" for i in range(count)]

@@ -1,0 +1,21 @@
+"""Packages that the base install lacks, and the extra of this distribution that brings each."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "cpu": ("numba",),
+    "train": (
+        *("faster_coco_eval", "jsonargparse", "lightning", "matplotlib", "rich"),
+        *("tensorboard", "torchmetrics"),
+    ),
+    "microscopy": ("fsspec", "pandas", "pyarrow", "s3fs", "tifffile"),
+}
+
+
+def needed_extra(error: ModuleNotFoundError) -> str | None:
+    """One line about a package that is missing, or None if no extra has it."""
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return f'{package} is not installed: needs pip install "fastvim[{extra}]"'
+    return None

@@ -1,0 +1,42 @@
+"""`fastvim fit`, `validate` and `test`: the commands whose options come from classes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from fastvim_cli.train.cli import TrainingCLI
+
+__all__ = ["TrainingCLI", "run"]
+
+
+def run(words: list[str]) -> None:
+    """Run one of the three commands.
+
+    Args:
+        words: the command's name, then its arguments.
+
+    Raises:
+        UserError: see `TrainingCLI.execute`.
+    """
+    _quiet()
+    TrainingCLI(words[0], words[1:]).execute()
+
+
+def _quiet() -> None:
+    """Keep Lightning's notices off the terminal; its warnings about our own choices too."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Where a profiler prints its table.
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)
+    for message in (
+        ".*does not have many workers.*",  # a choice of the recipe
+        ".*Checkpoint directory .* exists and is not empty.*",  # nothing in it is overwritten
+        ".*is smaller than the logging interval.*",  # every epoch is logged anyway
+        ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation has less
+        ".*No seed found.*",
+        ".*in eval mode at the start of training.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    for category in (DeprecationWarning, FutureWarning):  # for Lightning's authors
+        warnings.filterwarnings("ignore", category=category, module="lightning")
