@@ -9,20 +9,22 @@ import torch
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
+from torchvision.datasets import VisionDataset
 
 from fastvim.data.base import DataModule
 from fastvim.data.files import ImageFiles, find_split, open_folder, reader_classes
+from fastvim.data.torch_datasets import NAMES, PREFIX, open_torch_dataset, torch_class_names
 from fastvim.data.transforms import (
     IMAGE_MODES,
     Transform,
     evaluation_transform,
     training_transform,
 )
-from fastvim.errors import UserError
+from fastvim.errors import UserError, nearest
 
 _logger = logging.getLogger(__name__)
 
-READERS = ("hfds", "hfids", "tfds", "wds")  # timm's, besides folders and tar files
+READERS = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's, besides folders and tar files
 
 
 class ImageData(DataModule):
@@ -43,8 +45,9 @@ class ImageData(DataModule):
 
     Args:
         root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
-        dataset: "" for folders; otherwise timm's name of a dataset, as `hfds/NAME` or `wds/NAME`,
-            whose files are at `root`.
+        dataset: "" for folders; otherwise timm's name of a dataset whose files are at `root`:
+            `hfds/NAME`, `wds/NAME`, or `torch/NAME` for one that torchvision downloads there, as
+            `torch/cifar10`.
         train_split: name of the training split.
         val_split: name of the validation split.
         test_split: name of the test split; None for `test` if the folder has one, else `val_split`.
@@ -125,29 +128,50 @@ class ImageData(DataModule):
         transform = self._train_transform if training else self._eval_transform
         source = self._source(split, training)
         if not self._class_names:
-            self._class_names = self._find_class_names(source.reader, training)
+            self._class_names = self._find_class_names(source, training)
         if isinstance(source, IterableImageDataset):
             if training and self.train_images is not None:
                 raise UserError(f"{self.dataset}: train_images needs a dataset with a length")
             source.transform = transform
             return source
-        location = f"{self.dataset}/{split}" if self.dataset else str(source.reader.root)
-        files = ImageFiles(source.reader, location, transform, self._class_names, training)
+        files: Dataset[Any]
+        if isinstance(source, VisionDataset):
+            source.transform = transform
+            files = source
+        else:
+            location = f"{self.dataset}/{split}" if self.dataset else str(source.reader.root)
+            files = ImageFiles(source.reader, location, transform, self._class_names, training)
         return self._choose(files) if training and self.train_images is not None else files
 
-    def _choose(self, files: ImageFiles) -> Dataset[Any]:
+    def _choose(self, files: Dataset[Any]) -> Dataset[Any]:
         """The `train_images` of the training split."""
         assert self.train_images is not None
-        if not 1 <= self.train_images <= len(files):
-            raise UserError(f"train_images {self.train_images}: expected 1 to {len(files)}")
+        size = len(files)  # type: ignore[arg-type]
+        if not 1 <= self.train_images <= size:
+            raise UserError(f"train_images {self.train_images}: expected 1 to {size}")
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(files), generator=generator)
+        order = torch.randperm(size, generator=generator)
         return Subset(files, order[: self.train_images].tolist())
 
-    def _source(self, split: str, training: bool) -> ImageDataset | IterableImageDataset:
-        """timm's dataset of a split, without a transform."""
+    def prepare_data(self) -> None:
+        """Fetch a sample set or a dataset of torchvision, once for all processes of a machine."""
+        super().prepare_data()
+        if self._is_torch:
+            for split in {self._split(role): None for role in ("train", "val", "test")}:
+                open_torch_dataset(self.dataset, self.directory(), split, download=True)
+
+    @property
+    def _is_torch(self) -> bool:
+        return self.dataset.lower().startswith(PREFIX)
+
+    def _source(
+        self, split: str, training: bool
+    ) -> ImageDataset | IterableImageDataset | VisionDataset:
+        """The dataset of a split, without a transform."""
         if not self.dataset:
             return open_folder(self.directory(), split)
+        if self._is_torch:
+            return open_torch_dataset(self.dataset, self.directory(), split)
         try:
             return create_dataset(
                 self.dataset,
@@ -162,14 +186,20 @@ class ImageData(DataModule):
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self.dataset}: cannot open split {split!r}: {reason}") from error
 
-    def _find_class_names(self, reader: Any, training: bool) -> list[str]:
-        """The training split's class names, or without one those of `reader`'s own split."""
+    def _find_class_names(self, source: Any, training: bool) -> list[str]:
+        """The training split's class names, or without one those of the split that is opened."""
+        if isinstance(source, VisionDataset):
+            return self._checked(torch_class_names(source))
+        reader = source.reader
         if not training and not self.dataset:
             if find_split(self.directory(), self.train_split):
                 reader = open_folder(self.directory(), self.train_split).reader
             else:
                 _logger.warning("%s: no training split; its own folders give classes", reader.root)
-        names = reader_classes(reader)
+        return self._checked(reader_classes(reader))
+
+    def _checked(self, names: list[str]) -> list[str]:
+        """The class names; without any, numbers up to `num_classes`."""
         if not names and self._num_classes is None:
             raise UserError(f"{self.dataset}: the dataset names no classes; give num_classes")
         if names and self._num_classes not in (None, len(names)):
@@ -190,4 +220,5 @@ class ImageData(DataModule):
             raise UserError(
                 f'dataset {self.dataset!r}: expected "" for folders or a name that begins with '
                 + ", ".join(f"{reader}/" for reader in READERS)
+                + nearest(self.dataset, NAMES)
             )
