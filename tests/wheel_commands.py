@@ -20,7 +20,7 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parent
 SOURCES = ["fastvim", "fastvim_cli", "pyproject.toml", "README.md", "LICENSE"]
 RECIPE = f"--config {ROOT}/recipes/imagenet/fastvim_tiny.yaml --data.root ."
 MODEL = "fastvim_tiny_patch16_224"
@@ -31,11 +31,11 @@ COMMANDS = {
     "--version": "",
     "models": "",
     "models --engines": "",
-    "convert tiny.ckpt tiny.safetensors": "",
-    "convert tiny.safetensors back.ckpt": "",
-    "predict --checkpoint tiny.safetensors photo.png": "",
-    "predict --checkpoint tiny.safetensors photo.png --out predictions": "train",
-    "reconstruct --checkpoint mae.safetensors photo.png": "train",
+    "convert classifier.safetensors published.ckpt": "",
+    "convert published.ckpt again.safetensors": "",
+    "predict --checkpoint classifier.safetensors photo.png": "",
+    "predict --checkpoint classifier.safetensors photo.png --out predictions": "train",
+    "reconstruct --checkpoint autoencoder.safetensors photo.png": "train",
     "segment segmenter.safetensors photo.png --out segments": "train",
     "detect detector.safetensors photo.png --out detections": "train",
     f"benchmark {MODEL} --size 32 --batch 1 --warmup 1 --repeats 1 --out speed.json": "",
@@ -43,7 +43,7 @@ COMMANDS = {
     "benchmark --from speed.json --plot speed.png": "train",
     "data stats table.csv": "microscopy",
     f"data check {RECIPE}": "train",
-    "channels fastchannelvim.safetensors --root .": "microscopy",
+    "channels channels.safetensors --root .": "microscopy",
     f"fit {RECIPE}": "train",
     f"validate {RECIPE} --ckpt_path last": "train",
     f"test {RECIPE} --ckpt_path last": "train",
@@ -147,9 +147,9 @@ def main() -> int:
         pip(programs / "python", "list")
         workplace = folder / "workplace"
         workplace.mkdir()
-        made = call([programs / "python", HERE / "inputs.py"], workplace)
+        made = call([programs / "python", HERE / "small_weights.py"], workplace)
         if made.returncode:
-            raise RuntimeError(f"inputs.py: {made.stderr}")
+            raise RuntimeError(f"small_weights.py: {made.stderr}")
         wrongs = run_commands(programs, workplace)
     say("\n" + "".join(f"WRONG: {wrong}\n" for wrong in wrongs))
     return bool(wrongs)

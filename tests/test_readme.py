@@ -1,0 +1,142 @@
+"""What README.md shows works: its Python runs, commands run or are parsed, its links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_weights
+from coco_sets import write_set
+from PIL import Image
+
+from fastvim.weights import convert
+from fastvim_cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PROJECT = (ROOT / "pyproject.toml").read_text()
+TARGETS = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+RUN = ("predict", "reconstruct", "segment", "detect", "convert", "data stats", "data check")
+# Not run, and why; instead `parse` sees that everything that they name exists.
+PARSED = {
+    "make": "trains for minutes on data from the network, or runs these tests",
+    "fastvim fit": "trains for hours",
+    "fastvim test": "needs such a training",
+    "fastvim benchmark": "measures for minutes",
+    "torchrun": "needs several machines",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """The shell's commands, each on one line, without comments."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def started_by(command: str, prefixes: tuple[str, ...]) -> bool:
+    return any(command.startswith(f"{prefix} ") for prefix in prefixes)
+
+
+TO_RUN = [line for line in commands() if started_by(line, tuple(f"fastvim {x}" for x in RUN))]
+TO_PARSE = [line for line in commands() if started_by(line, tuple(PARSED))]
+
+
+def test_every_command_is_run_or_parsed() -> None:
+    assert commands()
+    assert sorted(commands()) == sorted(TO_RUN + TO_PARSE)
+
+
+def test_python(capsys: pytest.CaptureFixture) -> None:
+    """One after the other, as a reader would; what they print is what their comments say."""
+    names: dict[str, object] = {}
+    for snippet in blocks("python"):
+        exec(snippet, names)
+    printed = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("torch.Size")
+    ]
+    promised = re.findall(r"torch\.Size\(\[.*?\]\)", "\n".join(blocks("python")))
+    assert promised
+    assert set(promised) <= set(printed)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the commands read: recipes, images, a table, trained weights."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("recipes", "examples"):
+        (home / name).symlink_to(ROOT / name)
+    picture = Image.linear_gradient("L").convert("RGB")
+    for path in ("photos/train/cat/1.jpg", "photos/val/dog/9.jpg", "some/image.jpg", "more/2.jpg"):
+        (home / path).parent.mkdir(parents=True)
+        picture.save(home / path)
+    picture.save(home / "photo.jpg")
+    (home / "cells").mkdir()
+    np.save(home / "cells/1.npy", np.random.default_rng(0).normal(size=(8, 9, 9)))
+    (home / "cells/table.csv").write_text("path,label,split\n1.npy,a,train\n")
+    write_set(home / "data/coco")
+    runs = home / "runs"
+    small_weights.write_classifier(runs / "photos/model.safetensors")
+    small_weights.write_autoencoder(runs / "mae/pretrain_fastvim_base/model.safetensors")
+    small_weights.write_segmenter(runs / "ade20k/fastvim_tiny/model.safetensors")
+    small_weights.write_detector(runs / "coco/fastvim_tiny/model.safetensors")
+    convert(runs / "photos/model.safetensors", home / "published.ckpt")
+    convert(home / "published.ckpt", home / "fastvim_tiny.safetensors")
+    return home
+
+
+@pytest.mark.parametrize("command", TO_RUN)
+def test_run(command: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the home, where `/data` is a folder too."""
+    monkeypatch.chdir(home)
+    words = [word.replace("/data/", f"{home}/data/") for word in shlex.split(command)]
+    assert main(words[1:]) == 0
+
+
+@pytest.mark.parametrize("command", TO_PARSE)
+def test_parse(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert set(words[1:]) <= set(TARGETS)
+        return
+    if words[0] == "torchrun":
+        words = words[words.index("-m") :]
+        assert words[1] == "fastvim_cli"
+        words = ["fastvim", *words[2:]]
+    if words[1] == "benchmark":
+        from fastvim_cli.benchmark import _parser
+
+        _parser().parse_args(words[2:])
+        return
+    with pytest.raises(SystemExit) as ended:
+        main([*words[1:], "--print_config"])
+    assert ended.value.code in (None, 0)
+    assert "data:" in capsys.readouterr().out
+
+
+def test_names_in_the_text() -> None:
+    """Commands, extras and `make` targets between backticks, and links into the repository."""
+    inline = re.findall(
+        r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    )
+    for code in inline:
+        if match := re.match(r"fastvim (\w+)", code):
+            assert match[1] in COMMANDS, code
+        if match := re.match(r"make (\S+)", code):
+            assert match[1] in TARGETS, code
+    extras = re.findall(
+        r"^(\w+) = \[", PROJECT.split("[project.optional-dependencies]")[1], re.MULTILINE
+    )
+    assert set(re.findall(r"fastvim\[(\w+)\]", README)) <= set(extras)
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
