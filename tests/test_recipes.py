@@ -87,6 +87,9 @@ def test_recipe_says_how_to_run_it_and_what_to_expect(recipe):
     header = recipe.read_text().split("\nmodel:")[0]
     assert f"fastvim fit --config {recipe.relative_to(ROOT)}" in header
     assert "Published:" in header or "Expect" in header
+    # The best checkpoint is chosen by the images of the test.
+    tests = [line for line in header.splitlines() if "fastvim test --config" in line]
+    assert all(line.endswith("--ckpt_path last") for line in tests)
 
 
 @pytest.mark.parametrize("recipe", IMAGENET, ids=lambda file: file.stem)
