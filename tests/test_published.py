@@ -104,7 +104,7 @@ def test_outputs(case):
             output = model(image, noise_of(arrays, image))
             # The place of each cell among the shuffled ones, of which the first are kept.
             shuffled = expected.pop("ids_restore").argsort(dim=1)
-            assert torch.equal(output.kept.cpu(), shuffled[:, : output.kept.shape[1]])
+            assert torch.equal(output.ids_keep.cpu(), shuffled[:, : output.ids_keep.shape[1]])
             actual = {
                 "latent": output.latent,
                 "mask": output.mask,

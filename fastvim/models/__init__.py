@@ -11,7 +11,8 @@ from fastvim.models.factory import create_model
 from fastvim.models.feature_maps import FeatureMaps
 from fastvim.models.heads.sliding import sliding_window
 from fastvim.models.heads.upernet import UPerNet
-from fastvim.models.masked import FastMaskVim, MaskedAutoencoder, MaskedOutput
+from fastvim.models.mask_vim import FastMaskVim
+from fastvim.models.masked import MaskedAutoencoder, MaskedOutput
 from fastvim.models.vision import FastVim
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvim.errors import UserError
 from fastvim.layers import ChannelPatchEmbed
-from fastvim.models.vision import FastVim
+from fastvim.models.vision import FastVim, grid_traversals
 from fastvim.ops import Segments, Traversal
 
 TOKEN_ORDERS = ("channel_first", "spatial_first")
@@ -26,6 +26,40 @@ _WALKS = {
     ("spatial_first", 1): (("c h w", "w"), ("c w h", "h")),
     ("channel_first", 2): (("h w c", "w c"), ("w h c", "h c"), ("h w c", "h w")),
 }
+
+
+def channel_traversals(
+    token_order: str,
+    pooled_axes: int,
+    pooling: str,
+    scan_path: str,
+    alternate: bool,
+    class_token: bool,
+) -> tuple[Traversal, ...]:
+    """The walks that the layers of a `FastChannelVim` take in turn; its options.
+
+    Raises:
+        UserError: an option outside its choices, or two that contradict each other.
+    """
+    if token_order not in TOKEN_ORDERS:
+        raise UserError(f"token_order={token_order!r}: expected one of {TOKEN_ORDERS}")
+    if pooled_axes not in (1, 2):
+        raise UserError(f"pooled_axes={pooled_axes}: expected 1 or 2")
+    if class_token:
+        if token_order != "channel_first":
+            raise UserError("class_token=True needs token_order='channel_first'")
+        return grid_traversals(pooling, scan_path, alternate, class_token)
+    plain = scan_path == "row" and alternate
+    if pooled_axes == 2 and (token_order != "channel_first" or not plain):
+        raise UserError(
+            "pooled_axes=2 needs token_order='channel_first', scan_path='row' and alternate=True"
+        )
+    walks = list(_WALKS[token_order, pooled_axes])
+    if scan_path == "column":
+        walks.reverse()
+    if pooling == "none":
+        return (Traversal(walks[0][0]),)
+    return tuple(Traversal(path, pool) for path, pool in (walks if alternate else walks[:1]))
 
 
 class FastChannelVim(FastVim):
@@ -67,10 +101,6 @@ class FastChannelVim(FastVim):
         class_token: bool = False,
         **options: Any,
     ) -> None:
-        if token_order not in TOKEN_ORDERS:
-            raise UserError(f"token_order={token_order!r}: expected one of {TOKEN_ORDERS}")
-        if pooled_axes not in (1, 2):
-            raise UserError(f"pooled_axes={pooled_axes}: expected 1 or 2")
         if options.get("patch_stride") not in (None, patch_size):
             raise UserError(f"patch_stride={options['patch_stride']}: expected the patch_size")
         super().__init__(
@@ -81,30 +111,17 @@ class FastChannelVim(FastVim):
             scan_path=scan_path,
             alternate=alternate,
             class_token=class_token,
+            traversals=channel_traversals(
+                token_order, pooled_axes, pooling, scan_path, alternate, class_token
+            ),
             **options,
         )
         self.token_order = token_order
+        # Drawn after all of a FastVim's weights: the order decides which weights a seed gives.
         self.patch_embed = ChannelPatchEmbed(in_chans, self.embed_dim, patch_size)
         cells = self.grid_size[0] * self.grid_size[1]
         self.pos_embed = nn.Parameter(torch.empty(1, cells, self.embed_dim))
         trunc_normal_(self.pos_embed, std=0.02)
-        if class_token and token_order != "channel_first":
-            raise UserError("class_token=True needs token_order='channel_first'")
-        if not class_token:
-            plain = scan_path == "row" and alternate
-            if pooled_axes == 2 and (token_order != "channel_first" or not plain):
-                raise UserError(
-                    "pooled_axes=2 needs token_order='channel_first', scan_path='row' and "
-                    "alternate=True"
-                )
-            walks = list(_WALKS[token_order, pooled_axes])
-            if scan_path == "column":
-                walks.reverse()
-            if pooling == "none":
-                walks = [(walks[0][0], "")]
-            self.traversals = tuple(
-                Traversal(path, pool) for path, pool in (walks if alternate else walks[:1])
-            )
 
     @property
     def positions_class(self) -> bool:

@@ -18,78 +18,11 @@ from torch import Tensor, nn
 
 from fastvim.errors import UserError
 from fastvim.layers import AddNorm, Block, Mixer, sincos_grid
+from fastvim.models.mask_vim import FastMaskVim, fixed_positions
 from fastvim.models.vision import FastVim
 from fastvim.ops import Traversal
 from fastvim.ops.reference import NormKind
 from fastvim.ops.traversal import Mirror
-
-
-class FastMaskVim(FastVim):
-    """The encoder: a FastVim or Vim without a head, whose position embeddings are fixed.
-
-    Its weights have the names and shapes of a FastVim's, and go into one as they are. An image of
-    another size than `img_size` gets the sin-cos embeddings of its own grid.
-
-    Args:
-        img_size, patch_size, in_chans, embed_dim: as `FastVim`'s.
-        **options: the rest of `FastVim`'s.
-
-    Raises:
-        UserError: see `FastVim`; a width that is no multiple of 4.
-    """
-
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 192,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            img_size,
-            patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            num_classes=0,
-            global_pool="",
-            **options,
-        )
-        weight = self.patch_embed.proj.weight
-        nn.init.xavier_uniform_(weight.detach().flatten(1))
-        cells = self.grid_size[0] * self.grid_size[1]
-        middle = cells // 2 if self.cls_token is not None else None
-        self.pos_embed = _fixed_positions(self.grid_size, embed_dim, class_at=middle)
-
-    def _cell_positions(self, grid: tuple[int, int]) -> Tensor:
-        if grid == self.grid_size:
-            return super()._cell_positions(grid)
-        return sincos_grid(grid, self.embed_dim, self.pos_embed.device, self.pos_embed.dtype)
-
-    def forward_features(
-        self, x: Tensor, kept: Tensor | None = None, mirror: Mirror = "published"
-    ) -> Tensor:
-        """Images to tokens after the last norm; of a masked image, to the kept tokens.
-
-        Args:
-            x: (B, in_chans, H, W).
-            kept: (B, n) int64, the cells that the blocks see, as row-major indices of the grid in
-                ascending order. None: all of them.
-            mirror: how the backward direction finds its segments under a mask (`ops.Traversal`).
-
-        Returns:
-            (B, n, d); with a class token n + 1, the token in the middle.
-        """
-        if kept is None:
-            return super().forward_features(x)
-        tokens, grid = self._embed(x)
-        tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
-        tokens = self._begin(tokens)
-        if self.cls_token is not None:
-            return self._encode(tokens, self._walks(tokens.shape[1], grid))
-        sizes = {"h": grid[0], "w": grid[1]}
-        walks = [traversal.over(sizes, kept, mirror) for traversal in self.traversals]
-        return self._encode(tokens, walks)
 
 
 class MaskedOutput(NamedTuple):
@@ -100,14 +33,14 @@ class MaskedOutput(NamedTuple):
         prediction: (B, L, p·p·C) pixels of every patch; as `norm_pix_loss` normalises them.
         mask: (B, L) float, 1 where a patch was masked.
         latent: (B, n, d) tokens of the encoder after its last norm; with the class token, n + 1.
-        kept: (B, n) the cells that the encoder saw.
+        ids_keep: (B, n) the cells that the encoder saw.
     """
 
     loss: Tensor
     prediction: Tensor
     mask: Tensor
     latent: Tensor
-    kept: Tensor
+    ids_keep: Tensor
 
 
 class MaskedAutoencoder(nn.Module):
@@ -181,6 +114,12 @@ class MaskedAutoencoder(nn.Module):
         self.mirror: Mirror = mirror
         self.grad_checkpointing = False
 
+        mixer: dict[str, Any] = {
+            "d_state": d_state,
+            "d_conv": d_conv,
+            "expand": expand,
+            "norm_after_ssm": norm_after_ssm,
+        }
         self.encoder = FastMaskVim(
             img_size,
             patch_size,
@@ -191,29 +130,20 @@ class MaskedAutoencoder(nn.Module):
             alternate=alternate,
             class_token=class_token,
             norm=norm,
-            norm_after_ssm=norm_after_ssm,
-            d_state=d_state,
-            d_conv=d_conv,
-            expand=expand,
             dt_rank=dt_rank,
             drop_path_rate=drop_path_rate,
+            **mixer,
         )
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         grid = self.encoder.grid_size
         end = grid[0] * grid[1] if class_token else None
-        self.decoder_pos_embed = _fixed_positions(grid, decoder_embed_dim, class_at=end)
+        positions = fixed_positions(grid, decoder_embed_dim, class_at=end)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(
                 AddNorm(decoder_embed_dim, norm),
-                Mixer(
-                    decoder_embed_dim,
-                    depth=decoder_depth,
-                    d_state=d_state,
-                    d_conv=d_conv,
-                    expand=expand,
-                    norm_after_ssm=norm_after_ssm,
-                ),
+                Mixer(decoder_embed_dim, depth=decoder_depth, **mixer),
             )
             for _ in range(decoder_depth)
         )
@@ -316,27 +246,27 @@ class MaskedAutoencoder(nn.Module):
             noise = torch.rand(batch, tokens, generator=generator, device=source)
         if noise.shape != (batch, tokens):
             raise UserError(f"noise {tuple(noise.shape)}: expected ({batch}, {tokens})")
-        kept = noise.argsort(dim=1, stable=True)[:, :count]
-        return kept.sort(dim=1).values.to(device)
+        ids_keep = noise.argsort(dim=1, stable=True)[:, :count]
+        return ids_keep.sort(dim=1).values.to(device)
 
     # Forward.
 
-    def forward_encoder(self, images: Tensor, kept: Tensor) -> Tensor:
+    def forward_encoder(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Images and the cells to keep, (B, n) in ascending order, to tokens after the last norm.
 
         (B, n, d); with a class token (B, n + 1, d), the token at n // 2.
         """
-        return self.encoder.forward_features(images, kept, self.mirror)
+        return self.encoder.forward_features(images, ids_keep, self.mirror)
 
-    def forward_decoder(self, latent: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward_decoder(self, latent: Tensor, ids_keep: Tensor, grid: tuple[int, int]) -> Tensor:
         """The encoder's tokens to the pixels of every patch of the grid, (B, L, p·p·C)."""
         tokens, cells = self.decoder_embed(latent), grid[0] * grid[1]
         if self.encoder.cls_token is not None:
-            middle = kept.shape[1] // 2
+            middle = ids_keep.shape[1] // 2
             before, token, after = tokens.tensor_split([middle, middle + 1], dim=1)
             tokens = torch.cat([before, after], dim=1)
         blank = self.mask_token.to(tokens.dtype).expand(len(tokens), cells, -1)
-        tokens = blank.scatter(1, kept[:, :, None].expand_as(tokens), tokens)
+        tokens = blank.scatter(1, ids_keep[:, :, None].expand_as(tokens), tokens)
         if self.encoder.cls_token is not None:
             tokens = torch.cat([tokens, token], dim=1)
 
@@ -397,7 +327,7 @@ class MaskedAutoencoder(nn.Module):
         """
         grid = self.encoder.patch_embed.grid_size(*images.shape[-2:])
         batch, cells = len(images), grid[0] * grid[1]
-        kept = self.random_mask(
+        ids_keep = self.random_mask(
             batch,
             cells,
             mask_ratio=mask_ratio,
@@ -405,11 +335,11 @@ class MaskedAutoencoder(nn.Module):
             generator=generator,
             device=images.device,
         )
-        latent = self.forward_encoder(images, kept)
-        prediction = self.forward_decoder(latent, kept, grid)
-        mask = torch.ones(batch, cells, device=images.device).scatter(1, kept, 0.0)
+        latent = self.forward_encoder(images, ids_keep)
+        prediction = self.forward_decoder(latent, ids_keep, grid)
+        mask = torch.ones(batch, cells, device=images.device).scatter(1, ids_keep, 0.0)
         loss = self.forward_loss(images, prediction, mask)
-        return MaskedOutput(loss, prediction, mask, latent, kept)
+        return MaskedOutput(loss, prediction, mask, latent, ids_keep)
 
 
 def encoder_of(model: nn.Module) -> FastVim:
@@ -417,15 +347,6 @@ def encoder_of(model: nn.Module) -> FastVim:
     backbone = model.encoder if isinstance(model, MaskedAutoencoder) else model
     assert isinstance(backbone, FastVim)
     return backbone
-
-
-def _fixed_positions(grid: tuple[int, int], dim: int, class_at: int | None) -> nn.Parameter:
-    """Sin-cos positions of a grid, and zeros for a class token at that index of the sequence."""
-    positions = sincos_grid(grid, dim)
-    if class_at is not None:
-        before, after = positions.tensor_split([class_at], dim=1)
-        positions = torch.cat([before, positions.new_zeros(1, 1, dim), after], dim=1)
-    return nn.Parameter(positions, requires_grad=False)
 
 
 def _check_ratio(ratio: float) -> None:

@@ -5,7 +5,6 @@ B  batch, L  tokens (with the class token, where there is one), d  model width
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -29,8 +28,20 @@ _CHOICES = {
 }
 
 
-def traversals(pooling: str, scan_path: str, alternate: bool) -> tuple[Traversal, ...]:
-    """The walks that the layers take in turn (the first two of them: FastVim, section 3.2)."""
+def grid_traversals(
+    pooling: str, scan_path: str, alternate: bool, class_token: bool = False
+) -> tuple[Traversal, ...]:
+    """The walks that the layers take in turn (the first two of them: FastVim, section 3.2).
+
+    Raises:
+        UserError: a class token among tokens that are pooled or walked by columns.
+    """
+    if class_token and pooling != "none":
+        raise UserError("class_token=True needs pooling='none': it has no row and no column")
+    if class_token and scan_path != "row":
+        raise UserError("class_token=True needs scan_path='row': its sequence is no grid")
+    if class_token:
+        return (Traversal("l"),)
     walks = [("h w", "w"), ("w h", "h")]
     if scan_path == "column":
         walks.reverse()
@@ -68,6 +79,8 @@ class FastVim(nn.Module):
         drop_rate: dropout before the head.
         pos_drop_rate: dropout after the position embedding.
         drop_path_rate: stochastic depth of the last block, linear from 0 at the first.
+        traversals: walks that the layers take in turn; None: those of `pooling`, `scan_path`,
+            `alternate` and `class_token`.
 
     Raises:
         UserError: an option outside its choices, or two that contradict each other.
@@ -98,6 +111,7 @@ class FastVim(nn.Module):
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        traversals: tuple[Traversal, ...] | None = None,
     ) -> None:
         super().__init__()
         _check("pooling", pooling)
@@ -110,18 +124,12 @@ class FastVim(nn.Module):
             )
         if not 0 <= drop_path_rate < 1:
             raise UserError(f"drop_path_rate={drop_path_rate}: expected at least 0, below 1")
-        if class_token and pooling != "none":
-            raise UserError("class_token=True needs pooling='none': it has no row and no column")
-        if class_token and scan_path != "row":
-            raise UserError("class_token=True needs scan_path='row': its sequence is no grid")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.scan_path = scan_path
         self.grad_checkpointing = False
-        self.traversals = (
-            (Traversal("l"),) if class_token else traversals(pooling, scan_path, alternate)
-        )
+        self.traversals = traversals or grid_traversals(pooling, scan_path, alternate, class_token)
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_stride)
         self.grid_size = self.patch_embed.grid_size(*to_2tuple(img_size))
@@ -130,24 +138,22 @@ class FastVim(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, cells + int(class_token), embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
+        mixer: dict[str, Any] = {
+            "depth": depth,
+            "d_state": d_state,
+            "d_conv": d_conv,
+            "expand": expand,
+            "dt_rank": dt_rank,
+            "pooling": "max" if pooling == "max" else "mean",
+            "pool_scale": pool_scale,
+            "norm_after_ssm": norm_after_ssm,
+            "init_layer_scale": init_layer_scale,
+        }
+        # A block's first step adds the output of the block before: its rate is that block's.
         rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
         self.blocks = nn.ModuleList(
-            Block(
-                AddNorm(embed_dim, norm, rates[i]),
-                Mixer(
-                    embed_dim,
-                    depth=depth,
-                    d_state=d_state,
-                    d_conv=d_conv,
-                    expand=expand,
-                    dt_rank=dt_rank,
-                    pooling="max" if pooling == "max" else "mean",
-                    pool_scale=pool_scale,
-                    norm_after_ssm=norm_after_ssm,
-                    init_layer_scale=init_layer_scale,
-                ),
-            )
-            for i in range(depth)
+            Block(AddNorm(embed_dim, norm, rate), Mixer(embed_dim, **mixer))
+            for rate in rates[:depth]
         )
         self.norm: AddNorm | None = AddNorm(embed_dim, norm, drop_path_rate)
         reduction = self.patch_embed.stride
@@ -157,6 +163,10 @@ class FastVim(nn.Module):
         ]
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initial values of what no layer of its own holds; called last."""
         trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
@@ -238,24 +248,20 @@ class FastVim(nn.Module):
             return [traversal.over({"l": num_tokens}) for traversal in self.traversals]
         return [traversal.over({"h": grid[0], "w": grid[1]}) for traversal in self.traversals]
 
-    def _run_blocks(
-        self, tokens: Tensor, walks: list[Segments], count: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What each of the first `count` blocks leaves: its mixer's output, the stream before."""
-        hidden, residual = tokens, None
-        for i, block in enumerate(self.blocks[:count]):
-            walk = walks[i % len(walks)]
-            if self.grad_checkpointing:
-                hidden, residual = checkpoint(block, hidden, residual, walk)
-            else:
-                hidden, residual = block(hidden, residual, walk)
-            yield hidden, residual
+    def _run_block(
+        self, i: int, hidden: Tensor, residual: Tensor | None, walks: list[Segments]
+    ) -> tuple[Tensor, Tensor]:
+        """Block i: its mixer's output, and the residual stream that the output joins next."""
+        walk = walks[i % len(walks)]
+        if self.grad_checkpointing:
+            return checkpoint(self.blocks[i], hidden, residual, walk)
+        return self.blocks[i](hidden, residual, walk)
 
     def _encode(self, tokens: Tensor, walks: list[Segments]) -> Tensor:
         """All blocks, and the last norm."""
         hidden, residual = tokens, None
-        for hidden, residual in self._run_blocks(tokens, walks, len(self.blocks)):  # noqa: B007
-            pass
+        for i in range(len(self.blocks)):
+            hidden, residual = self._run_block(i, hidden, residual, walks)
         return self._finish(hidden, residual)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -328,7 +334,8 @@ class FastVim(nn.Module):
         hidden, residual = tokens, None
         count = last + 1 if stop_early else len(self.blocks)
         features = []
-        for i, (hidden, residual) in enumerate(self._run_blocks(tokens, walks, count)):
+        for i in range(count):
+            hidden, residual = self._run_block(i, hidden, residual, walks)
             if i in take:
                 feature = hidden if source == "mixer" else residual + hidden
                 if norm:

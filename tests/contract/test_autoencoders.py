@@ -44,9 +44,9 @@ def test_forward(name, engine):
         assert output.loss.isfinite()
         assert output.prediction.shape == (2, cells, pixels)
         assert output.mask.shape == (2, cells)
-        assert output.kept.shape == (2, kept)
+        assert output.ids_keep.shape == (2, kept)
         assert output.latent.shape == (2, kept + class_token, DIM)
-        assert not output.mask.gather(1, output.kept).any()
+        assert not output.mask.gather(1, output.ids_keep).any()
         torch.testing.assert_close(again.prediction, output.prediction[1:])
 
 

@@ -151,17 +151,17 @@ def test_masks_are_reproducible_from_a_generator():
     model, x = create().eval(), image().float()
 
     def run(seed: int) -> Tensor:
-        return model(x, generator=torch.Generator().manual_seed(seed)).kept
+        return model(x, generator=torch.Generator().manual_seed(seed)).ids_keep
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
     drawn = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(model(x, drawn).kept, run(0))
+    assert torch.equal(model(x, drawn).ids_keep, run(0))
     assert not torch.equal(run(0)[0], run(0)[1])  # each image has its own
     torch.manual_seed(0)
-    first = model(x).kept
+    first = model(x).ids_keep
     torch.manual_seed(0)
-    assert torch.equal(model(x).kept, first)
+    assert torch.equal(model(x).ids_keep, first)
 
 
 @every_kind
@@ -170,7 +170,7 @@ def test_ratios(kind):
     with torch.no_grad():
         for ratio, kept in ((None, 4), (0.5, 8), (0.9, 1), (0.0, 16)):
             output = model(x, mask_ratio=ratio)
-            assert output.kept.shape == (2, kept)
+            assert output.ids_keep.shape == (2, kept)
             assert output.mask.sum(1).tolist() == [16 - kept] * 2
             assert output.latent.shape == (2, kept + (kind == "vim"), DIM)
             assert output.prediction.shape == (2, 16, PATCH**2 * 3)

@@ -11,7 +11,7 @@ from definitions import walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvim.models.vision import traversals
+from fastvim.models.vision import grid_traversals
 from fastvim.ops import Traversal
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -74,7 +74,7 @@ def segment_index(segments, batch: int = 1) -> torch.Tensor:
     ],
 )
 def test_layers_take_the_walks_of_their_variant(options, expected):
-    assert [(t.path, t.pool) for t in traversals(*options)] == expected
+    assert [(t.path, t.pool) for t in grid_traversals(*options)] == expected
 
 
 @every_walk

@@ -44,7 +44,7 @@ def predict_perfectly(model: MaskedAutoencoder, images: torch.Tensor) -> None:
     if model.norm_pix_loss:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()
-    model.forward_decoder = lambda latent, kept, grid: target
+    model.forward_decoder = lambda latent, ids_keep, grid: target
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -83,7 +83,7 @@ def test_every_pixel_is_hidden_or_visible(size):
 def test_patches_get_their_own_mean_and_deviation_back():
     model, pixels = autoencoder(), pixels_of(1, 8, 8)
     images = normalise(pixels)
-    model.forward_decoder = lambda latent, kept, grid: torch.ones(1, 4, 48)
+    model.forward_decoder = lambda latent, ids_keep, grid: torch.ones(1, 4, 48)
     predicted = reconstruct(model, images, (0.0,), (0.1,)).predicted
     patch = images[0, :, :4, 4:]  # the second one; a prediction of 1 is its mean plus deviation
     expected = ((patch.mean() + patch.std()) * 0.1).clamp(0, 1)

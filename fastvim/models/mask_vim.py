@@ -1,0 +1,96 @@
+"""FastMaskVim: the encoder of a masked autoencoder, over the patches that are kept.
+
+B  batch, d  model width, H W  token grid, n  cells kept
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvim.layers import sincos_grid
+from fastvim.models.vision import FastVim
+from fastvim.ops.traversal import Mirror
+
+
+class FastMaskVim(FastVim):
+    """The encoder: a FastVim or Vim without a head, whose position embeddings are fixed.
+
+    Its weights have the names and shapes of a FastVim's, and go into one as they are. An image of
+    another size than `img_size` gets the sin-cos embeddings of its own grid.
+
+    Args:
+        img_size, patch_size, in_chans, embed_dim: as `FastVim`'s.
+        **options: the rest of `FastVim`'s.
+
+    Raises:
+        UserError: see `FastVim`; a width that is no multiple of 4.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            img_size,
+            patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            num_classes=0,
+            global_pool="",
+            **options,
+        )
+
+    def init_weights(self) -> None:
+        """As `FastVim`'s, but for Xavier-uniform patches and the fixed position embedding."""
+        super().init_weights()
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.detach().flatten(1))
+        cells = self.grid_size[0] * self.grid_size[1]
+        middle = cells // 2 if self.cls_token is not None else None
+        positions = fixed_positions(self.grid_size, self.embed_dim, class_at=middle)
+        self.pos_embed.requires_grad_(False).copy_(positions)
+
+    def _cell_positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.grid_size:
+            return super()._cell_positions(grid)
+        return sincos_grid(grid, self.embed_dim, self.pos_embed.device, self.pos_embed.dtype)
+
+    def forward_features(
+        self, x: Tensor, ids_keep: Tensor | None = None, mirror: Mirror = "published"
+    ) -> Tensor:
+        """Images to tokens after the last norm; of a masked image, to the kept tokens.
+
+        Args:
+            x: (B, in_chans, H, W).
+            ids_keep: (B, n) int64, the cells that the blocks see, as row-major indices of the grid
+                in ascending order. None: all of them.
+            mirror: how the backward direction finds its segments under a mask (`ops.Traversal`).
+
+        Returns:
+            (B, n, d); with a class token n + 1, the token in the middle.
+        """
+        if ids_keep is None:
+            return super().forward_features(x)
+        tokens, grid = self._embed(x)
+        tokens = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+        tokens = self._begin(tokens)
+        if self.cls_token is not None:
+            return self._encode(tokens, self._walks(tokens.shape[1], grid))
+        sizes = {"h": grid[0], "w": grid[1]}
+        walks = [traversal.over(sizes, ids_keep, mirror) for traversal in self.traversals]
+        return self._encode(tokens, walks)
+
+
+def fixed_positions(grid: tuple[int, int], dim: int, class_at: int | None) -> Tensor:
+    """Sin-cos positions of a grid, and zeros for a class token at that index of the sequence."""
+    positions = sincos_grid(grid, dim)
+    if class_at is not None:
+        before, after = positions.tensor_split([class_at], dim=1)
+        positions = torch.cat([before, positions.new_zeros(1, 1, dim), after], dim=1)
+    return positions
