@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import at_least
 from fastvim_cli.console import track
 
 if TYPE_CHECKING:
-    from fastvim.data.files import UnreadableImageError
-    from fastvim.data.issues import Readable, SplitReport
+    from fastvim.data.issues import SplitReport
 
 DESCRIPTION = """\
 Reads all images of a recipe's data with boxes, or with a class for each pixel, and counts what is
@@ -39,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    """Examine the training, validation and test images of a recipe.
+    """Check the training, validation and test images of a recipe.
 
     Args:
         arguments: of `add_arguments`.
@@ -49,12 +45,10 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
         UserError: something is wrong that a run would stop at.
     """
     from fastvim.data.base import DataModule
-    from fastvim.data.dense_data import MISSING_IMAGE
     from fastvim.errors import UserError
-    from fastvim_cli.train import TrainingCLI
+    from fastvim_cli.train import load_data
 
-    words = [f"--config={file}" for file in arguments.config] + overrides
-    data = TrainingCLI("validate", [*words, "--trainer.accelerator=cpu"]).datamodule
+    data = load_data([f"--config={file}" for file in arguments.config] + overrides)
     if not isinstance(data, DataModule):
         raise UserError(f"{type(data).__name__} cannot be checked")
     data.prepare_data()
@@ -64,38 +58,13 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
         reports.setdefault(report.split, report)
     for split, report in reports.items():
         if arguments.read:
-            failures = _read(report.files, arguments.workers)
-            for failure in track(failures, f"reading {split}", len(report.files)):
-                # The lists have told of missing files.
-                if failure is not None and failure.kind != MISSING_IMAGE:
-                    report.errors.add(failure.kind, str(failure))
-        facts = ", ".join(f"{number:,} {what}" for what, number in report.facts.items())
-        lines = [f"{split}: {facts}"]
-        for kind, (number, first) in report.errors.items():
-            lines.append(f"  {number:,} x {kind}, first: {first}")
-        for kind, (number, first) in report.dropped.items():
-            lines.append(f"  {number:,} x {kind}, left out in training, first: {first}")
-        print("\n".join(lines))
-    wrong = sum(n for one in reports.values() for n, _ in one.errors.values())
+            errors = report.read(arguments.workers)
+            for error in track(errors, f"reading {split}", len(report.files)):
+                if error is not None:
+                    report.errors.add(error.kind, str(error))
+        print(report)
+    wrong = sum(n for report in reports.values() for n, _ in report.errors.values())
     if wrong:
         raise UserError(f"{wrong:,} mistakes would stop a run")
-    if not any(one.dropped for one in reports.values()):
+    if not any(report.dropped for report in reports.values()):
         print("nothing wrong")
-
-
-def _read(files: Readable, workers: int) -> Iterator[UnreadableImageError | None]:
-    """What is wrong with each sample, in their order."""
-
-    from fastvim.data.files import UnreadableImageError
-
-    def read(index: int) -> UnreadableImageError | None:
-        try:
-            files.read(index)
-        except UnreadableImageError as error:
-            return error
-        return None
-
-    remaining = iter(range(len(files)))
-    with ThreadPoolExecutor(workers) as pool:
-        while portion := list(islice(remaining, 8 * workers)):
-            yield from pool.map(read, portion)

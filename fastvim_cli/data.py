@@ -8,19 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastvim_cli import check
 from fastvim_cli.arguments import Parser, at_least
 from fastvim_cli.console import note, table, track
-
-if TYPE_CHECKING:
-    from fastvim.data.moments import Moments
-    from fastvim.data.remote import UnreadableFileError
 
 DESCRIPTION = """\
 Mean and standard deviation of each channel over all pixels, of the values as stored: what a recipe
@@ -75,90 +67,33 @@ def run(argv: list[str]) -> None:
 
 def _stats(arguments: argparse.Namespace) -> None:
     """`fastvim data stats`."""
-    from fastvim.data.remote import UnreadableFileError
+    from fastvim.data.moments import add_up, measure
+    from fastvim.data.table import list_images
     from fastvim.errors import UserError
 
     reading = {"attempts": arguments.attempts, "storage_options": arguments.storage_options}
-    paths = _paths(arguments, reading)
-    total: Moments | None = None
-    used, failures = 0, []
-    results = _measure(paths, arguments.workers, reading)
-    for path, result in track(results, "reading", len(paths)):
-        if isinstance(result, UnreadableFileError):
-            if not arguments.skip_unreadable:
-                raise result
-            failures.append(result)
-        elif total is not None and len(result.mean) != len(total.mean):
-            raise UserError(
-                f"{path}: {len(result.mean)} channels; those before have {len(total.mean)}"
-            )
-        else:
-            total, used = result if total is None else total | result, used + 1
-    for failure in failures:
-        note(f"skipped {failure}")
+    paths = list_images(
+        arguments.table,
+        root=arguments.root,
+        path_column=arguments.path_column,
+        split_column=arguments.split_column,
+        split=None if arguments.split == "all" else arguments.split,
+        split_seed=arguments.split_seed,
+        count=arguments.images,
+        **reading,
+    )
+    measured = track(measure(paths, arguments.workers, **reading), "reading", len(paths))
+    total, used, skipped = add_up(measured, arguments.skip_unreadable)
+    for error in skipped:
+        note(f"skipped {error}")
     if total is None:
         raise UserError(f"{arguments.table}: none of {len(paths)} images could be read")
-    _show(total, f"{used:,} images of {arguments.table}")
-
-
-def _paths(arguments: argparse.Namespace, reading: dict[str, Any]) -> list[str]:
-    """The files that the arguments choose."""
-    import numpy as np
-
-    from fastvim.data.remote import is_url, join
-    from fastvim.data.table import read_table, require_columns, require_values, splits_of
-    from fastvim.errors import UserError
-
-    url = arguments.table
-    frame = read_table(url, **reading)
-    require_columns(frame, [arguments.path_column], url)
-    require_values(frame, arguments.path_column, url)
-    paths = frame[arguments.path_column].astype(str).to_numpy(dtype=object)
-    if arguments.split != "all":
-        splits = splits_of(frame, arguments.split_column, arguments.split_seed, url)
-        paths = paths[splits == arguments.split]
-        if not len(paths):
-            raise UserError(f"{url}: no rows of the split {arguments.split!r}")
-    if arguments.images is not None and arguments.images < len(paths):
-        chosen = np.random.RandomState(0).permutation(len(paths))[: arguments.images]
-        paths = paths[np.sort(chosen)]
-    root = arguments.root
-    if root is None:
-        root = url.rpartition("/")[0] if is_url(url) else os.path.dirname(url)
-    return [join(root, path) for path in paths]
-
-
-def _measure(
-    paths: list[str], workers: int, reading: dict[str, Any]
-) -> Iterator[tuple[str, Moments | UnreadableFileError]]:
-    """The moments of each image, or why it has none, in the order of the paths."""
-
-    from fastvim.data.arrays import read_array
-    from fastvim.data.moments import Moments
-    from fastvim.data.remote import UnreadableFileError
-
-    def measure(path: str) -> Moments | UnreadableFileError:
-        try:
-            return Moments.of(read_array(path, **reading))
-        except UnreadableFileError as error:
-            return error
-
-    remaining = iter(paths)
-    with ThreadPoolExecutor(workers) as pool:
-        # In portions: an error ends the reading soon, not after all the files.
-        while portion := list(islice(remaining, 8 * workers)):
-            yield from zip(portion, pool.map(measure, portion), strict=True)
-
-
-def _show(total: Moments, title: str) -> None:
-    import numpy as np
-
-    std = np.sqrt(total.squares / total.number)
-    channels = enumerate(zip(total.mean, std, strict=True))
-    rows = [(str(i), f"{centre:.6g}", f"{spread:.6g}") for i, (centre, spread) in channels]
-    print(title)
-    print(table(("channel", "mean", "standard deviation"), rows, left=()))
-    for name, values in (("mean", total.mean), ("std", std)):
+    print(f"{used:,} images of {arguments.table}")
+    columns = {"mean": total.mean, "standard deviation": total.std}
+    channels = enumerate(zip(*columns.values(), strict=True))
+    rows = [(str(channel), *(f"{value:.6g}" for value in values)) for channel, values in channels]
+    print(table(("channel", *columns), rows, left=()))
+    for name, values in (("mean", total.mean), ("std", total.std)):
         print(f"{name}: [{', '.join(f'{value:.6g}' for value in values)}]")
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
+
+from fastvim.data.dense_data import MISSING_IMAGE
+from fastvim.data.files import UnreadableImageError
+from fastvim.data.parallel import read_in_order
 
 
 class Issue(NamedTuple):
@@ -41,12 +45,12 @@ class Readable(Sized, Protocol):
 
 @dataclass
 class SplitReport:
-    """What is known of a split before its images are read.
+    """What is known of a split.
 
     Attributes:
         split: its name.
         files: the samples that are left to be read.
-        errors: what a run would stop at.
+        errors: what a run would stop at; at first, what the lists of files tell.
         dropped: what training leaves out.
         facts: counts that are no mistakes.
     """
@@ -56,3 +60,28 @@ class SplitReport:
     errors: Issues = field(default_factory=Issues)
     dropped: Issues = field(default_factory=Issues)
     facts: dict[str, int] = field(default_factory=dict)
+
+    def read(self, workers: int) -> Iterator[UnreadableImageError | None]:
+        """Why each sample cannot be used, in order; None where it can, or its file is missing.
+
+        Missing files are in `errors` from the beginning.
+
+        Args:
+            workers: samples read at a time.
+        """
+
+        def read(index: int) -> None:
+            self.files.read(index)  # the sample is not kept
+
+        for error in read_in_order(read, range(len(self.files)), workers, UnreadableImageError):
+            yield None if error is None or error.kind == MISSING_IMAGE else error
+
+    def __str__(self) -> str:
+        """A line of facts, then a line for each kind of mistake."""
+        facts = ", ".join(f"{number:,} {what}" for what, number in self.facts.items())
+        lines = [f"{self.split}: {facts}"]
+        for kind, (number, first) in self.errors.items():
+            lines.append(f"  {number:,} x {kind}, first: {first}")
+        for kind, (number, first) in self.dropped.items():
+            lines.append(f"  {number:,} x {kind}, left out in training, first: {first}")
+        return "\n".join(lines)

@@ -1,10 +1,21 @@
-"""Mean and deviation of images' channels, file by file."""
+"""Mean and standard deviation of each channel over many image files.
+
+C, H, W: channels, height and width
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from fastvim.data.arrays import read_array
+from fastvim.data.parallel import read_in_order
+from fastvim.data.remote import UnreadableFileError
+from fastvim.errors import UserError
+
+Measured = tuple[str, "Moments | UnreadableFileError"]  # a path and its image's moments, or why not
 
 
 class Moments(NamedTuple):
@@ -20,6 +31,11 @@ class Moments(NamedTuple):
     mean: np.ndarray
     squares: np.ndarray
 
+    @property
+    def std(self) -> np.ndarray:
+        """The standard deviations, float64 (C,)."""
+        return np.sqrt(self.squares / self.number)
+
     @classmethod
     def of(cls, image: np.ndarray) -> Moments:
         """Those of an image (C, H, W)."""
@@ -34,3 +50,48 @@ class Moments(NamedTuple):
         mean = self.mean + delta * (other.number / number)
         between = delta**2 * (self.number * other.number / number)
         return Moments(number, mean, self.squares + other.squares + between)
+
+
+def measure(paths: list[str], workers: int, **reading: Any) -> Iterator[Measured]:
+    """The moments of each image, in the order of the paths.
+
+    Args:
+        paths: files or URLs that `read_array` opens.
+        workers: files read at a time.
+        reading: further arguments of `read_array`.
+    """
+
+    def moments(path: str) -> Moments:
+        return Moments.of(read_array(path, **reading))
+
+    results = read_in_order(moments, paths, workers, UnreadableFileError)
+    return zip(paths, results, strict=True)
+
+
+def add_up(
+    measured: Iterable[Measured], skip_unreadable: bool = False
+) -> tuple[Moments | None, int, list[UnreadableFileError]]:
+    """The moments of all images, how many those are, and why the others were skipped.
+
+    Args:
+        measured: of `measure`.
+        skip_unreadable: leave out what cannot be read.
+
+    Raises:
+        UserError: images with different numbers of channels; `UnreadableFileError` for a file that
+            is not to be skipped.
+    """
+    total: Moments | None = None
+    used, skipped = 0, []
+    for path, result in measured:
+        if isinstance(result, UnreadableFileError):
+            if not skip_unreadable:
+                raise result
+            skipped.append(result)
+        elif total is not None and len(result.mean) != len(total.mean):
+            raise UserError(
+                f"{path}: {len(result.mean)} channels; those before have {len(total.mean)}"
+            )
+        else:
+            total, used = result if total is None else total | result, used + 1
+    return total, used, skipped

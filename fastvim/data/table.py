@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import PurePosixPath
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvim.data.files import SPLIT_NAMES
-from fastvim.data.remote import UnreadableFileError, read_bytes
+from fastvim.data.remote import UnreadableFileError, is_url, join, read_bytes
 from fastvim.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -70,6 +71,48 @@ def read_table(
     if table.empty:
         raise UserError(f"{url}: no rows")
     return table
+
+
+def list_images(
+    url: str,
+    *,
+    root: str | None = None,
+    path_column: str = "path",
+    split_column: str = "split",
+    split: str | None = None,
+    split_seed: int = 0,
+    count: int | None = None,
+    **reading: Any,
+) -> list[str]:
+    """The files that a table names, in its order.
+
+    Args:
+        url: of the table.
+        root: folder or URL of relative paths; None for the table's.
+        path_column: the files.
+        split_column: their splits; a permutation divides a table that lacks it.
+        split: "train", "val" or "test"; None for all files.
+        split_seed: of the permutation.
+        count: a random choice of so many; None for all.
+        reading: further arguments of `read_table`.
+
+    Raises:
+        UserError: a column or a value is missing, or the split has no rows; and as `read_table`.
+    """
+    table = read_table(url, **reading)
+    require_columns(table, [path_column], url)
+    require_values(table, path_column, url)
+    paths = table[path_column].astype(str).to_numpy(dtype=object)
+    if split is not None:
+        paths = paths[splits_of(table, split_column, split_seed, url) == split]
+        if not len(paths):
+            raise UserError(f"{url}: no rows of the split {split!r}")
+    if count is not None and count < len(paths):
+        chosen = np.random.RandomState(0).permutation(len(paths))[:count]
+        paths = paths[np.sort(chosen)]
+    if root is None:
+        root = url.rpartition("/")[0] if is_url(url) else os.path.dirname(url)
+    return [join(root, path) for path in paths]
 
 
 def require_columns(table: pd.DataFrame, columns: Iterable[str], url: str) -> None:

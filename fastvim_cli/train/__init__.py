@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import warnings
 
-from fastvim_cli.train.cli import TrainingCLI
+import lightning as L
 
-__all__ = ["TrainingCLI", "run"]
+from fastvim_cli.train.cli import DataCLI, TrainingCLI
+
+__all__ = ["TrainingCLI", "load_data", "run"]
 
 
 def run(words: list[str]) -> None:
@@ -21,6 +23,19 @@ def run(words: list[str]) -> None:
     """
     _quiet()
     TrainingCLI(words[0], words[1:]).execute()
+
+
+def load_data(words: list[str]) -> L.LightningDataModule:
+    """The data module of a recipe, without its model and trainer.
+
+    Args:
+        words: `--config=FILE`, and values that override the recipe's.
+
+    Raises:
+        UserError: a mistake in the recipe or in the data's arguments.
+    """
+    _quiet()
+    return DataCLI(words).datamodule
 
 
 def _quiet() -> None:

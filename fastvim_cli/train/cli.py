@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -231,6 +232,21 @@ class TrainingCLI(LightningCLI):
         # Not an error: a scheduler restarts a preempted run with one and the same command.
         print(f"no checkpoint in {folder} yet: starting afresh")
         return None
+
+
+class DataCLI(TrainingCLI):
+    """Reads a configuration as `TrainingCLI` does, but makes the data module alone.
+
+    Args:
+        args: the words after the command.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__("validate", args)
+
+    def instantiate_classes(self) -> None:
+        only_data = Namespace(data=self.config.data)
+        self.datamodule = self.parser.instantiate_classes(only_data).data
 
 
 def _class_table(scores: Mapping[str, Mapping[str, float]]) -> str:

@@ -125,3 +125,15 @@ def test_mistakes_are_one_line(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_names_are_printed_as_they_are(tmp_path, capsys, monkeypatch):
+    """Brackets are no markup, colons no pictures, and `~` is the home directory."""
+    write_set(tmp_path / "[bold]set:smile:")
+    (tmp_path / "[bold]set:smile:" / "val2017" / "1.png").unlink()
+    (tmp_path / "recipe.yaml").write_text(COCO.read_text())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--config=~/recipe.yaml", "--data.root=~/[bold]set:smile:"]
+    assert main(["data", "check", *words]) == 2
+    output = capsys.readouterr().out
+    assert f"missing image file, first: {tmp_path}/[bold]set:smile:/val2017/1.png" in output
