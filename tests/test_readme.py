@@ -17,7 +17,11 @@ from fastvim_cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PROJECT = (ROOT / "pyproject.toml").read_text()
+EXTRAS = re.findall(
+    r"^(\w+) = \[",
+    (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1],
+    re.MULTILINE,
+)
 TARGETS = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 RUN = ("predict", "reconstruct", "segment", "detect", "convert", "data stats", "data check")
@@ -124,19 +128,19 @@ def test_parse(
     assert "data:" in capsys.readouterr().out
 
 
-def test_names_in_the_text() -> None:
-    """Commands, extras and `make` targets between backticks, and links into the repository."""
-    inline = re.findall(
-        r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
-    )
-    for code in inline:
+@pytest.mark.parametrize("name", ["README", "CONTRIBUTING", "SECURITY", "docs/architecture"])
+def test_names_in_the_text(name: str) -> None:
+    """Commands, `make` targets, extras, files and links."""
+    text = (ROOT / f"{name}.md").read_text()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`([^`\n]+)`", prose):
         if match := re.match(r"fastvim (\w+)", code):
             assert match[1] in COMMANDS, code
         if match := re.match(r"make (\S+)", code):
             assert match[1] in TARGETS, code
-    extras = re.findall(
-        r"^(\w+) = \[", PROJECT.split("[project.optional-dependencies]")[1], re.MULTILINE
-    )
-    assert set(re.findall(r"fastvim\[(\w+)\]", README)) <= set(extras)
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        for folder in (ROOT, ROOT / "fastvim"):
+            if re.fullmatch(r"[\w./-]+", code) and (folder / code.split("/")[0]).is_dir():
+                assert (folder / code).exists(), code
+    assert set(re.findall(r"fastvim\[(\w+)\]", text)) <= set(EXTRAS)
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
