@@ -1,4 +1,4 @@
-"""Average precision of boxes and masks, as COCO has it.
+"""Average precision of boxes and masks, as COCO defines it.
 
 H, W: an image's height and width as stored; n: detections in it
 """
@@ -17,7 +17,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as mask_api
 from torch import Tensor
 
-# Of COCO's twelve numbers the first six; the others are of recall.
+# The first six of COCO's twelve numbers. The others are of recall.
 SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 KINDS = {"box": "bbox", "mask": "segm"}
 
@@ -38,13 +38,13 @@ def coco_results(
         seen: height and width of the image that the model was given.
         size: (H, W).
         image_id: written into each.
-        category_ids: those that the labels 1 to K stand for.
+        category_ids: of the labels 1 to K.
     """
     scale = torch.tensor([size[1] / seen[1], size[0] / seen[0]] * 2)
     boxes, masks = found["boxes"].float().cpu(), found["masks"].float().cpu()
     results = []
     for i, (x1, y1, x2, y2) in enumerate((boxes * scale).tolist()):
-        # One at a time: all masks of a large photograph at once would take gigabytes.
+        # One at a time: all masks of a large photograph would take gigabytes.
         pasted = paste(masks[i, 0], boxes[i].tolist(), seen, size)
         results.append(
             {
@@ -63,9 +63,9 @@ def paste(
 ) -> np.ndarray:
     """A mask that fills a box as the pixels of the stored image, uint8 (H, W).
 
-    The way back of the projection that the mask head is trained on (torchvision's), which takes a
-    pixel to lie at its index, not half a pixel further. torchvision's own pasting rounds the box,
-    and moves small objects by up to a pixel.
+    This inverts the projection that the mask head is trained on (torchvision's), where a pixel lies
+    at its index, not half a pixel further. torchvision's own pasting rounds the box, which moves
+    small objects by up to a pixel.
 
     Args:
         mask: probabilities, (28, 28).
@@ -94,17 +94,17 @@ def paste(
 
 
 def _encode(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W) as compressed run lengths that JSON can hold."""
+    """A mask (H, W) as compressed run lengths, in JSON's types."""
     encoded = mask_api.encode(np.asfortranarray(mask))
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
 class Scores(NamedTuple):
-    """What `AveragePrecision` computes; a number without an object to count is NaN.
+    """What `AveragePrecision` computes; NaN without an object to count.
 
     Attributes:
-        overall: of boxes and masks "ap", "ap50", "ap75", and for objects of three sizes; the names
-            are as "box_ap" and "mask_ap_small". Small is below 32 x 32 pixels, large from 96 x 96.
+        overall: "ap", "ap50", "ap75" and "ap" for objects of three sizes, of boxes and masks: e.g.
+            "box_ap" and "mask_ap_small". Small is below 32 x 32 pixels, large from 96 x 96.
         of_classes: "box_ap" and "mask_ap" of each category, in the order of the ids given.
     """
 
@@ -115,8 +115,8 @@ class Scores(NamedTuple):
 class AveragePrecision:
     """Average precision of boxes and of masks over all images seen, by all processes.
 
-    The numbers are those of pycocotools, computed by faster-coco-eval: over ten thresholds of
-    intersection over union from 0.5 to 0.95, with at most 100 detections per image.
+    The numbers are those of pycocotools, computed by faster-coco-eval: over ten IoU thresholds from
+    0.5 to 0.95, with at most 100 detections per image.
 
     Args:
         category_ids: of all categories.
@@ -127,12 +127,11 @@ class AveragePrecision:
         self._images: dict[int, tuple[dict[str, Any], list[Result]]] = {}
 
     def update(self, target: dict[str, Any], results: list[Result]) -> None:
-        """Note an image.
+        """Add an image.
 
         Args:
-            target: its "image_id", "size" (H, W) and "annotations", in COCO's format but without
-                ids.
-            results: what was found in it.
+            target: its "image_id", "size" (H, W) and "annotations", in COCO's format without ids.
+            results: the detections.
         """
         self._images[target["image_id"]] = target, results
 
@@ -146,7 +145,7 @@ class AveragePrecision:
         truth = _truth([target for target, _ in images], self.category_ids)
         scores = Scores({}, {})
         for kind, name in KINDS.items():
-            # The area of a result is that of what is compared: its box or its mask.
+            # COCO takes the area of a result from its box or its mask: from the one compared.
             left_out = {"box": "segmentation", "mask": "bbox"}[kind]
             results = [
                 {key: value for key, value in result.items() if key != left_out}
@@ -157,7 +156,7 @@ class AveragePrecision:
             evaluation.run()
             for score, value in zip(SCORES, evaluation.stats, strict=False):
                 scores.overall[f"{kind}_{score}"] = float(value) if value >= 0 else math.nan
-            # Thresholds, recalls, categories; of all sizes, and of 100 detections.
+            # (thresholds, recalls, categories), for all sizes and 100 detections
             precision = evaluation.eval["precision"][:, :, :, 0, -1]
             means = np.where(precision < 0, np.nan, precision).mean(axis=(0, 1)).tolist()
             by_id = dict(zip(evaluation.params.catIds, means, strict=True))
@@ -175,7 +174,7 @@ class AveragePrecision:
 
 
 def _truth(targets: list[dict[str, Any]], category_ids: list[int]) -> COCO:
-    """The objects of all images, numbered from 1: 0 stands for no match."""
+    """The objects of all images, numbered from 1, since 0 means no match."""
     images = [
         {"id": target["image_id"], "height": target["size"][0], "width": target["size"][1]}
         for target in targets

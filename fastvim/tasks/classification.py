@@ -32,8 +32,8 @@ class Classification(Task):
         label_smoothing: share of the target spread evenly over all classes.
         sample_channels: train each batch on a random choice of its images' channels (hierarchical
             channel sampling, `fastvim.models.sample_channels`), for channel models. The choice
-            follows from the data's seed, epoch and batch, the same in every process. Turns
-            `capture` off.
+            follows from the data's seed, epoch and batch, the same in every process. Not with
+            `capture`, which has no effect then.
         **options: of `Task`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What tasks with a head over a backbone's maps share: weights to start from, warm-up in steps."""
+"""What segmentation and detection share: initial weights, warm-up in steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DenseTask(Task):
     """
 
     head: str  # what the head is for, in messages
-    head_prefix: str  # the names of weights that tell a whole model's file
+    head_prefix: str  # names of weights that only a file of the whole model has
     default_no_decay = ("*pos_embed", "*cls_token", "*A_log")
 
     def __init__(self, *args: Any, warmup_steps: int, **options: Any) -> None:
@@ -73,12 +73,14 @@ class DenseTask(Task):
 
 
 def load_backbone(backbone: FastVim, checkpoint: Checkpoint) -> None:
-    """Load a classifier's, masked autoencoder's or dense model's weights, but no head or last norm.
+    """Load all weights of a file but those of the head and the last norm.
 
-    LayerNorms take the weights of RMS norms, and keep their own biases of 0.
+    The file is a classifier's, a masked autoencoder's or a dense model's.
+
+    LayerNorms take the weights of RMS norms and keep their own biases of 0.
 
     Raises:
-        UserError: the weights are another architecture's.
+        UserError: the weights are of another architecture.
     """
     own = backbone.state_dict()
     state = checkpoint_filter_fn(checkpoint.state, backbone)

@@ -27,23 +27,23 @@ class Detection(DenseTask):
     """Trains and evaluates Cascade Mask R-CNN over a FastVim or Vim.
 
     The defaults are the published COCO recipe: AdamW, a short linear warm-up, then a constant rate
-    that drops to a tenth twice. The data module is `fastvim.data.detection.DetectionData`, or gives
-    batches as it does; evaluation reports the average precision of boxes and of masks, in the
-    images as stored.
+    that drops to a tenth twice. The data module gives batches as
+    `fastvim.data.detection.DetectionData` does. Evaluation reports the average precision of boxes
+    and masks in the images as stored.
 
     Args:
         source: "mixer" as published, or the "residual" stream (`fastvim.models.FeatureMaps`).
         channels: width of the pyramid and of the heads' convolutions.
-        pad_to: images are padded to squares of at least this side; 0: no further than necessary.
+        pad_to: images are padded to squares of at least this side; 0 pads as little as possible.
         image_mean: per channel, for values in 0 to 1.
         image_std: as `image_mean`.
-        proposals: regions that go from the proposal network to the first stage, per image.
+        proposals: regions per image that the proposal network gives to the first stage.
         hidden_dim: width of a box head's last layer.
         samples: regions per image that each stage trains on.
-        score_thresh: least score of a detection.
-        nms_thresh: intersection over union from which on the lesser of two of a class goes.
-        detections: at most so many per image; 100 count in COCO's scores.
-        drops: shares of the run after which the rate falls to a tenth.
+        score_thresh: minimum score of a detection.
+        nms_thresh: IoU threshold of per-class NMS.
+        detections: maximum per image; COCO's scores count 100.
+        drops: fractions of the run after which the rate falls to a tenth.
         **options: of `DenseTask`.
 
     Raises:
@@ -142,7 +142,7 @@ class Detection(DenseTask):
     # Evaluation.
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """What `CascadeMaskRCNN` finds in images (3, H, W), in evaluation mode."""
+        """Detections of `CascadeMaskRCNN` in images (3, H, W), in evaluation mode."""
         assert self.model is not None
         return self.model(images)
 
@@ -182,7 +182,7 @@ class Detection(DenseTask):
             self._metrics.update(target, results)
 
     def _log_scores(self, stage: str) -> dict[str, list[float]]:
-        """Log the scores over all classes; those of each are returned."""
+        """Log the scores over all classes and return those of each class."""
         assert self._metrics is not None
         scores = self._metrics.compute()  # the same in every process
         for name, value in scores.overall.items():

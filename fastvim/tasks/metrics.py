@@ -31,6 +31,9 @@ class SegmentationScores(TypedDict):
 class SegmentationMetrics(Metric):
     """Intersection over union and pixel accuracy of everything seen, over all processes.
 
+    torchmetrics' confusion matrix is not used: in deterministic mode it compares every pixel with
+    each of the K² cells, which takes terabytes for 150 classes.
+
     Args:
         num_classes: K.
         ignore_index: target of the pixels that do not count.

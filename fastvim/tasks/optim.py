@@ -88,7 +88,7 @@ def warmup_cosine(
 ) -> CosineLRScheduler:
     """Linear warm-up from `warmup_lr`, then a cosine from the optimiser's rate to `min_lr`.
 
-    Both count optimiser steps; the cosine starts when the warm-up has ended.
+    Both count optimiser steps. The cosine starts when the warm-up ends.
     """
     return CosineLRScheduler(
         optimizer,
@@ -102,7 +102,7 @@ def warmup_cosine(
 
 
 class WeightDecayCosine:
-    """Weight decay that follows half a cosine over the run, in every group that decays at all.
+    """Weight decay that follows half a cosine over the run, in every group that has any.
 
     Args:
         optimizer: its groups' `weight_decay` is where they start.
@@ -116,9 +116,9 @@ class WeightDecayCosine:
         self._end, self._total_steps = end, total_steps
 
     def step_update(self, num_updates: int) -> None:
-        """Set the decay after so many optimiser steps."""
+        """Set the decay for a number of optimiser steps."""
         left = (1 + math.cos(math.pi * min(num_updates / self._total_steps, 1.0))) / 2
-        # A restored optimiser has other groups, in the same order.
+        # A restored optimiser has new group objects, in the same order.
         for group, start in zip(self._optimizer.param_groups, self._starts, strict=True):
             if start > 0:
                 group["weight_decay"] = self._end + (start - self._end) * left
@@ -129,7 +129,7 @@ def warmup_linear(
 ) -> PolyLRScheduler:
     """Linear warm-up from `warmup_lr`, then a line from the optimiser's rate to `min_lr`.
 
-    Both count optimiser steps; the way down starts when the warm-up has ended.
+    Both count optimiser steps. The line starts when the warm-up ends.
     """
     return PolyLRScheduler(
         optimizer,
@@ -155,13 +155,13 @@ def warmup_steps_down(
     Args:
         optimizer: at the peak rate.
         total_steps: optimiser steps of the run.
-        warmup_steps: of them, for the warm-up.
+        warmup_steps: length of the warm-up.
         warmup_lr: where the warm-up starts.
-        drops: shares of `total_steps` after which the rate falls.
+        drops: fractions of `total_steps` after which the rate falls.
     """
     return MultiStepLRScheduler(
         optimizer,
-        # The rate falls after so many steps; timm counts one ahead.
+        # The rate falls after this many steps; timm counts one ahead.
         decay_t=[round(drop * total_steps) + 1 for drop in drops],
         decay_rate=0.1,
         warmup_t=warmup_steps,

@@ -13,7 +13,7 @@ from fastvim.models import MaskedAutoencoder, MaskedOutput
 from fastvim.tasks.callbacks.reconstruction import ReconstructionPictures
 from fastvim.tasks.task import Task
 
-Batch = tuple[Tensor, Any]  # images and what nobody looks at here
+Batch = tuple[Tensor, Any]  # images, and labels that are not used
 
 
 class Pretraining(Task):
@@ -31,12 +31,12 @@ class Pretraining(Task):
         model_args: options of that model, e.g. `{mask_ratio: 0.75, img_size: 224}`.
         checkpoint: file of weights to start from; None starts from random ones. Ignored when
             resuming.
-        pictures_every_n_epochs: draw what the model makes of some validation images so often;
-            the data must then tell the `mean` and `std` of their normalisation. None draws none.
+        pictures_every_n_epochs: how often to draw reconstructions of some validation images. The
+            data need the `mean` and `std` of their normalisation for it. None draws none.
         **options: of `Task`.
 
     Raises:
-        UserError: as `Task`; a model that is no masked autoencoder.
+        UserError: as `Task`; a model that is not a masked autoencoder.
     """
 
     monitor, monitor_mode = "val/loss", "min"
@@ -82,15 +82,15 @@ class Pretraining(Task):
         averaging = super().configure_callbacks()
         if self.pictures_every_n_epochs is None:
             return averaging
-        # The averages stand last: pictures are then drawn before they leave the module again.
+        # The averages come last: pictures are drawn while the module still holds them.
         return [ReconstructionPictures(self.pictures_every_n_epochs), *averaging]
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> MaskedOutput:
         """Mask, encode and decode normalised images (B, C, H, W).
 
         Args:
-            images: in both sides at least a patch.
-            generator: what draws the masks; None for torch's own.
+            images: at least one patch high and wide.
+            generator: draws the masks; None for torch's own.
         """
         assert self.model is not None
         if generator is None:

@@ -20,11 +20,11 @@ class LinearProbe(Classification):
     """Trains a linear classifier on the pooled features of a frozen backbone.
 
     The features are normalised with their own statistics (BatchNorm without affine parameters)
-    before the head. The backbone stays in evaluation mode, and nothing of it is trained. The
-    defaults are the published recipe.
+    before the head. The backbone stays in evaluation mode and is not trained. The defaults are the
+    published recipe.
 
     Exported weights, and those of a checkpoint, are an ordinary classifier's: the normalisation is
-    folded into the head. What training goes on from is beside them.
+    folded into the head. A checkpoint holds the unfolded weights as well, for resuming.
 
     Args:
         model: name of a timm model whose head is one linear layer, e.g.
@@ -35,11 +35,11 @@ class LinearProbe(Classification):
             Ignored when resuming.
         momentum: of LARS.
         weight_decay: of the head's weight; its bias has none.
-        trust_coefficient: of LARS: how far a step goes, as a part of the weight's norm. The bias
+        trust_coefficient: of LARS, the length of a step relative to the weight's norm. The bias
             is not adapted.
 
     Raises:
-        UserError: as `Classification`; a model whose head is no single linear layer, or whose
+        UserError: as `Classification`; a model whose head is not one linear layer, or whose
             features are not pooled before it.
     """
 
@@ -120,7 +120,7 @@ class LinearProbe(Classification):
         return self.head(self.norm(features.float()))
 
     def make_optimizer(self) -> optim.Optimizer:
-        # Without weight decay timm's LARS adapts only what is told to `always_adapt`.
+        # Without weight decay, timm's LARS adapts only groups with `always_adapt`.
         groups = [
             {"params": [self.head.weight], "always_adapt": True},
             {"params": [self.head.bias], "always_adapt": False, "weight_decay": 0.0},
@@ -133,10 +133,10 @@ class LinearProbe(Classification):
             trust_coeff=self.trust_coefficient,
         )
 
-    # The normalisation is folded into the head of what others read.
+    # Exports and checkpoints: the normalisation is folded into the head.
 
     def exported_weights(self) -> dict[str, Tensor]:
-        """The network's weights, whose head does what normalisation and head do here."""
+        """The network's weights, with the normalisation folded into the head."""
         weights, prefix = super().exported_weights(), self._head_name
         mean, variance = (self.norm.get_buffer(f"running_{name}") for name in ("mean", "var"))
         weight = self.head.weight.detach() / (variance + self.norm.eps).sqrt()  # (classes, d)
@@ -157,6 +157,6 @@ class LinearProbe(Classification):
 
     @property
     def _head_name(self) -> str:
-        """Of the head among the network's modules."""
+        """Name of the head among the network's modules."""
         assert self.model is not None
         return next(name for name, part in self.model.named_modules() if part is self.head)

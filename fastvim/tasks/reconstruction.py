@@ -17,16 +17,16 @@ HIDDEN = 0.5  # mid-grey, of masked patches
 
 
 class Reconstruction(NamedTuple):
-    """The four panels of a batch, (B, C, H, W) in [0, 1], and how good the prediction is.
+    """The four panels of a batch, (B, C, H, W) in [0, 1], and the loss.
 
     Attributes:
         original: the images.
         masked: what the encoder saw, the hidden patches grey.
         predicted: the decoder's pixels of every patch. It was trained on hidden ones alone.
         completed: the visible patches of the original, the hidden ones as predicted.
-        hidden: part of the patches that was masked.
-        normalised: whether predictions were given the originals' means and deviations.
-        loss: scalar, the model's over these images.
+        hidden: fraction of the patches that was masked.
+        normalised: whether the predictions have the originals' means and deviations.
+        loss: of the model on these images, scalar.
     """
 
     original: Tensor
@@ -50,9 +50,9 @@ def reconstruct(
 ) -> Reconstruction:
     """Mask images, predict them in evaluation mode, and undo the normalisation.
 
-    A model with `norm_pix_loss` predicts patches without their mean and deviation. They are given
-    back here from the original, as is the custom for such pictures: brightness and contrast of a
-    hidden patch are its own, not the model's work.
+    A model with `norm_pix_loss` predicts patches without their mean and deviation. Those of the
+    original are added here, as is usual for such pictures: the model did not predict the brightness
+    and contrast of a hidden patch.
 
     Args:
         model: its mode stays as it is.
@@ -60,8 +60,8 @@ def reconstruct(
         mean: of that normalisation, one value per channel, or one for all.
         std: likewise.
         mask_ratio: None for the model's.
-        seed: of the masks. They are drawn apart from torch's own generators, and depend on the
-            seed, the number of images and their size alone.
+        seed: of the masks. They have a generator of their own and depend only on the seed, the
+            number of images and their size.
 
     Returns:
         Panels in float32 on the CPU.

@@ -39,14 +39,14 @@ class Segmentation(DenseTask):
         aux_channels: width of the auxiliary head, which reads the last map but one.
         aux_weight: of the auxiliary loss.
         drop_rate: of both heads.
-        window: side of the windows of a prediction; None predicts the whole image at once.
+        window: side of the sliding windows in evaluation; None predicts the whole image at once.
         stride: pixels from one window to the next.
-        scales: factors on the sides of an image; a prediction is the mean over them.
-        flip: predict the mirror images as well, for the mean.
+        scales: of the multi-scale evaluation, factors on the sides of an image.
+        flip: average with the predictions of the mirrored images.
         **options: of `DenseTask`.
 
     Raises:
-        UserError: as `Task`; one image a step.
+        UserError: as `Task`; one image a step; scales below or at 0.
     """
 
     monitor, monitor_mode = "val/miou", "max"
@@ -184,7 +184,7 @@ class Segmentation(DenseTask):
         return predicted
 
     def _log_metrics(self, stage: str, metrics: SegmentationMetrics) -> Tensor:
-        """Log the mean scores; those of the classes are returned, (K,)."""
+        """Log the mean scores and return the IoU of each class, (K,)."""
         scores = metrics.compute()
         self.log(f"{stage}/miou", scores["miou"], prog_bar=True, sync_dist=True)
         self.log(f"{stage}/acc", scores["acc"], sync_dist=True)

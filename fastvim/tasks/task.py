@@ -1,4 +1,4 @@
-"""What every task shares: its network and weights, its schedule, what its checkpoints hold."""
+"""What every task shares: options, network and weights, schedule, checkpoints."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ class Task(L.LightningModule):
     """Trains a timm model on a schedule of optimiser steps: warm-up, then a cosine.
 
     A subclass sets `monitor` and `monitor_mode`, builds `self.model` in `configure_model`, and
-    gives the steps. The options of a recipe are declared here once. A subclass adds its own, states
-    its defaults, and passes the rest on as `**options`, where the command line finds them. What it
-    gives to this constructor itself is fixed: the command line offers no such option.
+    defines the steps.
+
+    The options of a recipe are declared here, once. A subclass adds its own, restates those with
+    another default, and passes the rest on as `**options`, where the command line finds them. An
+    option that the subclass fixes in its call of this constructor is not on the command line.
 
     Args:
         model: name of a timm model, e.g. `fastvim_tiny_patch16_224`.
@@ -64,7 +66,8 @@ class Task(L.LightningModule):
             `checkpoint` is then not read.
 
     Raises:
-        UserError: unknown model or model option; checkpoint that does not fit the model.
+        UserError: unknown model or model option; a checkpoint that does not fit the model; a run
+            without an end.
     """
 
     monitor: str  # the metric that the best checkpoint is chosen by
@@ -162,7 +165,7 @@ class Task(L.LightningModule):
             )
 
     def class_scores(self) -> dict[str, dict[str, float]]:
-        """After a test, by the name of a score: that of each class, NaN for one that is absent."""
+        """Scores of each class after a test, by score and class name; NaN if a class is absent."""
         return {}
 
     # The schedule.
@@ -238,12 +241,12 @@ class Task(L.LightningModule):
             self._weight_decay.step_update(self.trainer.global_step)
 
     def call_model(self, images: Tensor) -> Any:
-        """What the model gives for images; in a fit with `capture`, by a `GraphedModel`."""
+        """Call the model; in a fit with `capture`, through a `GraphedModel`."""
         assert self.model is not None
         return (self._captured or self.model)(images)
 
     def on_fit_start(self) -> None:
-        # Recomputing blocks draws on random states that a graph cannot tell; other strategies than
+        # Recomputing blocks restores random states, which a graph cannot. Strategies other than
         # these divide the parameters among processes.
         whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
         if self.capture and whole and not self.grad_checkpointing:
@@ -259,7 +262,7 @@ class Task(L.LightningModule):
 
         Args:
             loss: of the step.
-            batch_size: images of it; None where the batch's first tensor has them in a dimension.
+            batch_size: images in the batch; None lets Lightning read it off the first tensor.
         """
         rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
@@ -290,12 +293,13 @@ class Task(L.LightningModule):
 
 
 def _begin_next_epoch(progress: dict[str, Any]) -> None:
-    """Let a run that is limited in steps go on after an epoch that has ended with the next one.
+    """Resume at the next epoch if the checkpoint was written at the end of one.
 
-    Lightning does so in runs of so many epochs; here it would end the same epoch once more.
+    Lightning does this in runs limited in epochs. In a run limited in steps it would end the same
+    epoch twice.
 
     Args:
-        progress: of the fit loop; nothing changes where it is in the middle of an epoch.
+        progress: of the fit loop. In the middle of an epoch nothing changes.
     """
     epochs, batches = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
     if epochs["current"]["processed"] != epochs["current"]["started"]:

@@ -44,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except FileNotFoundError as error:
             raise UserError(f"checkpoint not found: {path}") from error
         except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            # torch.load has no error of its own for a file that is damaged or not a checkpoint.
+            # torch.load raises these for a damaged file, and for one that is not a checkpoint.
             raise UserError(f"{path} is not a readable checkpoint: it is damaged") from error
         return checkpoint
 
@@ -56,7 +56,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: folder of the checkpoints.
-        every_n_train_steps: also save when the count of optimiser steps is a multiple.
+        every_n_train_steps: also save every so many optimiser steps.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int | None = None) -> None:
@@ -71,9 +71,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        # The state that a resumed run starts from is on disk. Saving it again after the next
-        # batch would be wrong: with gradient accumulation the step count has not moved yet, and
-        # the gradients of that batch are in no checkpoint.
+        # The state that a resumed run starts from is already saved. After the next batch, with
+        # gradient accumulation, the step count may be the same: saving then would lose the
+        # gradients of that batch.
         self._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(
@@ -84,7 +84,7 @@ class LastCheckpoint(ModelCheckpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        # After the last batch the epoch still has its validation to do; its end saves.
+        # After the last batch comes the validation. The end of the epoch saves.
         if not trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -92,9 +92,8 @@ class LastCheckpoint(ModelCheckpoint):
 class FiniteLoss(L.Callback):
     """Stops the run at the first loss that is not finite, before a checkpoint holds the damage.
 
-    On a GPU the losses are looked at together every `log_every_n_steps` steps, because looking
-    at one makes the CPU wait for the GPU. A checkpoint is only written after a look at all
-    losses and all weights before it.
+    Reading a loss synchronises with the GPU, so there the losses are checked together every
+    `log_every_n_steps` steps. Before a checkpoint is written, all losses and weights are checked.
     """
 
     def __init__(self) -> None:
@@ -113,7 +112,7 @@ class FiniteLoss(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._check_losses(trainer, pl_module)
-        # The loss is taken before the update: an update that overflows shows in the weights.
+        # The loss is of before the update. An update that overflows shows in the weights.
         finite = [weight.isfinite().all() for weight in pl_module.parameters()]
         if not torch.stack(finite).all():
             raise UserError(
@@ -126,7 +125,7 @@ class FiniteLoss(L.Callback):
             return
         unchecked, self._unchecked = self._unchecked, []
         losses = torch.stack([loss for loss, _, _ in unchecked])
-        # Of all processes, so that all of them stop, and at the same step.
+        # Gathered from all processes, so that all stop at the same step.
         everywhere: Any = pl_module.all_gather(losses)
         finite = everywhere.view(-1, len(losses)).isfinite().all(dim=0)
         if finite.all():
@@ -139,7 +138,7 @@ class FiniteLoss(L.Callback):
 
 
 def _last_good(trainer: L.Trainer) -> str:
-    """Where to go on from, for a message."""
+    """The checkpoint to resume from, for a message."""
     for callback in trainer.checkpoint_callbacks:
         path = callback.best_model_path if isinstance(callback, LastCheckpoint) else ""
         if os.path.exists(path):
@@ -150,8 +149,8 @@ def _last_good(trainer: L.Trainer) -> str:
 class ExportWeights(L.Callback):
     """Writes `model.safetensors` at the end of training: the averaged weights if there are any.
 
-    Its metadata, and that of every checkpoint, says how to build the model and how to prepare its
-    images, so that one file is all that prediction needs.
+    The metadata of this file and of every checkpoint says how to build the model and how to prepare
+    its images: prediction needs one file.
 
     Args:
         path: of the file.
@@ -170,7 +169,7 @@ class ExportWeights(L.Callback):
         checkpoint[METADATA_KEY] = {**pl_module.exported_metadata(), **self._images}
 
     def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
-        # Here and not at an earlier hook: the averages are in the module only now.
+        # Not earlier: only now are the averages in the module.
         fitted = stage == TrainerFn.FITTING and not trainer.fast_dev_run
         if fitted and trainer.is_global_zero:
             assert isinstance(pl_module, TrainedTask)

@@ -21,8 +21,8 @@ Points = tuple[list[float], list[float]]
 class LearningCurves(L.Callback):
     """Draws loss, accuracy and learning rate over the epochs when training ends or breaks off.
 
-    The numbers come from the run's `metrics.csv`; a resumed run has one file per start, which
-    are joined.
+    The numbers come from the run's `metrics.csv`. A resumed run has one file per start; they are
+    joined.
 
     Args:
         path: of the picture.
@@ -30,7 +30,7 @@ class LearningCurves(L.Callback):
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._resumed = True  # so too where there is nothing left to train
+        self._resumed = True  # also if nothing is left to train
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._resumed = trainer.global_step > 0
@@ -55,7 +55,7 @@ class LearningCurves(L.Callback):
             starts = Path(logger.root_dir).glob("version_*/metrics.csv")
             files = sorted(starts, key=lambda file: int(file.parent.name.split("_")[1]))
         rows = join([_read(file) for file in files if file.exists()])
-        batches = trainer.num_training_batches  # infinite: not known, or not yet
+        batches = trainer.num_training_batches  # infinite if not known yet
         if rows and math.isfinite(batches):
             figure = draw_curves(rows, math.ceil(batches / trainer.accumulate_grad_batches))
             figure.savefig(self._path, dpi=150)
@@ -71,7 +71,7 @@ def _read(file: Path) -> list[dict[str, float]]:
 
 
 def join(starts: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
-    """The rows of all starts of a run; what a later start did again replaces the earlier."""
+    """The rows of all starts of a run; a later start replaces the steps that it did again."""
     joined: list[dict[str, float]] = []
     for rows in starts:
         if rows:

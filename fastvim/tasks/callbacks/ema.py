@@ -14,13 +14,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 class EMA(WeightAveraging):
     """Averages the weights after every step, with one decay from the first step on.
 
-    Lightning's callback does the work: the averages are what is validated and what a
-    checkpoint's `state_dict` holds, beside the trained weights in `current_model_state`.
-    Three things differ from Lightning's `EMAWeightAveraging`, each for the published recipe or
-    for exact resume: the average starts from the initial weights instead of from those after
-    the first step; all tensors are updated in a few fused calls without waiting for the GPU;
-    the module takes the averages over at the end of `fit` rather than at the end of training,
-    where a late checkpoint would store them as the trained weights.
+    Lightning's callback validates the averages and stores them as a checkpoint's `state_dict`,
+    beside the trained weights in `current_model_state`. Three things differ from its
+    `EMAWeightAveraging`, for the published recipe or for exact resume. The average starts from the
+    initial weights, not from those after the first step. All tensors are updated in a few fused
+    calls that do not synchronise with the GPU. The module takes over the averages at the end of
+    `fit`, not at the end of training, where a late checkpoint would store them as the trained
+    weights.
 
     Args:
         decay: weight of the old average in each update, in [0, 1].
@@ -34,8 +34,8 @@ class EMA(WeightAveraging):
             return
         pl_module.configure_model()  # the average needs the layers, which Lightning makes later
         self._average_model = AveragedModel(pl_module, device=pl_module.device, **self._kwargs)
-        # One average is counted, the initial weights. The count stays on the CPU, where reading
-        # it at every step costs nothing.
+        # One average is counted, the initial weights. On the CPU, reading the count at every step
+        # costs nothing.
         self._average_model.n_averaged = torch.tensor(1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

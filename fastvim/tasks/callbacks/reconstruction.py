@@ -1,4 +1,4 @@
-"""Pictures of reconstructions in the course of a pre-training."""
+"""Pictures of reconstructions while a masked autoencoder trains."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fastvim.tasks.reconstruction import reconstruct
 class ReconstructionPictures(L.Callback):
     """Draws the same validation images under the same masks as training goes on.
 
-    The picture goes to every logger that takes pictures (`val/reconstruction`) and, the latest
-    one, to `reconstruction.png` in the run's folder. It is drawn at the end of a validation, from
-    the averaged weights if they are what is validated (an `EMA` must stand later among the
-    callbacks, as a task's own do), and in any case from the weights that the run ends with.
+    Every picture goes to the loggers that take pictures (`val/reconstruction`), the latest one to
+    `reconstruction.png` in the run's folder. It is drawn at the end of a validation and at the end
+    of the run. Where averaged weights are validated, they are drawn: `EMA` must then come later
+    among the callbacks, as it does among a task's own.
 
-    The images are drawn at random, once, from those of the first whole validation; with several
-    processes, from the first one's. Nothing here touches the random state of the run.
+    The images are chosen at random, once, from the first whole validation of the first process.
+    The random state of the run is not touched.
 
     Args:
         every_n_epochs: how often.
@@ -37,8 +37,8 @@ class ReconstructionPictures(L.Callback):
         std: likewise.
 
     Raises:
-        UserError: a count below 1; when training starts, a task without a masked autoencoder, or
-            data that do not tell their normalisation.
+        UserError: a count below 1. When training starts: a task without a masked autoencoder, or
+            data without `mean` and `std`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ReconstructionPictures(L.Callback):
             self._mean, self._std = data.mean, data.std
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Each image gets a random key; those of the smallest keys are shown.
+        # Each image gets a random key. The images with the smallest keys are shown.
         self._keys = torch.empty(0)
         self._candidates: list[Tensor] = []
         self._random = torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ class ReconstructionPictures(L.Callback):
             self._draw(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # Here and not at an earlier hook: averages are in the module only now.
+        # Not earlier: only now are the averages in the module.
         if stage == TrainerFn.FITTING and self._drawn_at != trainer.global_step:
             self._draw(trainer, pl_module)
 

@@ -9,31 +9,32 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from fastvim.tasks.pictures.predictions import Prediction, draw_predictions
 from fastvim.tasks.pictures.segmentation import Labelling, draw_labellings
 from fastvim.tasks.protocols import TrainedTask
+
+Item = TypeVar("Item")
 
 
 class Report(L.Callback):
     """After a test: the metrics as JSON, and a picture of predictions with the mistakes marked.
 
     The test step returns logits (B, classes), or as "labelled" a list of the classes of each
-    image's pixels, or None for metrics alone. With several processes the picture shows the first
-    one's images.
+    image's pixels, or None for metrics alone. With several processes the picture shows images of
+    the first process.
 
     Args:
         folder: gets `metrics.json` and `predictions.png`.
         mean: of the images' normalisation, one value per channel, or one for all.
         std: likewise.
-        mistakes: how many wrong predictions to show at most, the most certain ones first.
-        correct: how many right predictions to show at most, drawn at random.
-        labelled: how many images with a class for each pixel to show at most, drawn at random.
+        mistakes: most wrong predictions to show, the most certain ones first.
+        correct: most right predictions to show, drawn at random.
+        labelled: most segmented images to show, drawn at random.
     """
 
     def __init__(
@@ -52,10 +53,9 @@ class Report(L.Callback):
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._mistakes: list[Prediction] = []
-        self._correct: list[Prediction] = []
-        self._labelled: list[Labelling] = []
-        self._seen = self._wrong = 0
-        self._draw = torch.Generator().manual_seed(0)
+        self._correct = _Reservoir[Prediction](self._max_correct)
+        self._labelled = _Reservoir[Labelling](self._max_labelled)
+        self._wrong = 0
 
     def on_test_batch_end(
         self,
@@ -69,41 +69,20 @@ class Report(L.Callback):
         if outputs is None:  # a task with metrics alone
             return
         if isinstance(outputs, dict):
-            self._keep_labelled(outputs["labelled"], batch)
+            for image, target, predicted in zip(*batch, outputs["labelled"], strict=True):
+                self._labelled.add(Labelling(image.cpu(), predicted.cpu(), target.cpu()))
             return
         images, target = (part.cpu() for part in batch)
         certainty, predicted = outputs.cpu().softmax(dim=-1).max(dim=-1)
         for i, (guess, truth) in enumerate(zip(predicted.tolist(), target.tolist(), strict=True)):
-            self._seen += 1
             shown = Prediction(images[i], guess, truth, certainty[i].item())
-            if guess != truth:
+            if guess == truth:
+                self._correct.add(shown)
+            else:
                 self._wrong += 1
                 self._mistakes.append(shown)
-            elif len(self._correct) < self._max_correct:
-                self._correct.append(shown)
-            else:
-                place = self._place(self._seen - self._wrong)
-                if place < self._max_correct:
-                    self._correct[place] = shown
         self._mistakes.sort(key=lambda mistake: -mistake.certainty)
         del self._mistakes[self._max_mistakes :]
-
-    def _place(self, count: int) -> int:
-        """Where the last of `count` images goes, among the first few of which all are kept.
-
-        Reservoir sampling: each is kept with the same probability.
-        """
-        return int(torch.randint(count, (1,), generator=self._draw))
-
-    def _keep_labelled(self, predictions: list[Tensor], batch: Any) -> None:
-        for image, target, predicted in zip(*batch, predictions, strict=True):
-            self._seen += 1
-            place = len(self._labelled)
-            if place == self._max_labelled:
-                place = self._place(self._seen)
-            if place < self._max_labelled:
-                shown = Labelling(image.cpu(), predicted.cpu(), target.cpu())
-                self._labelled[place : place + 1] = [shown]
 
     def on_test_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -118,15 +97,37 @@ class Report(L.Callback):
             }
         (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
 
-        if not self._seen:
-            return
         names = trainer.datamodule.class_names
-        if self._labelled:
-            picture = draw_labellings(self._labelled, names, self._mean, self._std)
-            picture.save(self._folder / "predictions.png")
+        if self._labelled.items:
+            picture = draw_labellings(self._labelled.items, names, self._mean, self._std)
+        elif seen := self._wrong + self._correct.seen:
+            correct = sorted(self._correct.items, key=lambda prediction: prediction.predicted)
+            title = f"{self._wrong:,} of {seen:,} images wrong"
+            shown = [*self._mistakes, *correct]
+            picture = draw_predictions(shown, names, self._mean, self._std, title)
+        else:
             return
-        correct = sorted(self._correct, key=lambda prediction: prediction.predicted)
-        title = f"{self._wrong:,} of {self._seen:,} images wrong"
-        shown = [*self._mistakes, *correct]
-        picture = draw_predictions(shown, names, self._mean, self._std, title)
         picture.save(self._folder / "predictions.png")
+
+
+class _Reservoir(Generic[Item]):
+    """A random sample of all items added, each kept with the same probability.
+
+    Args:
+        most: size of the sample.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.items: list[Item] = []
+        self.seen = 0
+        self._most = most
+        self._random = torch.Generator().manual_seed(0)
+
+    def add(self, item: Item) -> None:
+        self.seen += 1
+        if len(self.items) < self._most:
+            self.items.append(item)
+            return
+        place = int(torch.randint(self.seen, (1,), generator=self._random))
+        if place < self._most:
+            self.items[place] = item

@@ -17,8 +17,7 @@ class SeedSteps(L.Callback):
     """Makes the randomness of a training step a function of (seed, epoch, batch, process).
 
     Mixup draws from numpy's generator, dropout and drop-path from torch's. Seeding both before
-    every batch is what lets a killed run go on exactly as if it had never stopped, from any
-    checkpoint, without storing the generators.
+    every batch lets a killed run resume exactly, from any checkpoint, without storing generators.
 
     Args:
         seed: of the run.
@@ -38,10 +37,10 @@ class SeedSteps(L.Callback):
 
 
 class RunLog(L.Callback):
-    """Prints what is about to be trained, then one line per epoch, fit for a terminal or a file.
+    """Prints what is about to be trained, then one line per epoch, for a terminal or a file.
 
     Args:
-        console: where to; the console of the progress bar, so that lines go above the bar.
+        console: that of the progress bar, so that lines go above the bar.
     """
 
     def __init__(self, console: Console) -> None:
