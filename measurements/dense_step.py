@@ -5,8 +5,8 @@
 
 Forward, backward and AdamW on random images with random answers, as `recipes/ade20k` and
 `recipes/coco` train: bfloat16 autocast over float32 weights, UPerNet with its passes captured and
-without (detection is not of one shape); on a CPU in float32. First the maps of each backbone, and
-the gradients of their squares, are compared with the definitions in float32. Exit code 1 if they
+without (detection has images of many shapes); on a CPU in float32. First the maps of each backbone,
+and the gradients of their squares, are compared with the reference in float32. Exit code 1 if they
 differ.
 """
 
@@ -36,9 +36,9 @@ from fastvim.models import FeatureMaps
 from fastvim.models.heads.cascade import build_detector
 from fastvim.models.heads.upernet import UPerNet
 
-CHECKED = 224  # pixels of the comparison: the definitions keep every state
+CHECKED = 224  # pixels of the comparison: the reference keeps every state
 CLASSES = {"upernet": 150, "cascade": 80}
-OBJECTS = 7  # of an image: COCO's mean
+OBJECTS = 7  # in an image: COCO's mean
 
 Loss = Callable[[], Tensor]
 Parts = tuple[FeatureMaps, nn.Module, Loss]  # the backbone, the whole network, its loss
@@ -60,7 +60,7 @@ class Squares(nn.Module):
 
 
 def check(maps: FeatureMaps, device: torch.device, precision: Precision) -> float:
-    """Relative error of the squares and their gradients to the definitions in float32."""
+    """Relative error of the squares and their gradients against the reference in float32."""
     images = torch.randn(2, 3, CHECKED, CHECKED, device=device)
     squares = Squares(maps).eval()
     options: dict[str, Any] = {"loss": lambda loss, _: loss.sum()}
@@ -103,7 +103,7 @@ def cascade(model: str, size: int, batch: int, device: torch.device) -> Parts:
 
 
 def objects(size: int, device: torch.device) -> dict[str, Tensor]:
-    """Rectangles of random places, sizes and classes."""
+    """Rectangles of random position, size and class."""
     corners = torch.rand(OBJECTS, 2) * 0.7 * size
     sides = size * (0.05 + 0.25 * torch.rand(OBJECTS, 2))
     boxes = torch.cat([corners, corners + sides], dim=1).round()
@@ -154,7 +154,7 @@ def main() -> int:
         maps, network, loss = build(arguments.model, size, arguments.batch, device)
         error = check(maps, device, precision)
         if not error <= precision.bound:
-            print(f"{name} wrong: relative error {error:.2g} to the definitions")  # noqa: T201
+            print(f"{name} wrong: relative error {error:.2g} to the reference")  # noqa: T201
             return 1
         step = training_step(network, loss, precision.autocast)
         reset_peak(device)

@@ -45,7 +45,7 @@ warm() { # a process for each model and size, 14 at a time
         for i in "${!sizes[@]}"; do
             while (($(jobs -rp | wc -l) >= 14)); do wait -n || true; done
             python -m fastvim_cli benchmark "$argument" "${options[@]}" --size "${sizes[i]}" \
-                --batch "${batches[i]}" --no-check --no-floor --warmup 1 --repeats 1 \
+                --batch "${batches[i]}" --no-check --no-roofline --warmup 1 --repeats 1 \
                 >/dev/null 2>&1 || echo "$argument at ${sizes[i]} pixels: not compiled" >&2 &
         done
     done

@@ -4,8 +4,9 @@
         [--kernels 30] [--out measurements/masked_step.json]
 
 Forward and backward under bfloat16 autocast, captured as one CUDA graph (on a CPU eager, in
-float32). Beside them the step of the encoder alone over all tokens, as a classifier. First the
-loss and every gradient are compared with the definitions in float32. Exit code 1 if they differ.
+float32), and the loop of `fastvim fit`. For comparison, the same of the encoder alone over all
+tokens, as a classifier. First the loss and every gradient are compared with the reference in
+float32. Exit code 1 if they differ.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from fastvim.benchmark.cases import PRECISIONS, Precision
 from fastvim.benchmark.check import relative_error
 from fastvim.benchmark.record import device_name
 from fastvim.benchmark.timing import measure, peak_gib, reset_peak
-from fastvim.benchmark.training import TrainingStep
+from fastvim.benchmark.training import TrainingLoop, TrainingStep, cross_entropy
 
 SIZE = 224
 CHECKED = 8  # images of the comparison
 
 
 class Masked(nn.Module):
-    """The loss of an autoencoder, as (1, 1), of the same cells at every call."""
+    """The loss of an autoencoder, as (1, 1), with the same masks at every call."""
 
     def __init__(self, model: nn.Module, ratio: float, noise: Tensor) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ def own_loss(loss: Tensor, _: Tensor) -> Tensor:
 
 
 def check(model: nn.Module, images: Tensor, precision: Precision) -> float:
-    """Relative error of the loss and the gradients to the definitions in float32."""
+    """Relative error of the loss and the gradients against the reference in float32."""
     few = images[:CHECKED]
     results = TrainingStep(model, few, precision, loss=own_loss).results()
     with fastvim.use_engine("reference"):
@@ -60,7 +61,7 @@ def check(model: nn.Module, images: Tensor, precision: Precision) -> float:
 
 
 def print_kernels(step: TrainingStep, most: int) -> None:
-    """The kernels of a step that take the longest: microseconds in all, launches, each."""
+    """The slowest kernels of a step: total microseconds, launches, microseconds each."""
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
@@ -92,7 +93,7 @@ def main() -> int:
     noise = torch.rand(arguments.batch, cells, device=device)
     error = check(Masked(autoencoder, arguments.ratios[0], noise), images, precision)
     if not error <= precision.bound:
-        print(f"wrong: relative error {error:.2g} to the definitions")  # noqa: T201
+        print(f"wrong: relative error {error:.2g} to the reference")  # noqa: T201
         return 1
 
     rows = []
@@ -101,20 +102,24 @@ def main() -> int:
         reset_peak(device)
         if ratio is None:
             del autoencoder
-            classifier = timm.create_model(arguments.classifier).to(device)
-            step = TrainingStep(classifier, images, precision, capture=on_gpu)
+            model, loss = timm.create_model(arguments.classifier).to(device), cross_entropy
         else:
-            masked = Masked(autoencoder, ratio, noise)
-            step = TrainingStep(masked, images, precision, capture=on_gpu, loss=own_loss)
+            model, loss = Masked(autoencoder, ratio, noise), own_loss
+        step = TrainingStep(model, images, precision, capture=on_gpu, loss=loss)
         seconds = measure(step, device, warmup=3, repeats=arguments.repeats).median
         gib = peak_gib(device)
-        rows.append({"step": name, "ms": 1e3 * seconds, "gib": gib})
         speed = arguments.batch / seconds
         memory = "" if gib is None else f", {gib:.2f} GiB"
         print(f"{name}: {1e3 * seconds:.2f} ms, {speed:,.0f} images/s{memory}", flush=True)  # noqa: T201
         if arguments.kernels and on_gpu:
             print_kernels(step, arguments.kernels)
         step.release()
+        model.zero_grad(set_to_none=True)
+        loop = TrainingLoop(model, images, step.classes, precision, capture=on_gpu, loss=loss)
+        in_loop = measure(loop, device, warmup=3, repeats=arguments.repeats).median
+        print(f"{name}, loop: {1e3 * in_loop:.2f} ms, {arguments.batch / in_loop:,.0f} images/s")  # noqa: T201
+        rows.append({"step": name, "ms": 1e3 * seconds, "gib": gib, "loop_ms": 1e3 * in_loop})
+        del model, step, loop
     record = {
         "device": device_name(device),
         "torch": torch.__version__,

@@ -233,7 +233,7 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(caplog):
     for seed in range(2):
         backward(graphed, batch(seed))
     assert not graphed.captured
-    assert "waits for the device" in graphed.reason
+    assert "synchronises with the GPU" in graphed.reason
     assert [record.getMessage() for record in caplog.records] == [
         f"training eagerly: {graphed.reason}"
     ]

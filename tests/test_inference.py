@@ -243,7 +243,7 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(caplog):
     stream = torch.cuda.current_stream()
     served = predictor(Reads(), "cuda")
     assert not served.captured
-    assert "waits for the device" in served.reason
+    assert "synchronises with the GPU" in served.reason
     assert len(caplog.records) == 1
     assert torch.cuda.current_stream() == stream
     images = torch.randn(SHAPE, device="cuda")

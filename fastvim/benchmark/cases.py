@@ -18,14 +18,14 @@ from fastvim.models import FastVim
 
 Size = tuple[int, int]
 
-# "graph" replays one captured CUDA graph, in training of a forward and backward pass;
+# "graph" replays one captured CUDA graph, in training of a forward and backward pass.
 # "compiled-graph" captures what torch.compile made.
 MODES = ("eager", "compiled", "graph", "compiled-graph")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of a run, and how far its results may be from the expected ones.
+    """Dtypes of a run, and the largest error that they allow.
 
     Attributes:
         weights: dtype of weights and images.
@@ -75,12 +75,12 @@ class Settings:
     Attributes:
         device: where to measure.
         dtype: one of `PRECISIONS`.
-        train: time training steps (forward and backward) instead of inference.
+        train: time training instead of inference: the bare step and the loop of `fastvim fit`.
         channels_last: memory format of weights and images.
         warmup: untimed calls before the timed ones.
         repeats: timed groups of calls; the median is reported.
         check: compare results before timing.
-        floor: measure the floor (inference of this library's models on CUDA).
+        roofline: measure the roofline (inference of this library's models on CUDA).
     """
 
     device: torch.device
@@ -90,7 +90,7 @@ class Settings:
     warmup: int = 10
     repeats: int = 10
     check: bool = True
-    floor: bool = True
+    roofline: bool = True
 
     @property
     def precision(self) -> Precision:
@@ -117,12 +117,12 @@ def parse_size(text: str) -> Size:
 
 
 def size_name(size: Size) -> str:
-    """The reverse of `parse_size`."""
+    """The inverse of `parse_size`."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise UserError at the first name that timm does not know, with the nearest that it does."""
+    """Raise UserError at the first name that timm does not know, with the nearest known name."""
     for name in names:
         if "." in name:
             raise UserError(f"{name}: weights are random here; expected the name without its tag")
@@ -133,8 +133,8 @@ def check_names(names: Iterable[str]) -> None:
 def create(name: str, size: Size) -> nn.Module:
     """A randomly initialised model for images of `size`, on the CPU in float32.
 
-    Models whose weights depend on the size of the image take it as `img_size`; others (most
-    convolutional ones) have no such option.
+    Models whose weights depend on the image size take it as `img_size`. Others (most convolutional
+    models) have no such option.
     """
     img_size = size[0] if size[0] == size[1] else size
     try:
@@ -143,7 +143,7 @@ def create(name: str, size: Size) -> nn.Module:
         if "'img_size'" not in str(error):
             raise
         model = timm.create_model(name)
-    # Behind a matrix of zeros, such as the head of some models, every error would be hidden.
+    # A weight of zeros, such as the head of some models, would hide every error before it.
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
@@ -151,12 +151,12 @@ def create(name: str, size: Size) -> nn.Module:
 
 
 def is_ours(model: nn.Module) -> bool:
-    """Whether the definitions of this library say what it has to compute."""
+    """Whether it is a model of this library, with reference operations to compare with."""
     return isinstance(model, FastVim)
 
 
 def channels_of(model: nn.Module) -> int:
-    """Channels of the images that a model is made for."""
+    """Channels of a model's images."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return int(cfg.get("input_size", (3,))[0])
 

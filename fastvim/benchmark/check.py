@@ -1,7 +1,8 @@
-"""Is it right? Asked before how fast it is.
+"""Checks of correctness, made before anything is timed.
 
-This library's models are compared with their definitions in float32 on the same weights; every
-model's compiled or captured form with its eager one, on images that it has not seen before.
+This library's models are compared with the reference operations in float32 on the same weights.
+Every model's compiled or captured form is compared with its eager form, on images that it has not
+seen before.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from fastvim.benchmark.cases import Precision, Settings, Size, channels_of, random_images
-from fastvim.benchmark.training import TrainingStep
+from fastvim.benchmark.training import TrainingLoop, TrainingStep, gradients
 from fastvim.inference import Predictor
 from fastvim.layers.embed import ChannelPatchEmbed, PatchEmbed
 from fastvim.ops import use_engine
 
-# The definitions take a step per token for Vim, and in training keep the state of each: the
-# comparison with them is made on a small batch of square images of at most so many tokens.
+# The reference takes a step per token for Vim, and in training keeps the state of each. So the
+# comparison is made on a small batch of square images of at most so many tokens.
 IMAGES = 2
 MOST_TOKENS = {False: 1024, True: 196}
-PART = 16  # images at a time in the eager run beside a captured one
+PART = 16  # images at a time in the eager run that a captured run is compared with
 _EXACT = Precision(torch.float32, None, 0.0)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖; infinite where either is not finite, or 0 is expected.
+    """‖actual - expected‖ / ‖expected‖; infinite if either is not finite, or if 0 is expected.
 
-    An expected 0 would prove nothing, whatever came out.
+    A comparison with an expected 0 proves nothing.
     """
     actual, expected = actual.float(), expected.float()
     scale = float(torch.linalg.vector_norm(expected))
@@ -38,7 +39,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def checked_size(model: nn.Module, size: Size, train: bool) -> Size:
-    """The size of image at which the engines of a model are compared with the definitions."""
+    """The image size at which a model's engines are compared with the reference."""
     patches = model.patch_embed
     assert isinstance(patches, PatchEmbed)
     tokens = patches.known_chans if isinstance(patches, ChannelPatchEmbed) else 1  # of a cell
@@ -47,11 +48,11 @@ def checked_size(model: nn.Module, size: Size, train: bool) -> Size:
 
 
 def engine_error(model: nn.Module, size: Size, settings: Settings) -> float:
-    """Relative error of what serves `model` against the definitions in float32.
+    """Relative error of a model's engines against the reference in float32.
 
     Args:
         model: one of this library's, on the device and in the dtype of the run.
-        size: of the images, cut to what the definitions can take.
+        size: of the images, from `checked_size`.
         settings: with `train`, logits and gradients are compared; else the logits.
     """
     shape = (IMAGES, channels_of(model), *checked_size(model, size, settings.train))
@@ -72,7 +73,7 @@ def engine_error(model: nn.Module, size: Size, settings: Settings) -> float:
 
 
 def predictor(model: nn.Module, shape: tuple[int, ...], mode: str, settings: Settings) -> Predictor:
-    """What runs the inference of a mode; takes the model itself."""
+    """The predictor of a mode. It takes the model itself, not a copy."""
     return Predictor(
         model,
         shape,
@@ -87,11 +88,11 @@ def predictor(model: nn.Module, shape: tuple[int, ...], mode: str, settings: Set
 
 
 def mode_error(served: Predictor, settings: Settings) -> float:
-    """Largest relative error of a mode on fresh images against the eager model on few at a time.
+    """Largest relative error of a mode on fresh images, against the eager model on few at a time.
 
-    A graph that missed a part of the computation, or reads a tensor that was freed, still gives the
-    right results for the images it was captured on. For the eager mode this finds what is not
-    finite, and kernels that a large batch misleads.
+    A graph that misses a part of the computation, or reads a freed tensor, still gives the right
+    results for the images it was captured on. In eager mode this finds results that are not finite,
+    and kernels that fail for large batches.
     """
     fresh = random_images(served.images.shape, settings)
     parts = fresh.split(PART)
@@ -101,11 +102,11 @@ def mode_error(served: Predictor, settings: Settings) -> float:
 
 
 def step_error(step: TrainingStep, settings: Settings) -> float:
-    """The same of a training step: logits and gradients on fresh images and classes, in eval mode.
+    """Relative error of a step's logits and gradients on fresh images and classes, in eval mode.
 
     In eval mode, since dropout draws other numbers when it is compiled. A captured step is recorded
-    in that mode for the check, and once more in the model's own mode by the call that follows. Its
-    memory is given up before the eager step needs as much.
+    in that mode for the check, and again in the model's own mode by the next call. Its memory is
+    freed before the eager step, which needs as much.
     """
     was_training = step.model.training
     step.model.eval()
@@ -117,3 +118,18 @@ def step_error(step: TrainingStep, settings: Settings) -> float:
     expected, slope = eager.results()
     step.model.train(was_training)
     return max(relative_error(logits, expected), relative_error(gradient, slope))
+
+
+def loop_error(loop: TrainingLoop, settings: Settings) -> float:
+    """Relative error of a loop's gradients on fresh images, against an eager step.
+
+    In train mode: a captured model draws the same random numbers as an eager one.
+    """
+    loop.differentiate()  # records, if captured
+    loop.images.normal_()
+    torch.manual_seed(0)
+    loop.differentiate()
+    actual = gradients(loop.model)
+    eager = TrainingStep(loop.model, loop.images, settings.precision, classes=loop.classes)
+    torch.manual_seed(0)
+    return relative_error(actual, eager.results()[1])

@@ -21,10 +21,10 @@ from fastvim.benchmark.cases import (
     is_ours,
     random_images,
 )
-from fastvim.benchmark.floor import Blocks, copy_rate, product_seconds
 from fastvim.benchmark.record import OUT_OF_MEMORY, Row
+from fastvim.benchmark.roofline import Blocks, copy_rate, product_seconds
 from fastvim.benchmark.timing import measure, peak_gib, reset_peak
-from fastvim.benchmark.training import TrainingStep, Uncapturable
+from fastvim.benchmark.training import TrainingLoop, TrainingStep, Uncapturable
 from fastvim.errors import UserError
 from fastvim.models import FastVim
 
@@ -32,12 +32,12 @@ _logger = logging.getLogger(__name__)
 
 
 class _Unusable(Exception):
-    """What a row says instead of its times."""
+    """Why a row has no times."""
 
 
 @dataclass
 class Bench:
-    """Measures cases under the same settings; what cases share is found once.
+    """Measures cases under the same settings. What cases share is measured once.
 
     Attributes:
         settings: of the run.
@@ -55,7 +55,7 @@ class Bench:
             raise UserError(f"mode {case.mode} needs a CUDA device, not {settings.device.type}")
 
     def measure(self, case: Case) -> Row:
-        """The row of a case; what goes wrong with one model is told in its row.
+        """The row of a case. A failure of one model is a value of its row.
 
         Raises:
             UserError: a case that can never run.
@@ -80,12 +80,12 @@ class Bench:
         except (_Unusable, Uncapturable) as error:
             row.failure = str(error)
         except Exception as error:
-            # Any of a thousand models may fail at this size or mode; the others go on.
+            # Any of a thousand models may fail at this size or mode; the run continues.
             _logger.debug("%s failed", case, exc_info=True)
             first = (str(error).strip().split("\n") or [""])[0]
             row.failure = f"{type(error).__name__}: {first}"
         if "compiled" in case.mode:
-            # Compiled code is counted per class, and there are not to be many of one.
+            # Reset: torch.compile limits recompiles per code object.
             torch.compiler.reset()
         self._release()
         return row
@@ -102,13 +102,13 @@ class Bench:
                 row.checked_size = check.checked_size(model, row.size, settings.train)
                 error = self._engine_error(row, model)
                 row.engine_error = _finite(error)
-                self._require(error, "the definitions")
+                self._require(error, "the reference")
         if settings.train:
             self._time_training(row, model)
         else:
             self._time_inference(row, model)
-            if settings.floor and settings.device.type == "cuda" and isinstance(model, FastVim):
-                row.floor_ms = 1e3 * self._floor(model, row)
+            if settings.roofline and settings.device.type == "cuda" and isinstance(model, FastVim):
+                row.roofline_ms = 1e3 * self._roofline(model, row)
 
     def _time_inference(self, row: Row, model: nn.Module) -> None:
         settings = self.settings
@@ -147,6 +147,33 @@ class Bench:
             row.mode_error = _finite(error)
             self._require(error, "the eager model")
         self._time(row, step)
+        # `fastvim fit` compiles nothing, and its weights are float32.
+        if "compiled" not in row.mode and settings.precision.weights == torch.float32:
+            step.release()
+            self._time_loop(row, step)
+
+    def _time_loop(self, row: Row, step: TrainingStep) -> None:
+        """The loop of `fastvim fit` over the model, images and classes of a step."""
+        settings, capture = self.settings, "graph" in row.mode
+        step.model.zero_grad(set_to_none=True)  # the gradients are in the step's graph
+        reset_peak(settings.device)
+        try:
+            loop = TrainingLoop(
+                step.model, step.images, step.classes, settings.precision, capture=capture
+            )
+            for _ in range(2):  # the second step finds the optimiser's state
+                loop()
+            row.loop_memory_gib = peak_gib(settings.device)
+            if settings.check:
+                error = check.loop_error(loop, settings)
+                row.loop_error = _finite(error)
+                self._require(error, "the eager step, in the training loop")
+            timing = measure(loop, settings.device, settings.warmup, settings.repeats)
+        except torch.OutOfMemoryError:
+            _logger.warning("%s (%d): the training loop is out of memory", row.model, row.batch)
+            return
+        row.loop_ms = 1e3 * timing.median
+        row.loop_images_per_second = row.batch / timing.median
 
     def _time(self, row: Row, call: Callable[[], object]) -> None:
         settings = self.settings
@@ -166,12 +193,12 @@ class Bench:
     def _require(self, error: float, other: str) -> None:
         bound = self.settings.precision.bound
         if math.isinf(error):
-            raise _Unusable(f"wrong: results not finite, or all 0 (beside {other})")
+            raise _Unusable(f"wrong: results not finite, or all 0 (compared with {other})")
         if error > bound:
             raise _Unusable(f"wrong: relative error {error:.2g} to {other}, above {bound:g}")
 
-    def _floor(self, model: FastVim, row: Row) -> float:
-        """Seconds of a batch at the floor."""
+    def _roofline(self, model: FastVim, row: Row) -> float:
+        """Seconds of a batch at the roofline."""
         device, dtype = self.settings.device, self.settings.precision.products
         if self._copy_rate is None:
             self._copy_rate = copy_rate(device)
@@ -181,17 +208,17 @@ class Bench:
         return blocks.seconds(self._products[blocks], self._copy_rate, dtype.itemsize)
 
     def _release(self) -> None:
-        """Give back the device's memory, also what cycles of objects hold."""
+        """Free the device's memory, including what reference cycles hold."""
         if self.settings.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Events and streams are made on the current device."""
+    """The context in which events and streams are made: on this device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _finite(error: float) -> float | None:
-    """JSON has no infinity; the row's failure tells it."""
+    """None for infinity, which JSON lacks; the row's failure tells it."""
     return error if math.isfinite(error) else None

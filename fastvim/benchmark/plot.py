@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvim.benchmark.cases import size_name
-from fastvim.benchmark.record import Record, Row, labels, rate_text
+from fastvim.benchmark.record import Record, Row
+from fastvim.benchmark.tables import labels, rate_text
 from fastvim.errors import UserError
 
 if TYPE_CHECKING:

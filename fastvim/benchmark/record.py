@@ -1,4 +1,4 @@
-"""Results: one row per case, the file that keeps them, and their table in Markdown."""
+"""Results: one row per case, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastvim
-from fastvim.benchmark.cases import Size, size_name
+from fastvim.benchmark.cases import Size
 from fastvim.errors import UserError
 
 OUT_OF_MEMORY = "out of memory"
@@ -31,12 +31,15 @@ class Row:
         latency_ms: median milliseconds of a batch.
         latency_quartiles_ms: the quartiles around it.
         memory_gib: most memory in live tensors (`timing.peak_gib`); None on a CPU.
-        engine_error: relative error against the float32 definitions; None where not checked.
-        checked_size: of the images on which that was found.
-        mode_error: relative error against the eager model on fresh images; None where not checked.
-        bound: on both errors.
-        floor_ms: the floor of this model at this batch; None where not measured.
-        failure: why the row has no times, or times that must not be used; None where all is well.
+        loop_images_per_second, loop_ms, loop_memory_gib: the same of the training loop that
+            `fastvim fit` runs (`training.LOOP`); None if not measured.
+        engine_error: relative error against the float32 reference; None if not checked.
+        checked_size: of the images of that check.
+        mode_error: relative error against the eager model on fresh images; None if not checked.
+        loop_error: relative error of the loop's gradients against the eager model's, likewise.
+        bound: on these errors.
+        roofline_ms: milliseconds of a batch at the roofline; None if not measured.
+        failure: why the row has no times, or times that must not be used; else None.
         run: index into `Record.runs`.
     """
 
@@ -52,26 +55,36 @@ class Row:
     latency_ms: float | None = None
     latency_quartiles_ms: tuple[float, float] | None = None
     memory_gib: float | None = None
+    loop_images_per_second: float | None = None
+    loop_ms: float | None = None
+    loop_memory_gib: float | None = None
     engine_error: float | None = None
     checked_size: Size | None = None
     mode_error: float | None = None
+    loop_error: float | None = None
     bound: float | None = None
-    floor_ms: float | None = None
+    roofline_ms: float | None = None
     failure: str | None = None
     run: int = 0
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells the row from others."""
+        """The case, by which rows are told apart."""
         case = (self.model, self.size, self.batch, self.mode, self.dtype)
         return (*case, self.train, self.channels_last)
 
     @property
-    def share_of_floor(self) -> float | None:
-        """Floor over latency, 1 at best."""
-        if self.floor_ms is None or self.latency_ms is None:
+    def share_of_roofline(self) -> float | None:
+        """Time at the roofline over latency, 1 at best."""
+        if self.roofline_ms is None or self.latency_ms is None:
             return None
-        return self.floor_ms / self.latency_ms
+        return self.roofline_ms / self.latency_ms
+
+    @property
+    def error(self) -> float | None:
+        """The largest of the errors found."""
+        found = (self.engine_error, self.mode_error, self.loop_error)
+        return max((error for error in found if error is not None), default=None)
 
     @property
     def wrong(self) -> bool:
@@ -94,12 +107,12 @@ class Record:
     rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        """Append a row of the latest run; an earlier row of the same case goes."""
+        """Append a row of the latest run, in place of an earlier row of the same case."""
         row.run = len(self.runs) - 1
         self.rows = [other for other in self.rows if other.key != row.key] + [row]
 
     def save(self, path: Path) -> None:
-        """Write the JSON, a line for each row; an interruption leaves the former file."""
+        """Write the JSON, a line for each row. An interruption leaves the earlier file."""
         lines = [
             f'{{"device": {_json(self.device)},',
             f'"runs": [\n{_lines(self.runs)}\n],',
@@ -116,7 +129,7 @@ class Record:
 
         Raises:
             FileNotFoundError: no such file.
-            UserError: a file of something else.
+            UserError: another kind of file.
         """
         if not path.exists():
             raise FileNotFoundError(f"no results at {path}")
@@ -133,19 +146,20 @@ def _json(value: object) -> str:
 
 
 def _lines(values: Iterable[object]) -> str:
-    """A line for each, so that two files of results can be compared line by line."""
+    """One line for each value, so that two files can be compared line by line."""
     return ",\n".join(map(_json, values))
 
 
 def _row(values: dict[str, Any]) -> Row:
-    """A row from JSON, which knows no tuples."""
+    """A row from JSON, which has lists for tuples. Earlier files call the roofline the floor."""
     known = {entry.name for entry in fields(Row)}
+    values = {"roofline_ms": values.get("floor_ms"), **values}
     pairs: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return Row(**{key: value for key, value in pairs.items() if key in known})
 
 
 def environment(command: str, engines: dict[str, str]) -> dict[str, Any]:
-    """What a run's numbers depend on beside the device."""
+    """What a run's numbers depend on, apart from the device."""
     return {
         "command": command,
         "date": date.today().isoformat(),
@@ -170,7 +184,7 @@ def _version(package: str) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a GPU, or of the processor with the threads that torch uses."""
+    """Name of the GPU, or of the processor and its number of threads in torch."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -179,68 +193,3 @@ def device_name(device: torch.device) -> str:
     threads = torch.get_num_threads()
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def labels(rows: Iterable[Row], batches: bool = False) -> dict[tuple[str, ...], list[Row]]:
-    """Rows by series: all that is the same in every row is left out of the series' names.
-
-    Args:
-        rows: of any number of series.
-        batches: whether two batches at one size make two series.
-
-    Returns:
-        From (model, what else tells the series, …) to its rows, smallest image first.
-    """
-    rows = list(rows)
-    varying = [name for name in SERIES if len({_word(row, name) for row in rows}) > 1]
-    without_batch = [(row.key[:2] + row.key[3:]) for row in rows]
-    if batches and len(set(without_batch)) < len(rows):
-        varying.append("batch")
-    found: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        key = (row.model, *(word for name in varying if (word := _word(row, name))))
-        found.setdefault(key, []).append(row)
-    return {key: sorted(rows, key=lambda r: r.size[0] * r.size[1]) for key, rows in found.items()}
-
-
-SERIES = ("mode", "dtype", "train", "channels_last")
-
-
-def _word(row: Row, name: str) -> str:
-    """How a series' name says an attribute."""
-    words = {
-        "batch": f"batch {row.batch}",
-        "mode": row.mode,
-        "dtype": row.dtype,
-        "train": "training" if row.train else "inference",
-        "channels_last": "channels last" if row.channels_last else "",
-    }
-    return words[name]
-
-
-def markdown(rows: Iterable[Row]) -> str:
-    """Images per second as a Markdown table: models down, sizes (batches) across."""
-    rows = list(rows)
-    columns = sorted({(row.size, row.batch) for row in rows}, key=lambda c: (c[0][0] * c[0][1], c))
-    heads = [f"{size_name(size)} ({batch})" for size, batch in columns]
-    lines = [
-        f"| images/s | {' | '.join(heads)} |",
-        f"|---|{'---:|' * len(heads)}",
-    ]
-    for key, series in labels(rows).items():
-        cells = {(row.size, row.batch): _cell(row) for row in series}
-        entries = [cells.get(column, "-") for column in columns]
-        lines.append(f"| {', '.join(key)} | {' | '.join(entries)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(row: Row) -> str:
-    if row.failure is not None or row.images_per_second is None:
-        return OUT_OF_MEMORY if row.failure == OUT_OF_MEMORY else "failed"
-    return rate_text(row.images_per_second)
-
-
-def rate_text(rate: float) -> str:
-    """Images per second with three digits or more."""
-    digits = 0 if rate >= 100 else 1 if rate >= 10 else 2
-    return f"{rate:,.{digits}f}"

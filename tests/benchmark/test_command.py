@@ -10,6 +10,7 @@ from tiny_models import CONV, OURS, WRONG
 
 import fastvim.benchmark
 from fastvim.benchmark import Bench, Record, timing
+from fastvim.benchmark.training import LOOP
 from fastvim_cli import benchmark as command
 from fastvim_cli import main
 
@@ -67,8 +68,16 @@ def test_an_engine_on_request(capsys):
 
 
 def test_training(capsys):
-    assert benchmark(OURS, "--train", "--size", "32", "--batch", "2") == 0
-    assert "float32, training step" in capsys.readouterr().out
+    words = [OURS, "--train", "--size", "32", "--batch", "2", "--out", "results.json"]
+    assert benchmark(*words) == 0
+    output = capsys.readouterr().out
+    assert "float32, training step" in output
+    assert "loop images/s" in output
+    (row,) = rows()
+    assert row["loop_images_per_second"] == pytest.approx(2e3 / row["loop_ms"])
+    assert row["loop_error"] < row["bound"]
+    (run,) = json.loads(Path("results.json").read_text())["runs"]
+    assert run["loop"] == LOOP
 
 
 def test_a_wrong_row_is_marked_and_the_code_is_1(capsys):
@@ -130,7 +139,7 @@ def test_an_interruption_loses_nothing(monkeypatch, capsys):
         (["fastvim_tinny_patch16_224"], "nearest: fastvim_tiny_patch16_224"),
         ([OURS, "resnet188"], "nearest: resnet18"),
         ([OURS, "--size", "32by32"], "'32by32'"),
-        ([OURS, "--size", "32", "--batch", "1", "2"], "2 numbers for --batch, 1 for --size"),
+        ([OURS, "--size", "32", "--batch", "1", "2"], "2 batches for 1 sizes"),
         ([OURS, "--batch", "0"], "--batch: 0"),
         ([OURS, "--repeats", "0"], "--repeats: 0"),
         ([OURS, "--dtype", "int8"], "--dtype"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from fastvim.benchmark import Record, Row, draw, markdown
+from fastvim.benchmark import Record, Row, columns, draw, markdown
 from fastvim.benchmark.plot import draw_rates, spread_out
 from fastvim.errors import UserError
+
+MEASUREMENTS = Path(__file__).parents[2] / "measurements"
 
 
 def row(model="fastvim_a", side=224, rate=1000.0, **options) -> Row:
@@ -80,9 +83,34 @@ def test_names_tell_what_differs():
     ]
 
 
-def test_share_of_floor():
-    assert row().share_of_floor is None
-    assert row(floor_ms=1.0).share_of_floor == pytest.approx(0.5)
+def test_share_of_roofline():
+    assert row().share_of_roofline is None
+    assert row(roofline_ms=1.0).share_of_roofline == pytest.approx(0.5)
+
+
+def test_the_training_loop_has_a_line_of_its_own():
+    rows = [
+        row(side=224, loop_images_per_second=765.4),
+        row(side=512, batch=1, rate=123.4),
+        row("vit"),
+    ]
+    assert markdown(rows).splitlines()[2:] == [
+        "| fastvim_a | 1,000 | 123 |",
+        "| fastvim_a, training loop | 765 | - |",
+        "| vit | 1,000 | - |",
+    ]
+    assert columns(rows)["loop images/s"] == ["765", "", ""]
+    assert "loop images/s" not in columns(rows[1:])
+
+
+@pytest.mark.parametrize("name", ["h100", "h100_modes", "h100_training", "h100_channels"])
+def test_published_files_are_read(name):
+    record = Record.load(MEASUREMENTS / f"{name}.json")
+    assert all(row.failure is None for row in record.rows)
+    assert len(markdown(record.rows).splitlines()) > 5
+    shares = [row.share_of_roofline for row in record.rows]
+    ours = [row.ours and not row.train for row in record.rows]
+    assert [share is not None and 0 < share < 1 for share in shares] == ours
 
 
 @pytest.mark.parametrize("sides", [(224,), (224, 512, 1024)])

@@ -1,6 +1,8 @@
-"""The training step: what it computes, that its check finds errors, and its graph on a GPU."""
+"""Training step and loop: what they compute, that checks find errors, and graphs on a GPU."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from fastvim.benchmark import Bench, Case, Settings, check, timing
 from fastvim.benchmark.cases import PRECISIONS, create, random_images
-from fastvim.benchmark.training import TrainingStep
+from fastvim.benchmark.training import TrainingLoop, TrainingStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -115,6 +117,61 @@ def test_capture_needs_a_gpu():
         tiny_step(capture=True)
 
 
+def tiny_loop(dtype="float32", device=CPU, **options):
+    step, settings = tiny_step(dtype, device)
+    return TrainingLoop(step.model, step.images, step.classes, settings.precision, **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "capture"),
+    [
+        (CPU, False),
+        pytest.param(CUDA, False, marks=pytest.mark.gpu),
+        pytest.param(CUDA, True, marks=pytest.mark.gpu),
+    ],
+)
+def test_a_loop_takes_the_steps_of_a_task(device, capture):
+    """Forward, loss, backward, AdamW with decay of matrices alone, average."""
+    loop, twin = (tiny_loop("amp", device, capture=c) for c in (capture, False))
+    model, first = twin.model, copy.deepcopy(list(twin.model.parameters()))
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": rest, "weight_decay": 0.0}, {"params": decay, "weight_decay": 0.05}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4)
+    averages = copy.deepcopy(first)
+    for _ in range(3):
+        loop()
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(twin.images)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits.float(), twin.classes).backward()
+        optimizer.step()
+        for average, weight in zip(averages, model.parameters(), strict=True):
+            average.data.lerp_(weight.data, 1 - 0.9999)
+    for weight, expected in zip(loop.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
+    for average, expected in zip(loop._average.module.parameters(), averages, strict=True):
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_wrong_loop_is_found():
+    settings = Settings(CPU, train=True)
+    loop = tiny_loop()
+    assert check.loop_error(loop, settings) < 1e-6
+    images = loop.images.clone()
+    loop.differentiate = lambda: TrainingStep(loop.model, images, settings.precision)()
+    assert check.loop_error(loop, settings) > 0.3
+
+
+@pytest.mark.gpu
+def test_a_captured_loop_passes_its_check_with_dropout():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.Dropout(), nn.Linear(64, 5))
+    step, settings = tiny_step("amp", CUDA, model)
+    loop = TrainingLoop(step.model, step.images, step.classes, settings.precision, capture=True)
+    assert check.loop_error(loop, settings) == 0
+    assert loop._graphed.captured
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "mode"), [*((dtype, "graph") for dtype in PRECISIONS), ("amp", "compiled-graph")]
@@ -127,6 +184,12 @@ def test_rows_of_captured_steps(model, dtype, mode):
     assert row.failure is None
     assert row.mode_error < row.bound
     assert row.latency_ms > 0
+    looped = mode == "graph" and dtype in ("amp", "float32")
+    assert (row.loop_ms is not None) == looped
+    if looped:
+        assert row.loop_error < row.bound
+        assert row.loop_images_per_second == pytest.approx(4e3 / row.loop_ms)
+        assert row.loop_memory_gib > 0
 
 
 @pytest.mark.gpu

@@ -1,24 +1,25 @@
-"""The floor: time that a FastVim needs for its matrix products and for moving its bytes, no more.
+"""The roofline of a FastVim: the time of its matrix products, plus that of moving its bytes.
 
 B  batch, L  tokens, d  model width, E  inner width, s  bytes of an element in the run's dtype
 
 The two large products of every block are timed as the vendor's library runs them. Everything else
 in a block has to read and write each (tokens x width) tensor once, at the rate at which the device
-copies memory; embedding and head count for nothing, and so does what has a value per segment
-instead of per token. Vim's segments are its tokens: its floor, by the same formula, leaves out what
-its scan reads and writes. Products of small batches may find their input in the device's cache, as
-they would in the model.
+copies memory. Embedding and head are not counted, nor are tensors with one value per segment. A
+segment of Vim is a token, so its roofline, by the same formula, leaves out the bytes of its scan.
+Products of small batches may find their input in the device's cache, as they would in the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastvim.benchmark.timing import measure
+from fastvim.cudagraph import WARMUP, record, warm_up
 from fastvim.layers import Block
 from fastvim.models import FastChannelVim, FastVim
 
@@ -29,7 +30,7 @@ PRODUCTS = 20
 
 @dataclass(frozen=True)
 class Blocks:
-    """What the floor of a model's blocks depends on.
+    """What the roofline of a model's blocks depends on.
 
     Attributes:
         depth: number of blocks.
@@ -45,7 +46,7 @@ class Blocks:
 
     @classmethod
     def of(cls, model: FastVim, batch: int, size: tuple[int, int]) -> Blocks:
-        """Those of a model for a batch of images of `size`."""
+        """The blocks of a model, for a batch of images of `size`."""
         height, width = model.patch_embed.grid_size(*size)
         channels = model.in_chans if isinstance(model, FastChannelVim) else 1
         tokens = height * width * channels + int(model.cls_token is not None)
@@ -55,20 +56,25 @@ class Blocks:
         return cls(len(model.blocks), batch * tokens, model.embed_dim, inner)
 
     def bytes_moved(self, element: int) -> int:
-        """Bytes that one block reads and writes beside its two large products.
+        """Bytes that one block reads and writes, without its two large products.
 
         Args:
-            element: bytes s of an element; the residual stream has 4 in any case.
+            element: bytes s of an element; the residual stream always has 4.
         """
-        add_norm = (
-            8 + 2 * element
-        ) * self.dim  # stream read and written, hidden read, norm written
+        # Stream read and written, hidden read, norm written.
+        add_norm = (8 + 2 * element) * self.dim
         conv_pool = element * self.inner  # x read
         expand_gate = 3 * element * self.inner  # x and z read, product written
         return self.tokens * (add_norm + conv_pool + expand_gate)
 
     def seconds(self, products: float, copy_rate: float, element: int) -> float:
-        """The floor, from the seconds of a block's products and the bytes copied per second."""
+        """Seconds at the roofline.
+
+        Args:
+            products: seconds of one block's products.
+            copy_rate: bytes copied per second.
+            element: bytes s of an element.
+        """
         return self.depth * (products + self.bytes_moved(element) / copy_rate)
 
 
@@ -95,26 +101,26 @@ def _product(
     x = torch.randn(rows, inputs, device=device).to(dtype)
     weight = (torch.randn(outputs, inputs, device=device) * inputs**-0.5).to(dtype)
     out = torch.empty(rows, outputs, device=device, dtype=dtype)
+    call = partial(_times, x, weight, out)
     if device.type != "cuda":
-        return measure(lambda: _times(x, weight, out), device).median
-    return measure(_recorded(lambda: _times(x, weight, out), PRODUCTS), device).median / PRODUCTS
+        return measure(call, device).median
+    return measure(_repeated(call, PRODUCTS, device), device).median / PRODUCTS
 
 
 def _times(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """The product as a linear layer stores its weight."""
+    """The product of a linear layer, whose weight is stored as (outputs, inputs)."""
     torch.matmul(x, weight.mT, out=out)
 
 
-def _recorded(call: Callable[[], None], count: int) -> Callable[[], None]:
+def _repeated(call: Callable[[], None], count: int, device: torch.device) -> Callable[[], None]:
     """So many calls as one graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    stream = torch.cuda.Stream(device)
+    reason = warm_up(call, stream, WARMUP, "product")
+    assert reason is None, reason
+
+    def calls() -> None:
         for _ in range(count):
             call()
+
+    graph, _ = record(calls, stream)
     return graph.replay

@@ -1,4 +1,4 @@
-"""The floor's arithmetic, and that its two measurements measure."""
+"""The roofline's arithmetic, and that its two measurements measure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import OURS, VIM
 
-from fastvim.benchmark import floor, timing
+from fastvim.benchmark import roofline, timing
 from fastvim.benchmark.cases import channels_of, create
-from fastvim.benchmark.floor import Blocks, copy_rate, product_seconds
+from fastvim.benchmark.roofline import Blocks, copy_rate, product_seconds
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_the_published_anchor():
 
 def test_copy_rate_counts_reading_and_writing(monkeypatch):
     monkeypatch.setattr(
-        floor, "measure", lambda call, device: call() is None or timing.Timing(0.5, 0.5, 0.5)
+        roofline, "measure", lambda call, device: call() is None or timing.Timing(0.5, 0.5, 0.5)
     )
     assert copy_rate(CPU, 1000) == 4000
 
@@ -58,8 +58,8 @@ def test_products(monkeypatch):
     def times(x, weight, out):
         shapes.append((tuple(x.shape), tuple(weight.mT.shape), tuple(out.shape), x.dtype))
 
-    monkeypatch.setattr(floor, "measure", timed)
-    monkeypatch.setattr(floor, "_times", times)
+    monkeypatch.setattr(roofline, "measure", timed)
+    monkeypatch.setattr(roofline, "_times", times)
     assert product_seconds(Blocks(2, 7, 16, 32), torch.bfloat16, CPU) == 2.0
     assert shapes == [
         ((7, 16), (16, 64), (7, 64), torch.bfloat16),

@@ -1,0 +1,337 @@
+"""Capture of CUDA graphs: one call at a time, and both passes of a model in training.
+
+A small model on a fast GPU spends its time launching kernels. A graph holds all kernels of a call
+and launches them at once. Every capture follows the same steps: `warm_up` the call on a side
+stream, give up if it synchronises with the GPU, `record` it, replay the graph. The graph reads and
+writes the same memory in every replay, so a caller writes new inputs into the recorded tensors.
+
+B  batch
+
+>>> graphed = GraphedModel(model)  # doctest: +SKIP
+>>> with torch.autocast("cuda", torch.bfloat16):  # doctest: +SKIP
+...     logits = graphed(images)
+>>> F.cross_entropy(logits.float(), classes).backward()  # doctest: +SKIP
+>>> optimizer.step()  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+_logger = logging.getLogger(__name__)
+
+WARMUP = 3  # calls before a recording
+
+Result = TypeVar("Result")
+
+
+def warm_up(
+    call: Callable[[], object], stream: torch.cuda.Stream, count: int, what: str
+) -> str | None:
+    """Make a call on a side stream until every kernel is compiled and tuned.
+
+    Args:
+        call: what is to be recorded.
+        stream: the stream of the recording.
+        count: how many times to call.
+        what: names the call in the answer, as in "forward pass".
+
+    Returns:
+        Why the call cannot be recorded, or None.
+    """
+    _collect_autograd()
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(count):
+            call()
+        reason = why_not_captured(call, what)
+    current.wait_stream(stream)
+    return reason
+
+
+def why_not_captured(call: Callable[[], object], what: str) -> str | None:
+    """Why a call cannot be recorded: None, unless it synchronises with the GPU.
+
+    A recording that fails leaves torch's random state and allocator broken. So its usual cause is
+    looked for beforehand.
+
+    Args:
+        call: made once.
+        what: names the call in the answer, as in "forward pass".
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return f"the {what} synchronises with the GPU ({str(error).splitlines()[0]})"
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return None
+
+
+def record(
+    call: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Record a call as a CUDA graph. Nothing is computed.
+
+    Args:
+        call: warmed up before.
+        stream: the stream of the warm-up.
+        pool: memory shared with other graphs (`torch.cuda.graph_pool_handle`). Default: a pool of
+            the graph's own.
+
+    Returns:
+        The graph, and what the call returned. Each replay overwrites the tensors in it.
+    """
+    _collect_autograd()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (loaders that pin memory) may continue: only this one is recorded.
+    with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
+        result = call()
+    return graph, result
+
+
+def _collect_autograd() -> None:
+    """Free autograd graphs that reference cycles keep alive.
+
+    Autograd's node for a weight's gradient belongs to the stream that first used it. A node left
+    over from another stream would break the recording.
+    """
+    gc.collect()
+
+
+class GraphedModel(nn.Module):
+    """A model in a training loop, its forward and backward pass captured.
+
+    The first batch is run a few times. Then both passes are recorded as two CUDA graphs, and every
+    further batch of that shape replays them: the same kernels, gradients and random numbers. The
+    rest of the step (loss, clipping, optimiser, averages) stays ordinary PyTorch. Parameters
+    receive their gradients through autograd, so gradient accumulation, loss scaling and
+    DistributedDataParallel (around this module) work as usual.
+
+    These batches run eagerly: of another shape, dtype or autocast dtype than recorded; in
+    evaluation mode; without gradients; whose images require gradients; on a CPU. So does every
+    batch if the model cannot be recorded: `reason` then says why, and the log has one line.
+
+    The graphs read the parameters where they are. An optimiser's steps and `load_state_dict` are
+    seen; a parameter replaced by another object is not. After a change of what is trained
+    (`requires_grad`), the next batch is recorded anew. What a model does in Python (hooks, random
+    choices of Python or numpy) happens during the recording and not again. Each forward pass must
+    be followed by its backward pass, since the graphs keep the tensors between the two.
+
+    Args:
+        model: any module that takes images (B, ...) and returns tensors, in tuples, lists or
+            dicts. Once recorded, its activations stay allocated.
+        warmup: eager steps before the recording, in which kernels are compiled and tuned. They
+            change no weights, no buffers and no random state.
+
+    Attributes:
+        model: as given; save its weights.
+        reason: why nothing is recorded, or None.
+
+    Raises:
+        ValueError: no warm-up; a model in DistributedDataParallel.
+        RuntimeError: the recording failed for another reason than a synchronisation (do not use
+            CUDA in this process afterwards); a backward pass after another forward pass, or a
+            second backward pass.
+    """
+
+    def __init__(self, model: nn.Module, warmup: int = WARMUP) -> None:
+        if warmup < 1:
+            raise ValueError(f"warmup={warmup}: expected 1 or more")
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError("put DistributedDataParallel around the GraphedModel, not into it")
+        super().__init__()
+        self.model = model
+        self.warmup = warmup
+        self.reason: str | None = None
+        self._recorded: _Recorded | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether graphs are recorded."""
+        return self._recorded is not None
+
+    def forward(self, images: Tensor) -> Any:
+        """The model's output for images, in new tensors at every call."""
+        training = self.model.training and torch.is_grad_enabled()
+        replayable = training and images.is_cuda and not images.requires_grad
+        if self._recorded is not None and self._recorded.outdated:
+            self._recorded = None
+        if replayable and self._recorded is None and self.reason is None:
+            self._record(images)
+        if replayable and self._recorded is not None and self._recorded.kind == _kind(images):
+            return self._recorded(images)
+        return self.model(images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy records its own.
+        return {**self.__dict__, "_recorded": None}
+
+    def _record(self, images: Tensor) -> None:
+        recorded = _Recorded(self.model, images)
+        self.reason = recorded.warm_up(self.warmup)
+        if self.reason is None:
+            recorded.record()
+            self._recorded = recorded
+        else:
+            _logger.warning("training eagerly: %s", self.reason)
+
+
+class _Recorded:
+    """Both passes of a model for one kind of batch; a call replays them.
+
+    `torch.cuda.make_graphed_callables` has no fall-back for batches of another shape, and does not
+    look for synchronisations before it records.
+
+    The graphs are recorded over aliases of the parameters. Autograd's nodes for the gradients of
+    the parameters themselves belong to the stream that first used them (for instance that of
+    DistributedDataParallel), and a recording may not wait for another stream.
+
+    Attributes:
+        kind: shape, dtype, device and strides of the images, and the autocast dtype.
+        turn: number of forward and backward passes so far.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.kind = _kind(images)
+        self.turn = 0
+        self._model = model
+        self._images = images.detach().clone()
+        self._trained = {p: p.requires_grad for p in model.parameters()}
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._aliases = {n: p.detach().requires_grad_() for n, p in self._parameters.items()}
+        self._stream = torch.cuda.Stream(images.device)
+
+    def __call__(self, images: Tensor) -> Any:
+        self._images.copy_(images)
+        outputs = _Replay.apply(self, *self._parameters.values())
+        return tree_unflatten(list(outputs), self._tree)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether other parameters are trained now than when it was recorded."""
+        return any(p.requires_grad != trained for p, trained in self._trained.items())
+
+    def warm_up(self, steps: int) -> str | None:
+        """Take eager steps. Returns why the step cannot be recorded, or None."""
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self._model.modules()):
+            return "the batch norms wait for other processes"
+        if not self._parameters:
+            return "there is nothing to train"
+
+        def step() -> None:
+            outputs, _ = self._run()
+            roots = [output for output in outputs if output.requires_grad]
+            self._differentiate(roots, [torch.ones_like(root) for root in roots])
+
+        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        with warnings.catch_warnings(), torch.random.fork_rng([self._stream.device]):
+            # A backward pass may begin with a matrix product: torch warns, and continues.
+            warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
+            reason = warm_up(step, self._stream, steps, "training step")
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return reason
+
+    def record(self) -> None:
+        """Record both passes. Nothing is computed."""
+        pool = torch.cuda.graph_pool_handle()
+        self._forward, (outputs, self._tree) = record(self._run, self._stream, pool)
+        roots = [output for output in outputs if output.requires_grad]
+        self._grad_outputs = [torch.empty_like(root) for root in roots]
+        backward = partial(self._differentiate, roots, self._grad_outputs)
+        self._backward, gradients = record(backward, self._stream, pool)
+        self._outputs = [output.detach() for output in outputs]
+        self._differentiable = [output.requires_grad for output in outputs]
+        # A parameter that nothing depends on gets no gradient, as without graphs.
+        used = [(n, g) for n, g in zip(self._aliases, gradients, strict=True) if g is not None]
+        self._parameters = {name: self._parameters[name] for name, _ in used}
+        self._gradients = [gradient for _, gradient in used]
+
+    def forward(self) -> tuple[list[Tensor], list[bool]]:
+        """Replay the forward pass. Returns copies of the outputs, and which have gradients."""
+        self.turn += 1
+        self._forward.replay()
+        return [output.clone() for output in self._outputs], self._differentiable
+
+    def backward(self, turn: int, gradients: list[Tensor]) -> list[Tensor]:
+        """Replay the backward pass of a forward pass.
+
+        Args:
+            turn: the value of `self.turn` after that forward pass.
+            gradients: one for each output that requires gradients.
+
+        Returns:
+            The gradients of the parameters. The next replay overwrites them.
+        """
+        if turn != self.turn:
+            raise RuntimeError(
+                "a graphed model's backward pass must follow its forward pass, once: another "
+                "forward or backward pass has come between them"
+            )
+        self.turn += 1
+        for static, gradient in zip(self._grad_outputs, gradients, strict=True):
+            static.copy_(gradient)
+        self._backward.replay()
+        return self._gradients
+
+    def _run(self) -> tuple[list[Tensor], Any]:
+        """Outputs of an eager forward pass, flattened, and their nesting."""
+        dtype = self.kind[-1]
+        # An autocast region of our own, without a cache: every replay must cast the weights anew.
+        # The caller's region frees its cache when it ends.
+        region = torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+        with region:
+            return tree_flatten(functional_call(self._model, self._aliases, (self._images,)))
+
+    def _differentiate(
+        self, roots: list[Tensor], grad_outputs: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of every alias; None for one that no root depends on."""
+        aliases = list(self._aliases.values())
+        return torch.autograd.grad(roots, aliases, grad_outputs, allow_unused=True)
+
+
+class _Replay(torch.autograd.Function):
+    """A recorded step as one node of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, recorded: _Recorded, *parameters: Tensor) -> tuple[Tensor, ...]:
+        outputs, differentiable = recorded.forward()
+        ctx.recorded, ctx.turn, ctx.differentiable = recorded, recorded.turn, differentiable
+        pairs = zip(outputs, differentiable, strict=True)
+        ctx.mark_non_differentiable(*(output for output, wanted in pairs if not wanted))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(gradients, ctx.differentiable, strict=True)
+        grad_outputs = [gradient for gradient, wanted in pairs if wanted]
+        # Autograd copies these gradients, since the recording keeps a reference to them.
+        return (None, *ctx.recorded.backward(ctx.turn, grad_outputs))
+
+
+def _kind(images: Tensor) -> tuple[Any, ...]:
+    """What a recording depends on. The last entry is the autocast dtype, or None."""
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return images.shape, images.dtype, images.device, images.stride(), autocast
