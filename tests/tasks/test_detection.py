@@ -1,4 +1,4 @@
-"""Detection: schedule, rates of the layers, what a checkpoint gives, and that it learns."""
+"""Detection: schedule, learning rates of the layers, initial weights, and that it learns."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def fitted(tmp_path: Path, root: Path, **options) -> Detection:
 
 
 def test_it_reproduces_eight_images(tmp_path):
-    """About a minute on a free core, and as good from the file that it exports."""
-    content = write_split(tmp_path, "train2017", 9, seed=1)  # the ninth shows nothing
+    """The exported file is as good. About a minute on a free core."""
+    content = write_split(tmp_path, "train2017", 9, seed=1)  # the ninth has no objects
     assert len(content["annotations"]) == 16
     same = {"val_folder": "train2017", "val_file": "annotations/instances_train2017.json"}
     module = data(tmp_path, **same)
@@ -137,7 +137,7 @@ def test_the_published_schedule():
 
 @pytest.mark.parametrize("per_decay", [1, 2])
 def test_each_block_learns_at_its_own_rate(tmp_path, shapes, per_decay):
-    """In the optimiser, of a whole model and all along the schedule."""
+    """In the optimiser of a whole model, during the whole schedule."""
     detection = task(layer_decay=0.5, blocks_per_decay=per_decay)
     run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
     run.fit(detection, datamodule=data(shapes))
@@ -161,7 +161,12 @@ def test_each_block_learns_at_its_own_rate(tmp_path, shapes, per_decay):
             assert factor == pytest.approx(0.5 ** math.ceil(layers_above / per_decay)), name
     heads = [name for name, factor in seen.items() if factor == pytest.approx(1.0)]
     parts = {name.split(".")[0] for name in heads}
-    assert parts == {"backbone", "pyramid", "rpn", "heads"}  # of the backbone the map's own norm
+    assert parts == {
+        "backbone",
+        "pyramid",
+        "rpn",
+        "heads",
+    }  # the maps have a norm
     assert [n for n in heads if n.startswith("backbone.")] == [
         "backbone.norms.0.weight",
         "backbone.norms.0.bias",

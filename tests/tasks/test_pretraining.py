@@ -1,4 +1,4 @@
-"""Masked pre-training, and what is trained from its weights."""
+"""Masked pre-training, and fine-tuning from its weights."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_its_encoder_is_probed_and_fine_tuned(write_recipe, image_folder, capsys
         frozen = all(torch.equal(weight, weights[key]) for key, weight in encoder.items())
         assert frozen == (name == "probe")
 
-    written.unlink()  # what goes on from a checkpoint of its own does not read it again
+    written.unlink()  # a resumed run does not read it again
     image = next((image_folder / "val").rglob("*.jpg"))
     for run in runs:
         assert main(["test", "--config", str(run), "--ckpt_path", "last"]) == 0

@@ -1,4 +1,4 @@
-"""The linear probe: what is frozen, what is trained and how, what is written."""
+"""The linear probe: what is frozen, what is trained, what is exported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def task(model: str = MODEL, **settings) -> LinearProbe:
 
 
 class Steps(L.Callback):
-    """The head's weights before every step, its gradients in it, and the modes then."""
+    """The head's weights before every step, its gradients, and the modes of the modules."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, torch.Tensor]] = []
@@ -64,7 +64,7 @@ def test_lars_is_the_published_one(tmp_path, data):
     assert probe.peak_lr == 3.2 * 8 / 256
 
     deviation = steps.weights[0]["weight"].std().item()
-    assert deviation == pytest.approx(0.01, rel=0.3)  # truncated at far more than it
+    assert deviation == pytest.approx(0.01, rel=0.3)  # truncated far beyond this deviation
     momentum = {"weight": 0.0, "bias": 0.0}
     for step in range(3):
         rate = probe.peak_lr * (1 + math.cos(math.pi * step / 4)) / 2

@@ -1,4 +1,4 @@
-"""Pictures of a masked autoencoder: every pixel of the panels, and a run that they do not touch."""
+"""Pictures of a masked autoencoder: every pixel of the panels; the run is not affected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segmentation: metrics, schedule, what a checkpoint gives, and that it learns."""
+"""Segmentation: metrics, schedule, initial weights, and that it learns."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_loss_is_over_the_pixels_that_count():
 
 
 def test_it_learns(tmp_path, shapes):
-    """Tells shapes that it has not seen, in windows and as a whole image."""
+    """It segments unseen shapes, in windows and as a whole image."""
     torch.manual_seed(0)
     run = trainer(tmp_path, max_epochs=30, check_val_every_n_epoch=30)
     segmentation, module = task(lr=3e-3, lr_batch=4), data(shapes)
@@ -117,7 +117,7 @@ def test_it_learns(tmp_path, shapes):
 
 
 def test_several_scales_and_the_mirror_image(tmp_path, shapes):
-    """Given to a test, they change what it says, and the probabilities are still probabilities."""
+    """They change the result of a test, and the probabilities still sum to one."""
     torch.manual_seed(0)
     run = trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=4)
     segmentation, module = task(lr=3e-3, lr_batch=4), data(shapes)

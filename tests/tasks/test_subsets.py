@@ -28,7 +28,7 @@ def test_some_subsets():
 
 
 class Brightest(FastChannelVim):
-    """Says which of the channels is the brightest, by their numbers."""
+    """Predicts the number of the brightest channel."""
 
     def forward(self, x, channels):
         scores = torch.full((len(x), 3), -torch.inf)
@@ -43,7 +43,7 @@ def test_accuracies_are_those_of_the_named_channels():
     batches = [(images[:4], target[:4]), (images[4:], target[4:])]
     accuracies = subset_accuracies(model, batches, channel_subsets(3))
     expected = {(0,): 3, (1,): 2, (2,): 1, (0, 1): 5, (0, 2): 4, (1, 2): 3, (0, 1, 2): 6}
-    # Where none of the channels is bright the first of them is chosen, which is wrong.
+    # Without the bright channel the first of the subset is predicted, which is wrong.
     assert accuracies == pytest.approx({subset: count / 6 for subset, count in expected.items()})
     with pytest.raises(UserError, match="no images"):
         subset_accuracies(model, [], channel_subsets(3))
