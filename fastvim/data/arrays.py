@@ -35,8 +35,9 @@ def read_array(
     tifffile finds in it: height, width and at most one of channels, samples or pages.
 
     Args:
-        url: a path or URL ending in a key of `DECODERS`; fetched by `read_bytes`, whose the other
-            arguments are.
+        url: a path or URL ending in a key of `DECODERS`.
+
+    The other arguments are passed to `read_bytes`.
 
     Raises:
         UnreadableFileError: when the file cannot be fetched or decoded, or holds no such image.
@@ -77,7 +78,7 @@ def _tiff(data: bytes) -> np.ndarray:
     except ImportError as error:
         raise UserError("TIFF files need tifffile; pip install fastvim[microscopy]") from error
     with tifffile.TiffFile(BytesIO(data)) as file:
-        # tifffile makes do with the pages before a cut: the last one must say that none follows.
+        # tifffile reads a file cut off after a page. So the last page must say that none follows.
         count, end = len(file.pages), file.pages.next_page_offset
         if data[end : end + file.tiff.offsetsize] != bytes(file.tiff.offsetsize):
             raise ValueError(f"cut off after {count} pages")
@@ -86,7 +87,7 @@ def _tiff(data: bytes) -> np.ndarray:
         series = file.series[0]
         axes = series.get_axes(squeeze=False)
         if any(page is None for page in series):  # tifffile would fill them with zeros
-            raise ValueError("pages that it names are missing")
+            raise ValueError("missing pages")
         array = series.asarray(squeeze=False)
     sizes = dict(zip(axes, array.shape, strict=True))
     kept = [axis for axis in axes if axis in "YX" or sizes[axis] > 1]
@@ -101,7 +102,7 @@ def _tiff(data: bytes) -> np.ndarray:
 
 
 def _picture(data: bytes) -> np.ndarray:
-    # Pillow would keep 8 of the 16 bits without a word. Depth and colour type follow the size.
+    # Pillow would drop 8 of the 16 bits silently. Bytes 24 and 25 are the depth and colour type.
     if data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25] in COLOUR_PNG:
         raise ValueError("16-bit colour PNG, of which Pillow reads 8 bits: expected TIFF or NPY")
     with Image.open(BytesIO(data)) as image:

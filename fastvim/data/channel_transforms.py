@@ -35,8 +35,8 @@ def evaluation_transform(
         img_size: height and width of the result in pixels, or one number for both.
         mean: of each channel, of the values as stored.
         std: as `mean`, more than 0.
-        min_size: a smaller image is first padded with zeros to this height and width, staying in
-            the middle; `img_size` where that is larger or this is None.
+        min_size: a smaller image is first padded with zeros around it to this height and width;
+            `img_size` where that is larger or this is None.
 
     Returns:
         A picklable function from an image (C, H, W) to a float32 tensor (C, img_h, img_w). It
@@ -66,17 +66,17 @@ def training_transform(
 ) -> ChannelTransform:
     """Pad, crop, flip or rotate, defocus, cut holes and normalise.
 
-    The crop is at random. Its orientation is one of six with equal chance: as it is, flipped
-    horizontally or vertically, rotated by 90, 180 or 270 degrees; without the rotations by 90 and
-    270 where `img_size` is not square.
+    The crop's place is random. Its orientation is one of six with equal probability: unchanged,
+    flipped horizontally or vertically, rotated by 90, 180 or 270 degrees. Where `img_size` is not
+    square, there are no rotations by 90 and 270 degrees.
 
     Args:
         rotate: False leaves out all rotations, not the flips.
         defocus: probability of blurring with a disk.
         defocus_radius: least and greatest radius of the disk in pixels, at least 1; whole numbers
-            between them are equally likely.
+            from one to the other are equally likely.
         dropout: probability of cutting holes: squares of stored value 0 in every channel.
-        dropout_holes: greatest number of them, at least 1; every number from 1 is equally likely.
+        dropout_holes: greatest number of holes, at least 1; every number from 1 is equally likely.
         dropout_size: their height and width in pixels, at least 1 and at most `img_size`.
 
     The other arguments, the result and the errors are those of `evaluation_transform`.
@@ -99,9 +99,9 @@ def training_transform(
 
 @dataclass(frozen=True)
 class Pad:
-    """Zeros around an image (C, H, W) smaller than `height` or `width`, as many on either side.
+    """Zeros around an image (C, H, W) that is smaller than `height` or `width`.
 
-    An odd number puts one more below and at the right.
+    The image stays in the middle; an odd number puts one more at the bottom or right.
     """
 
     height: int
@@ -159,7 +159,7 @@ class CoarseDropout:
 
     def __call__(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        image = image.clone()  # it may be a view of what the caller keeps
+        image = image.clone()  # it may be a view of the caller's
         for _ in range(int(torch.randint(1, self.holes + 1, ()))):
             top = int(torch.randint(0, height - self.size + 1, ()))
             left = int(torch.randint(0, width - self.size + 1, ()))
@@ -176,7 +176,7 @@ class Normalize:
 
     @classmethod
     def checked(cls, mean: Sequence[float], std: Sequence[float]) -> Normalize:
-        """The same from what a user gave, or a UserError."""
+        """The transform, or a UserError for values that do not fit."""
         if len(mean) != len(std):
             raise UserError(f"mean of {len(mean)} values, std of {len(std)}: expected as many")
         for value in std:
@@ -219,7 +219,7 @@ def _pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _range(name: str, bounds: tuple[int, int]) -> tuple[int, int]:
     if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
-        raise UserError(f"{name} {list(bounds)}: expected two numbers of 1 or more, the less first")
+        raise UserError(f"{name} {list(bounds)}: expected two numbers of 1 or more, in order")
     return bounds
 
 

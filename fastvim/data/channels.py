@@ -36,16 +36,16 @@ COUNTERS = 1024  # one for the main process and one for each worker
 class ChannelImages(Dataset[tuple[Tensor, int]]):
     """Image files and their class indices, (float32 (C, H, W), int).
 
-    With `on_error="skip"` an unreadable image is left out with a warning, is counted in `skipped`,
-    and the next readable one takes its place; after `MAX_UNREADABLE` of them in a row that, too, is
-    an error. The order of the others never changes.
+    With `on_error="skip"` the next readable image replaces an unreadable one, with a warning;
+    `skipped` counts them. `MAX_UNREADABLE` in a row are an error. The order of the other images
+    stays the same.
 
     Args:
         paths: files that `read` opens.
         targets: class index of each.
         transform: from the stored values, float32 (C, H, W), to the image.
         in_chans: what every file must have.
-        read: from a path to an array (C, H, W).
+        read: opens a path as an array (C, H, W).
         on_error: "raise" or "skip".
 
     Raises:
@@ -62,19 +62,19 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
         read: Callable[[str], np.ndarray] = read_array,
         on_error: OnError = "raise",
     ) -> None:
-        # Arrays, not lists: counting references to their items would copy them into every worker.
+        # Arrays, not lists: reference counts of list items would copy the pages into every worker.
         self._paths = np.array([path.encode() for path in paths])
         self._targets = np.asarray(targets, dtype=np.int64)
         self.transform = transform
         self.in_chans = in_chans
         self.read = read
         self.on_error = on_error
-        # Shared with the workers, each of which writes to its own place.
+        # Shared with the workers; each of them has a counter.
         self._skipped = torch.zeros(COUNTERS, dtype=torch.int64).share_memory_()
 
     @property
     def skipped(self) -> int:
-        """How often an image was left out, in all workers so far."""
+        """How many unreadable images were replaced so far, in all workers."""
         return int(self._skipped.sum())
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class Rows:
-    """What a table tells: equally long arrays.
+    """The rows of a table as arrays of equal length.
 
     Attributes:
         paths: of the files, as read.
@@ -130,9 +130,9 @@ class ChannelData(DataModule):
     """Images of any number of channels in a table with the columns path, label and split.
 
     The table is a CSV, TSV or Parquet file, the images are NPY, TIFF, OME-TIFF, PNG or JPEG files;
-    all of them lie on disk or behind any URL that fsspec opens. The training split's labels, in
-    natural order, number the classes. Without a split column a permutation of the rows drawn with
-    `split_seed` divides them 60/20/20; without test rows the validation split tests.
+    all of them may be on disk or behind any URL that fsspec opens. The training split's labels, in
+    natural order, number the classes. Without a split column, a permutation of the rows drawn with
+    `split_seed` divides them 60/20/20. Without test rows, the validation split is the test split.
 
     A batch is (images, targets): float32 (B, C, H, W), normalised, and int64 (B,). Training resumes
     with the batches that it would have seen (`fastvim.data.sampler`).
@@ -151,9 +151,9 @@ class ChannelData(DataModule):
         split_seed: of the permutation, at least 0.
         img_size: height and width in pixels, or one number for both.
         augment: options of `fastvim.data.channel_transforms.training_transform`.
-        on_error: what becomes of an unreadable image in training: "raise" ends the run, "skip"
-            puts the next one in its place; a line at the end of the epoch tells how many. In
-            evaluation it is always an error.
+        on_error: in training, an unreadable image ends the run ("raise") or is replaced by the
+            next one ("skip"); a line at the end of the epoch says how many. In evaluation it is
+            always an error.
         attempts: to fetch a file, at least 1.
         wait: seconds before the second attempt, doubled before each further one.
         storage_options: arguments of the fsspec filesystem, such as `{anon: true}` for S3.
@@ -204,7 +204,7 @@ class ChannelData(DataModule):
         self._train_transform = training_transform(*common, **_known_options(augment or {}))
         self._eval_transform = evaluation_transform(*common)
         self._rows: Rows | None = None
-        self._reported = 0  # of `skipped`
+        self._reported = 0  # how many of `skipped` are logged
 
     @property
     def skipped(self) -> int:
@@ -217,7 +217,7 @@ class ChannelData(DataModule):
         return self._eval_transform
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Tell, with the last training batch of an epoch, how many images were replaced in it."""
+        """After the last training batch of an epoch, log how many images were replaced in it."""
         trainer = self.trainer
         if trainer is None or not trainer.training or not trainer.is_last_batch:
             return batch
@@ -283,7 +283,7 @@ class ChannelData(DataModule):
 
 
 def _known_options(augment: dict[str, Any]) -> dict[str, Any]:
-    """The same options, all of which `training_transform` has."""
+    """The options, or a UserError for one that `training_transform` lacks."""
     parameters = inspect.signature(training_transform).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for name in augment:

@@ -29,8 +29,8 @@ _LISTS = ("images", "annotations", "categories")
 class Records(Sequence[dict[str, Any]]):
     """JSON objects as one array of bytes, which loading processes share.
 
-    As Python objects they would be copied into every process as soon as it reads them: reading
-    writes the counts of references.
+    Python objects would be copied into every process that reads them, since reading changes their
+    reference counts.
     """
 
     def __init__(self, values: Sequence[dict[str, Any]]) -> None:
@@ -58,7 +58,7 @@ class Instances:
             own, each with "bbox", "segmentation", "category_id", "area" and "iscrowd".
         category_ids: of the file's categories, in ascending order; labels 1 to K stand for them.
         class_names: of the categories, in the same order.
-        errors: what keeps the split from being used.
+        errors: what a run would stop at.
         dropped: what training leaves out.
         facts: counts that are no mistakes.
     """
@@ -80,7 +80,7 @@ def read_instances(file: Path, folder: Path) -> Instances:
         folder: of the images.
 
     Raises:
-        UserError: no such file or folder, or not COCO's format at all.
+        UserError: no such file or folder, or a file that is not in COCO's format.
     """
     content = _load(file)
     if not folder.is_dir():
@@ -151,7 +151,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _find_files(images: dict[Any, dict[str, Any]], folder: Path, errors: Issues) -> None:
-    """Which image files are missing; one look at each folder, not one at each file."""
+    """Add missing image files to `errors`. Each folder is listed once."""
     present: dict[Path, set[str]] = {}
     for image in images.values():
         path = folder / image["file_name"]
@@ -164,7 +164,7 @@ def _find_files(images: dict[Any, dict[str, Any]], folder: Path, errors: Issues)
 def _problem(
     annotation: dict[str, Any], image: dict[str, Any], categories: set[int]
 ) -> tuple[str, str] | None:
-    """What makes an annotation useless: the kind, and more of it."""
+    """Why an annotation cannot be used: the kind of mistake, and details."""
     if annotation.get("category_id") not in categories:
         return "unknown category", f", category_id {annotation.get('category_id')}"
     box = annotation.get("bbox")
@@ -175,7 +175,7 @@ def _problem(
     except TypeError:
         usable = False
     if not usable:
-        return "box that is no x, y, width, height", f", {box}"
+        return "box that is not x, y, width, height", f", {box}"
     mask = annotation.get("segmentation")
     if not mask:
         return "missing mask", ""
@@ -196,7 +196,7 @@ def _is_polygon(part: Any) -> bool:
 
 
 def _kept(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
-    """The parts that are used, with what may be left out in other people's files."""
+    """The fields that are used. A file may lack `iscrowd` and `area`."""
     names = ("category_id", "bbox", "segmentation")
     kept = {name: annotation[name] for name in names}
     kept["iscrowd"] = int(annotation.get("iscrowd", 0))

@@ -32,8 +32,8 @@ Sample = tuple[Tensor, dict[str, Any]]  # float32 image (3, H, W) in 0..1, and w
 class LargeScaleJitter:
     """Random resizing, crop and flip, of an image and its masks alike (arXiv 2012.07177).
 
-    The image is first made to fit in a square of `img_size` times a random factor, then cropped to
-    at most `img_size` at a random place. Nothing is padded: a model pads its batches.
+    The image is resized to fit in a square of `img_size` times a random factor, then cropped to at
+    most `img_size` at a random place. Nothing is padded: the model pads its batches.
 
     Args:
         img_size: side of the square.
@@ -79,7 +79,7 @@ class DetectionFiles(Dataset[Sample]):
         instances: of the split.
         folder: of its images.
         eval_size: longer side of an image in evaluation.
-        jitter: what becomes of an image in training; None in evaluation.
+        jitter: the augmentation in training; None in evaluation.
 
     Raises:
         UnreadableImageError: when reading, naming the file: it is damaged, of another size than the
@@ -127,7 +127,7 @@ class DetectionFiles(Dataset[Sample]):
         labels = [self._labels[annotation["category_id"]] for annotation in objects]
         masks = masks[shown]
         boxes = masks_to_boxes(masks)
-        boxes[:, 2:] += 1  # of the last pixels: the edges are behind them
+        boxes[:, 2:] += 1  # from the last pixels to their outer edges
         return pixels, {
             "boxes": boxes,
             "labels": torch.tensor(labels, dtype=torch.int64)[shown],
@@ -142,8 +142,8 @@ class DetectionData(DataModule):
     polygons or run lengths. Labels 1 to K stand for its categories in the order of their ids.
 
     A batch is a pair of lists: of images, float32 (3, H, W) with values in 0 to 1, not normalised
-    and of sizes of their own, and of what is in them (`DetectionFiles`). An image without objects
-    is one like any other. Training resumes with the batches that it would have seen
+    and of sizes of their own, and of what is in them (`DetectionFiles`). Images without objects
+    are used too. Training resumes with the batches that it would have seen
     (`fastvim.data.sampler`). The defaults are the published COCO recipe.
 
     Args:
@@ -158,7 +158,7 @@ class DetectionData(DataModule):
         eval_batch_size: images per process in evaluation.
         img_size: longest side of a training image, in pixels.
         eval_size: longer side of an image in evaluation; None for `img_size`.
-        scale: range of the random factor of large-scale jitter; at 1 an image just fits.
+        scale: range of the random factor of large-scale jitter; at 1 an image fits `img_size`.
         hflip: probability of a horizontal flip in training.
         kwargs: further arguments of `DataModule`.
 

@@ -1,4 +1,4 @@
-"""Image files of one split: where they are, which classes they have, what if one is damaged."""
+"""Image files of one split: folders and tar files, classes, damaged files."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fastvim.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-# Names under which the folder of a split may go, the usual one first.
+# Names of a split's folder, the usual one first.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "validation", "valid", "eval", "evaluation"),
 }
 # What Pillow raises on damaged files.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-MAX_UNREADABLE = 10  # in a row: then it is not single files that are damaged
+MAX_UNREADABLE = 10  # in a row; then more than single files are wrong
 
 
 class UnreadableImageError(UserError):
-    """An image file that cannot be decoded, or not be used.
+    """An image file that cannot be decoded or used.
 
     Args:
         message: what is wrong with which file.
@@ -39,7 +39,7 @@ class UnreadableImageError(UserError):
     """
 
     def __init__(self, message: str, kind: str = "unreadable image") -> None:
-        # A DataLoader raises a worker's error again with the traceback as message: keep the line.
+        # A DataLoader raises a worker's error with the traceback as message: keep the last line.
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
         self.kind = kind
 
@@ -47,16 +47,16 @@ class UnreadableImageError(UserError):
 class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
     """Images of one split and their class indices, (float32 (C, H, W), int).
 
-    In training an unreadable image is left out with a warning and the next readable one takes its
-    place. In evaluation it is an error: a metric is over the whole split or it is not given.
+    In training, the next readable image replaces an unreadable one, with a warning. In evaluation
+    it is an error, since a metric is of the whole split.
 
     Args:
-        reader: a `Reader` of timm, which declares neither the length nor the items it has.
+        reader: a `Reader` of timm, whose base class declares neither length nor items.
         location: what the reader reads, for messages.
         transform: from a PIL image to a tensor.
         class_names: all classes in index order; the reader's own are mapped to them by name, and
             a reader without names gives these indices itself.
-        training: what to do about unreadable images.
+        training: replace unreadable images.
 
     Raises:
         UserError: when the split has a class that `class_names` lacks, or has images without a
@@ -76,7 +76,7 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         self.location = location
         self.transform = transform
         self.training = training
-        # Of each of the reader's own classes, the index in `class_names`.
+        # From an index of the reader's own classes to one of `class_names`.
         self._class_index = list(range(len(class_names)))
         if own := reader_classes(reader):
             self._class_index = _map_classes(own, class_names, location)
@@ -99,7 +99,7 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         raise UnreadableImageError(f"{message}, the last of {MAX_UNREADABLE} such in a row")
 
     def filename(self, index: int) -> str:
-        """Where the image lies: a path, or a path inside a tar file."""
+        """The path of the image, or its path inside a tar file."""
         return os.path.join(self.location, str(self.reader.filename(index)))
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
@@ -116,7 +116,7 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
 
 
 def find_split(root: str, split: str) -> Path | None:
-    """`root/SPLIT/` or `root/SPLIT.tar`; "validation" and the like are names of "val"."""
+    """`root/SPLIT/` or `root/SPLIT.tar`, under any of the names of that split."""
     names = next((names for names in SPLIT_NAMES.values() if split in names), ())
     for name in (split, *names):
         for path in (Path(root, name), Path(root, f"{name}.tar")):
@@ -144,7 +144,7 @@ def open_folder(root: str, split: str) -> ImageDataset:
 
 
 def reader_classes(reader: Any) -> list[str]:
-    """The names of a reader's classes in index order; empty when it knows none."""
+    """The names of a reader's classes in index order; empty when it has none."""
     in_tar = isinstance(reader, ReaderImageInTar)
     index = reader.class_name_to_idx if in_tar else reader.class_to_idx
     return [str(name) for name in sorted(index, key=index.__getitem__)]

@@ -38,10 +38,10 @@ class ImageData(DataModule):
 
     A batch is (images, targets): float32 (B, C, H, W), normalised, and int64 (B,). The defaults
     are the published ImageNet recipe; Mixup is the task's. Training resumes with the batches that
-    it would have seen, and the number of workers changes none of them (`fastvim.data.sampler`);
-    with iterable datasets (`wds/`, `hfids/`, `tfds/`) it does. An unreadable image is replaced,
-    with a warning, in training, and is an error in evaluation (`fastvim.data.files`); timm's
-    reader of `wds/` leaves it out with a warning in both.
+    it would have seen (`fastvim.data.sampler`). They do not depend on the number of workers, except
+    with iterable datasets (`wds/`, `hfids/`, `tfds/`). In training an unreadable image is replaced,
+    with a warning; in evaluation it is an error (`fastvim.data.files`). timm's reader of `wds/`
+    skips it with a warning in both.
 
     Args:
         root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
@@ -51,8 +51,7 @@ class ImageData(DataModule):
         train_split: name of the training split.
         val_split: name of the validation split.
         test_split: name of the test split; None for `test` if the folder has one, else `val_split`.
-        train_images: train on so many images alone, a random choice drawn with `seed`; None for
-            all of them.
+        train_images: number of training images, a random choice drawn with `seed`; None for all.
         num_classes: for datasets that do not name their classes (`wds/`); None to read them.
         img_size: height and width in pixels, or one number for both.
         in_chans: 3 (RGB) or 1 (grey).
@@ -107,13 +106,20 @@ class ImageData(DataModule):
         self.train_images = train_images
         self.mean, self.std = tuple(mean), tuple(std)
         self._check_arguments()
-        common: dict[str, Any] = {"img_size": img_size, "mean": mean, "std": std}
-        common |= {"interpolation": interpolation, "in_chans": in_chans}
-        crop: dict[str, Any] = {"scale": scale, "ratio": ratio, "hflip": hflip, "vflip": vflip}
-        erasing: dict[str, Any] = {"re_prob": re_prob, "re_mode": re_mode}
-        colour: dict[str, Any] = {"color_jitter": color_jitter, "auto_augment": auto_augment}
-        self._train_transform = training_transform(**common, **crop, **colour, **erasing)
-        self._eval_transform = evaluation_transform(**common, crop_pct=crop_pct)
+        self._train_transform = training_transform(
+            *(img_size, mean, std, interpolation, in_chans),
+            scale=scale,
+            ratio=ratio,
+            hflip=hflip,
+            vflip=vflip,
+            color_jitter=color_jitter,
+            auto_augment=auto_augment,
+            re_prob=re_prob,
+            re_mode=re_mode,
+        )
+        self._eval_transform = evaluation_transform(
+            img_size, mean, std, crop_pct, interpolation, in_chans
+        )
         self._image_mode = IMAGE_MODES[in_chans]
         self._num_classes = num_classes
 

@@ -22,16 +22,15 @@ _logger = logging.getLogger(__name__)
 class CellData(ChannelData):
     """Cells of a plate with the perturbation of their well as the class.
 
-    The cell table gives each cell's file and well, the plate map each well's sample, the metadata
-    each sample's label. An empty sample is one like any other: in the published plate maps those
-    are the wells with solvent alone. Class 0 is the negative control; the labels of the plate's
-    other wells, in natural order, follow. Cells of wells without a label are left out, and counted
-    in a log line; before that, the cell table is split 60/20/20 by a permutation drawn with
-    `split_seed`.
+    The cell table has each cell's file and well, the plate map each well's sample, the metadata
+    each sample's label. An empty sample counts as a sample: in the published plate maps it stands
+    for wells with solvent alone. Class 0 is the negative control; the labels of the plate's other
+    wells follow in natural order. The cell table is split 60/20/20 by a permutation drawn with
+    `split_seed`. Then cells of wells without a label are left out; a log line counts them.
 
     Args:
-        root: directory or URL that relative paths, those of the tables too, begin at; "" for the
-            working directory.
+        root: directory or URL of relative paths, also those of the tables; "" for the working
+            directory.
         cells: the cell table; this and the next two are CSV, TSV or Parquet files.
         plate_map: which sample is in which well.
         metadata: what each sample is.

@@ -1,4 +1,4 @@
-"""The bytes of a file on disk or behind a URL, in spite of errors that pass."""
+"""Read a local or remote file, retrying transient errors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _logger = logging.getLogger(__name__)
 TIMEOUT = 300.0  # seconds of one attempt at a URL
 S3 = ("s3://", "s3a://")
 RETRIED_STATUS = (408, 429)  # of HTTP, besides 500 and above
-# Errors of the system and of the network libraries that another attempt does not mend.
-LASTING = (
+# Permanent errors: never retried.
+PERMANENT = (
     FileNotFoundError,
     PermissionError,
     IsADirectoryError,
     NotADirectoryError,
     ValueError,
 )
-LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
 NETWORK_LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "http", "urllib3")
 
 
@@ -32,7 +32,7 @@ class UnreadableFileError(UserError):
     """A file that cannot be fetched or decoded."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's error again with the traceback as message: keep the line.
+        # A DataLoader raises a worker's error with the traceback as message: keep the last line.
         line = message.strip().rpartition(f"{type(self).__name__}: ")[2]
         super().__init__(" ".join(line.split()))
 
@@ -63,9 +63,9 @@ def read_bytes(
 
     Refused and broken connections, time-outs, answers of a server in trouble (408, 429, 5xx) and
     bodies shorter than announced are tried again after `wait`, `2 * wait`, `4 * wait`, … seconds;
-    a missing or forbidden file is not. S3's libraries do not retry besides; when the server drops a
-    connection, aiohttp asks once more each time. Every process opens connections of its own: safe
-    in the workers of a DataLoader.
+    a missing or forbidden file is not. The retries of S3's libraries are turned off, but aiohttp
+    repeats a request once when the server drops the connection. Every process opens its own
+    connections, so the workers of a DataLoader may call this.
 
     Args:
         url: a local path, or a URL of any protocol that fsspec knows, chains such as
@@ -93,7 +93,7 @@ def read_bytes(
             reason = f"{type(error).__name__}: {error}"
             if not _is_of_file(error, status):
                 raise
-            if not _passes(error, status):
+            if not _is_transient(error, status):
                 raise UnreadableFileError(f"{url}: {_explain(error, status)}") from error
             if attempt == attempts:
                 times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
@@ -109,8 +109,8 @@ def _fetch(url: str, storage_options: dict[str, Any]) -> bytes:
     return filesystem.cat_file(filesystem._strip_protocol(url), **limit)
 
 
-# By process and thread, place and options. A worker must not use its parent's, nor let go of them:
-# closing a connection in a fork takes it from the parent too, whose event queue it shares.
+# Keyed by process, thread, server and options. A worker must neither use nor close a connection of
+# its parent: a fork shares the parent's event queue, so closing it there closes it for both.
 _filesystems: dict[tuple[Any, ...], Any] = {}
 
 
@@ -122,7 +122,7 @@ def _filesystem(url: str, storage_options: dict[str, Any]) -> Any:
     if key not in _filesystems:
         options = {"skip_instance_cache": True, **storage_options}
         if url.startswith(S3):
-            options.setdefault("max_concurrency", 1)  # one request, not one for the size as well
+            options.setdefault("max_concurrency", 1)  # else a second request asks for the size
             once = {"retries": {"total_max_attempts": 1}}
             options["config_kwargs"] = once | options.get("config_kwargs", {})
         try:
@@ -139,11 +139,11 @@ def _filesystem(url: str, storage_options: dict[str, Any]) -> Any:
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The status of the HTTP answer that an error tells of."""
+    """The HTTP status that an error carries."""
     for name in ("status", "status_code", "code"):  # aiohttp, Azure, Google
         if isinstance(status := getattr(error, name, None), int) and 100 <= status < 600:
             return status
-    # s3fs turns botocore's errors into the system's, from which they are the cause.
+    # s3fs raises an OSError with botocore's error as its cause.
     response = getattr(error.__cause__ or error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -151,16 +151,16 @@ def _http_status(error: BaseException) -> int | None:
 
 
 def _is_of_file(error: Exception, status: int | None) -> bool:
-    """Whether the file or the way to it is at fault, and not a defect of a program."""
+    """Whether the file or the network is at fault, as opposed to a bug."""
     library = type(error).__module__.partition(".")[0]
     return status is not None or isinstance(error, OSError) or library in NETWORK_LIBRARIES
 
 
-def _passes(error: Exception, status: int | None) -> bool:
-    """Whether another attempt may succeed."""
+def _is_transient(error: Exception, status: int | None) -> bool:
+    """Whether the error is transient."""
     if status is not None and status != 200:
         return status >= 500 or status in RETRIED_STATUS
-    return not isinstance(error, LASTING) and type(error).__name__ not in LASTING_NAMES
+    return not isinstance(error, PERMANENT) and type(error).__name__ not in PERMANENT_NAMES
 
 
 def _explain(error: Exception, status: int | None) -> str:

@@ -1,9 +1,9 @@
-"""Which sample comes when, and with which random numbers: exact resumption.
+"""Samplers and loaders that resume exactly.
 
-The order of the training samples and the augmentation of each are functions of (seed, epoch,
-sample) alone. Neither the number of workers nor an interruption changes them: a run resumed from
-any checkpoint of Lightning goes on with the very batches that it would have seen. The loaders here
-also leave the global random generators alone, which belong to the model.
+The order of the training samples is a function of (seed, epoch), the augmentation of a sample a
+function of (seed, epoch, sample). Neither depends on the number of workers. A run resumed from any
+checkpoint of Lightning continues with the batches that it would have seen without the interruption.
+The loaders do not touch the global random generators, which the model uses.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ if TYPE_CHECKING:
 class TrainingSampler(DistributedSampler[Any]):
     """Yields (epoch, index) pairs in an order drawn from (seed, epoch).
 
-    The pair tells a persistent worker the epoch, which it could not learn otherwise. Ranks take
-    turns, so the global batches do not depend on how many processes share one; the remainder that
-    does not divide among them is dropped. It is a `DistributedSampler` so that Lightning does not
-    wrap it in one.
+    The pair tells a persistent worker the epoch. Ranks take turns, so the global batches do not
+    depend on the number of processes; samples that do not divide evenly among them are dropped. It
+    is a `DistributedSampler` so that Lightning does not wrap it in one.
 
     Args:
         dataset: a dataset with a length.
         seed: at least 0.
         epoch: the epoch to begin with.
-        skip: samples of this rank to leave out at the start of that epoch only; the length
-            stays that of a whole epoch, since Lightning counts the skipped batches too.
+        skip: samples of this rank to skip at the start of that epoch; the length stays that of a
+            whole epoch, since Lightning counts the skipped batches too.
         rank: of this process.
         world_size: number of processes.
     """
@@ -63,7 +62,7 @@ class TrainingSampler(DistributedSampler[Any]):
             self.epoch, self.skip = epoch, 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        # Not a generator: the epoch is read now, however late the first sample is drawn.
+        # Not a generator function, which would read the epoch only when the first sample is drawn.
         epoch = self.epoch
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(self._dataset_size, generator=generator)
@@ -76,7 +75,7 @@ class TrainingSampler(DistributedSampler[Any]):
 
 
 class EvaluationSampler(DistributedSampler[Any]):
-    """Yields every index once, in order; ranks take turns and none repeats a sample."""
+    """Yields every index once, in order. Ranks take turns; no sample is repeated."""
 
     def __init__(self, dataset: Dataset[Any], *, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(dataset, world_size, rank, shuffle=False)
@@ -100,17 +99,17 @@ class Seeded(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: tuple[int, int] | int) -> Any:
-        # Lightning's overfit_batches replaces our sampler by one of plain indices.
+        # Lightning's overfit_batches replaces our sampler by one that yields plain indices.
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with seeded(self.seed, epoch, index):
             return self.dataset[index]
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader that Lightning may resume in the middle of an epoch without a warning.
+    """A loader that Lightning resumes in the middle of an epoch without a warning.
 
-    It has no state of its own: the position is in the trainer's progress (`resume_point`), which
-    is also there when Lightning does not restore loaders, after a checkpoint at an epoch's end.
+    It has no state: the position comes from the trainer's progress (`resume_point`), which is
+    restored from every checkpoint. Lightning restores loaders only in the middle of an epoch.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,9 +122,9 @@ class ResumableLoader(DataLoader[Any]):
 class StreamLoader(ResumableLoader):
     """A loader of an iterable dataset of timm.
 
-    Lightning tells an epoch to samplers only, and a stream has none: this loader tells it, and
-    seeds the workers from (seed, epoch). The order and augmentation then depend on the number of
-    workers, and resuming reads and drops the batches already seen.
+    Lightning passes the epoch to samplers only, and a stream has none. So this loader passes it to
+    the dataset and seeds the workers from (seed, epoch). The order and the augmentation depend on
+    the number of workers. Resuming reads and drops the batches already seen.
     """
 
     def __init__(
@@ -161,8 +160,8 @@ def training_loader(
     Args:
         dataset: map-style, or an iterable dataset of timm.
         batch_size: per process.
-        num_workers: per process; a stream uses at least one, so as not to draw from the
-            generators of the model.
+        num_workers: per process; a stream uses at least one, since in the main process it would
+            draw from the model's generators.
         seed: at least 0.
         trainer: gives rank, number of processes and the point to resume from.
 
@@ -173,7 +172,7 @@ def training_loader(
     if isinstance(dataset, IterableDataset):
         workers = max(1, num_workers)
         dataset.set_loader_cfg(num_workers=workers)  # type: ignore[attr-defined]
-        # Workers of a stream are seeded as they start: they must start anew every epoch.
+        # Workers of a stream are seeded when they start, so they start again every epoch.
         settings |= {"num_workers": workers, "persistent_workers": False}
         return StreamLoader(dataset, seed=seed, trainer=trainer, drop_last=True, **settings)
     rank, world_size = _place(trainer)
@@ -205,8 +204,8 @@ def evaluation_loader(
 ) -> DataLoader[Any]:
     """Every sample once, in order, divided among the processes without repetition.
 
-    The arguments are those of `training_loader`; the batches may be a little larger than asked
-    for, so that every process has equally many.
+    The arguments are those of `training_loader`. Batches may be a little larger than `batch_size`,
+    so that every process has the same number of them.
 
     Raises:
         UserError: when there are fewer samples than processes.
@@ -225,10 +224,10 @@ def evaluation_loader(
 
 
 def even_batch_size(size: int, world_size: int, batch_size: int) -> int:
-    """The least batch size from `batch_size` up that gives every rank as many batches.
+    """The smallest batch size from `batch_size` up for which all ranks have as many batches.
 
-    Ranks hold `size // world_size` samples, at least one, or one more. A rank with one batch more
-    than another would wait for it for ever in the first collective operation of that batch.
+    A rank has `size // world_size` samples (at least one) or one more. A rank with an extra batch
+    would hang in that batch's first collective operation.
     """
     while size % world_size and (size // world_size) % batch_size == 0:
         batch_size += 1
@@ -238,10 +237,10 @@ def even_batch_size(size: int, world_size: int, batch_size: int) -> int:
 def resume_point(trainer: L.Trainer | None) -> tuple[int, int]:
     """The epoch to serve next and how many batches of it are done, (0, 0) in a fresh run.
 
-    Lightning asks for the training loader, and lets its workers prefetch, before it tells the
-    sampler the epoch and before it has settled its own counters after loading a checkpoint. So
-    they are read here as the checkpoint left them: an epoch that was cut off goes on after its
-    last processed batch, or is over if that was the last one.
+    Lightning requests the training loader, whose workers then prefetch, before it sets the
+    sampler's epoch and before it updates its own counters after loading a checkpoint. So the
+    counters are read here as the checkpoint has them: an interrupted epoch continues after its
+    last processed batch, or is complete if that was the last one.
     """
     if trainer is None:
         return 0, 0
@@ -257,12 +256,12 @@ def resume_point(trainer: L.Trainer | None) -> tuple[int, int]:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed `random`, numpy and torch (CPU) from `key`; give their states back at the end."""
+    """Seed `random`, numpy and torch (CPU) from `key`; restore their states at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed is for GPUs as well
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would seed GPUs as well
     try:
         yield
     finally:
@@ -272,7 +271,7 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def mix(*key: int) -> int:
-    """One seed from several numbers, none negative: no two keys share it, short of chance."""
+    """One seed from several numbers of at least 0; different keys give different seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -286,6 +285,6 @@ def _settings(batch_size: int, num_workers: int, seed: int) -> dict[str, Any]:
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
-        # Without its own generator a loader draws the workers' seed from the global one.
+        # Without a generator, a loader draws the workers' seed from the global one.
         "generator": torch.Generator().manual_seed(seed),
     }

@@ -26,26 +26,17 @@ from fastvim.errors import UserError
 from fastvim.labels import IGNORE_INDEX
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-MASK_MODES = ("1", "L", "P", "I", "I;16")  # PIL's: one number a pixel
+MASK_MODES = ("1", "L", "P", "I", "I;16")  # PIL's modes with one number a pixel
 CROP_TRIES = 10
 
 Pair = tuple[Tensor, Tensor]  # float32 image (3, H, W), normalised; int64 classes (H, W)
 
 
 class TrainingTransform:
-    """Random resizing, crop, flip and colours, of an image and its classes alike.
+    """Random resizing, crop, flip and colours; the classes follow the image.
 
-    Args:
-        img_size: height and width of the crop; a smaller image is padded at the bottom and right
-            with the mean colour, its classes with `IGNORE_INDEX`.
-        base_size: longer and shorter side that an image is resized to fit in, keeping its shape;
-            None for its own size.
-        ratio: range of a random factor on `base_size`.
-        max_share: a crop with a larger share of one class is drawn again, ten times at most.
-        hflip: probability of a horizontal flip.
-        distortion: probability of each change of brightness, contrast, saturation and hue.
-        mean: per channel, for values in 0..1.
-        std: as `mean`.
+    An image smaller than the crop is padded at the bottom and right with the mean colour, its
+    classes with `IGNORE_INDEX`. The arguments are those of `SegmentationData`.
     """
 
     def __init__(
@@ -81,7 +72,7 @@ class TrainingTransform:
         return F.pad(pixels, missing), F.pad(classes, missing, value=IGNORE_INDEX)
 
     def _crop(self, mask: np.ndarray) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of a random crop in which no class prevails."""
+        """Left, top, right and bottom of a random crop, in which no class has too large a share."""
         height, width = (min(pair) for pair in zip(self.img_size, mask.shape, strict=True))
         for _ in range(CROP_TRIES):
             top = integer(mask.shape[0] - height)
@@ -96,7 +87,7 @@ class TrainingTransform:
 class EvaluationTransform:
     """An image resized to fit in `base_size`; its classes as they are stored.
 
-    The arguments are those of `TrainingTransform`.
+    The arguments are those of `SegmentationData`.
     """
 
     def __init__(
@@ -122,8 +113,8 @@ class SegmentationFiles(Dataset[Pair]):
 
     Args:
         pairs: paths of an image and its classes.
-        transform: what becomes of both.
-        num_classes: an index is below it, or `IGNORE_INDEX`.
+        transform: of both.
+        num_classes: indices are below it, or `IGNORE_INDEX`.
         reduce_zero_label: a stored 0 is ignored and the classes are stored from 1.
 
     Raises:
@@ -195,8 +186,8 @@ class SegmentationData(DataModule):
         root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
         num_classes: that the files use, at most 255.
         reduce_zero_label: a stored 0 is ignored and the classes are stored from 1, as in ADE20K.
-        class_file: text file below `root` with a class name a line; of a table with tabs, such as
-            `objectInfo150.txt`, the last column below its header. None numbers the classes.
+        class_file: text file below `root` with a class name a line. Of a table with tabs, such as
+            `objectInfo150.txt`, it is the last column below the header. None numbers the classes.
         train_split: name of the folders of the training split.
         val_split: of the validation split.
         test_split: of the test split; None for `val_split`.
@@ -316,7 +307,7 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues]
 
 
 def distort(image: Tensor, probability: float) -> Tensor:
-    """Change colours as in SSD (arXiv 1512.02325), each way with a probability of its own.
+    """Change colours as in SSD (arXiv 1512.02325); each change is drawn independently.
 
     Brightness up to ±32/255, contrast and saturation by 0.5 to 1.5, hue by up to a tenth of the
     circle; contrast comes before the two others or after them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 from io import BytesIO
@@ -19,12 +18,10 @@ from fastvim.errors import UserError, nearest
 if TYPE_CHECKING:
     import pandas as pd
 
-_logger = logging.getLogger(__name__)
-
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 PARQUET = (".parquet", ".pq")
 SPLITS = ("train", "val", "test")
-SHARES = (0.6, 0.2)  # of training and validation; the rest tests
+SHARES = (0.6, 0.2)  # of training and validation; the rest is the test split
 
 
 def import_pandas() -> ModuleType:
@@ -44,11 +41,12 @@ def read_table(
     wait: float = 0.5,
     storage_options: dict[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """A table, all text as it is written; an empty cell is missing.
+    """A table. CSV and TSV are read as text; an empty cell is a missing value.
 
     Args:
-        url: a path or URL ending in .csv, .tsv or .txt (tabs), .parquet or .pq; fetched by
-            `read_bytes`, whose the other arguments are.
+        url: a path or URL ending in .csv, .tsv or .txt (tabs), .parquet or .pq.
+
+    The other arguments are passed to `read_bytes`.
 
     Raises:
         UserError: for another ending, a table without rows, or a package that is not installed;
@@ -66,7 +64,7 @@ def read_table(
         else:
             text = {"dtype": str, "keep_default_na": False, "na_values": [""]}
             table = pandas.read_csv(BytesIO(data), sep=SEPARATORS[suffix], **text)
-    except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are such
+    except (ValueError, OSError) as error:  # bases of pandas' and pyarrow's errors
         raise UnreadableFileError(f"{url}: unreadable table ({error})") from error
     if table.empty:
         raise UserError(f"{url}: no rows")
@@ -142,7 +140,7 @@ def splits_of(table: pd.DataFrame, column: str, seed: int, url: str) -> np.ndarr
         url: of the table, for messages.
 
     Raises:
-        UserError: for a value that is no name of a split.
+        UserError: for a value that is not the name of a split.
     """
     if column in table.columns:
         return split_names(table[column], url)
@@ -153,7 +151,7 @@ def split_names(values: pd.Series, url: str) -> np.ndarray:
     """ "train", "val" or "test" of each row, from a column that says so.
 
     Raises:
-        UserError: for a value that is no name of a split.
+        UserError: for a value that is not the name of a split.
     """
     known = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
     known["test"] = "test"

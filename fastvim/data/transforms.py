@@ -1,4 +1,4 @@
-"""From a PIL image to a normalised tensor: timm's transforms, checked and mended.
+"""From a PIL image to a normalised tensor: timm's transforms, with checked arguments.
 
 C, H, W: channels, height and width of the tensor.
 """
@@ -75,17 +75,8 @@ def training_transform(
 ) -> Transform:
     """Random resized crop, flips, RandAugment, normalisation, random erasing.
 
-    Args:
-        scale: range of the crop's share of the image's area.
-        ratio: range of the crop's width / height.
-        hflip: probability of a horizontal flip.
-        vflip: probability of a vertical flip.
-        color_jitter: strength of brightness, contrast and saturation; used without `auto_augment`.
-        auto_augment: timm's description of an augmentation policy; None or "" for none.
-        re_prob: probability of erasing one rectangle.
-        re_mode: what fills it: "const" (0), "rand" (one colour), "pixel" (noise).
-
-    The other arguments, the result and the errors are those of `evaluation_transform`.
+    The other arguments are those of `fastvim.data.images.ImageData`; the result and the errors are
+    those of `evaluation_transform`.
     """
     if re_mode not in ERASING_MODES:
         raise UserError(f"re_mode {re_mode!r}: expected one of {', '.join(ERASING_MODES)}")
@@ -107,7 +98,7 @@ def training_transform(
         raise UserError(
             f"auto_augment {auto_augment!r}: expected a policy of timm, as rand-m9-mstd0.5-inc1"
         ) from error
-    _mend_posterize(transform)
+    _fix_posterize(transform)
     return Compose([_to_mode(in_chans), transform])
 
 
@@ -147,7 +138,7 @@ def _to_mode(in_chans: int) -> Callable[[Image.Image], Image.Image]:
     return methodcaller("convert", IMAGE_MODES[in_chans])  # unlike a lambda, it can be pickled
 
 
-def _mend_posterize(transform: Compose) -> None:
+def _fix_posterize(transform: Compose) -> None:
     """Let posterisation to 0 bits give a black image, as Pillow did before version 13.
 
     RandAugment at its top magnitude asks for 0 bits (about one image in 700 under the default
