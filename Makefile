@@ -26,7 +26,7 @@ install: .venv/installed
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # In an environment of its own, which it makes and removes.
 test-wheel:

@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Options and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_configure(config):
-    # The test processes already use all cores: their threads would only wait for one another.
+    # The test processes already use all cores: more threads would only compete for them.
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     torch.set_num_threads(1)

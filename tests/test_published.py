@@ -1,4 +1,4 @@
-"""The published models' own inputs, weights, outputs and gradients, reproduced.
+"""Outputs and gradients of the published models, reproduced from their inputs and weights.
 
 `--golden DIR` takes any folder of such files; `tests/golden` holds a few. `--device cuda` computes
 them with the engines of a GPU.
@@ -74,7 +74,7 @@ def case(golden_file: Path, request):
     back = to_published(state, column_grid)
     assert back.keys() == published.keys()
     for name, tensor in back.items():
-        assert torch.equal(tensor, published[name]), f"{name} does not survive the round trip"
+        assert torch.equal(tensor, published[name]), f"{name} changes in the round trip"
     if backbone is not model:
         state = {n if n.startswith("norms.") else f"backbone.{n}": t for n, t in state.items()}
     model.load_state_dict(state, strict=True)
@@ -102,7 +102,7 @@ def test_outputs(case):
     with torch.no_grad():
         if cfg["model"] == "mae":
             output = model(image, noise_of(arrays, image))
-            # The place of each cell among the shuffled ones, of which the first are kept.
+            # The place of each cell in the shuffled order, whose first cells are kept.
             shuffled = expected.pop("ids_restore").argsort(dim=1)
             assert torch.equal(output.ids_keep.cpu(), shuffled[:, : output.ids_keep.shape[1]])
             actual = {

@@ -1,4 +1,4 @@
-"""Both code paths of each op on a CPU."""
+"""Both engines of a CPU."""
 
 from __future__ import annotations
 

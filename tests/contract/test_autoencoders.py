@@ -1,4 +1,4 @@
-"""What timm and training ask of a masked autoencoder, of every family."""
+"""What timm and training expect of a masked autoencoder, once a family."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_pretrained_weights_are_fitted_by_timm(name, tmp_path):
         for key, tensor in source.state_dict().items():
             if side == SIDE or "pos_embed" not in key:
                 assert torch.equal(other.state_dict()[key], tensor), key
-        # Positions are not trained: those of another grid are its own.
+        # Positions are fixed: another grid has its own.
         fresh = create(name, side=side)
         assert torch.equal(other.encoder.pos_embed, fresh.encoder.pos_embed)
         assert torch.equal(other.decoder_pos_embed, fresh.decoder_pos_embed)

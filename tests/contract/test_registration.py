@@ -42,7 +42,7 @@ def test_default_cfg(name):
     assert model.patch_embed.grid_size(height, width) == model.grid_size
     assert f"_{height}" in name
     if has_channels(name):
-        assert cfg.first_conv is None  # whose weights timm would fit to other channels
+        assert cfg.first_conv is None  # else timm would adapt its weights to `in_chans`
     else:
         assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
     assert model.get_submodule(cfg.classifier) is model.get_classifier()
@@ -73,7 +73,7 @@ def assert_same(model: nn.Module, twin: nn.Module, x: torch.Tensor) -> None:
         assert torch.equal(model.state_dict()[key], tensor), key
     outputs = []
     for each in (model, twin):
-        torch.manual_seed(1)  # of an autoencoder's mask
+        torch.manual_seed(1)  # for an autoencoder's mask
         with torch.no_grad():
             output = each(x)
         outputs.append(getattr(output, "prediction", output))

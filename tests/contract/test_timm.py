@@ -1,4 +1,4 @@
-"""What timm asks of a model, of every family and through both code paths of each op."""
+"""What timm expects of a model: once a family, with both engines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_forward(name, engine):
         assert pooled.shape == (2, model.head_hidden_size)
         assert torch.equal(model.get_classifier()(pooled), logits)
         assert torch.equal(model(x), logits)  # the same every time
-        torch.testing.assert_close(model(x[1:]), logits[1:])  # whatever shares the batch
+        torch.testing.assert_close(model(x[1:]), logits[1:])  # whatever else is in the batch
 
 
 @every_model
@@ -181,7 +181,7 @@ def test_features_only(name, out_indices, blocks, engine):
 
 
 def residual_streams(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """What each block leaves in the stream, caught on its way in to the next norm."""
+    """The residual stream after each block, as the next norm receives it."""
     streams = []
     norms = [*(block.norm for block in model.blocks), model.norm]
     hooks = [n.register_forward_hook(lambda *a: streams.append(a[2][1])) for n in norms]
@@ -245,7 +245,7 @@ def test_intermediates_that_stop_early(name):
         assert torch.equal(a, b)
 
 
-def test_intermediates_of_no_known_form():
+def test_unknown_forms_of_intermediates():
     model, x = create(MODEL), image(MODEL)
     for option, value in (("output_fmt", "NHWC"), ("source", "hidden")):
         with pytest.raises(UserError, match=f"{option}='{value}'"):
@@ -263,7 +263,7 @@ def test_groups_of_parameters(name):
     for parameter, layer in layer_of.items():
         first, _, rest = parameter.partition(".")
         expected = {"blocks": 1 + int(rest.split(".")[0])} if first == "blocks" else {}
-        # The last norm goes with the head, which trains at the full rate of the recipes.
+        # The last norm goes with the head, at the full learning rate.
         stem = {"patch_embed": 0, "pos_embed": 0, "cls_token": 0}
         assert layer == {**stem, **expected}.get(first, DEPTH + 1), parameter
 
@@ -273,7 +273,7 @@ def test_no_weight_decay_names_parameters(name):
     model = create(name)
     shapes = {n: p.ndim for n, p in model.named_parameters()}
     assert model.no_weight_decay() <= set(shapes)
-    # By name or by having one dimension: one per direction, so that they have two here.
+    # timm exempts what has one dimension; these have two, since the first one is the direction.
     spared = ("conv_bias", "dt_bias", "D")
     for parameter, dims in shapes.items():
         named = parameter.rsplit(".", 1)[-1] in spared

@@ -1,4 +1,4 @@
-"""What timm asks of a model's weights and precision; the rest: `test_timm.py`."""
+"""What timm expects of a model's weights, and its precision. The rest is in `test_timm.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvim.weights import checkpoint_filter_fn, to_published
 
 
 def by_hand(model: nn.Module, side: int) -> Tensor:
-    """The position embedding on another square grid; the class token's stands in the middle."""
+    """Positions resized to another square grid, with the class token's in the middle."""
     vectors = list(model.pos_embed.detach()[0])
     token = vectors.pop(SIDE**2 // 2) if model.positions_class else None
     grid = torch.stack(vectors).reshape(1, SIDE, SIDE, DIM).permute(0, 3, 1, 2)

@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from coco_sets import annotation
 from faster_coco_eval.core import mask as mask_api
+from harness import PROCESSES
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
@@ -169,9 +170,8 @@ def test_two_processes_give_the_scores_of_one():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    mp.spawn(share_of, (port, queue), nprocs=2)
+    queue = PROCESSES.Queue()
+    mp.start_processes(share_of, (port, queue), nprocs=2, start_method="forkserver")
     objects, found = scenes()
     expected = computed(targets_of(objects), found).overall
     assert [queue.get(), queue.get()] == [expected, expected]
