@@ -95,7 +95,9 @@ def _mistake(error: Exception) -> str | None:
 def _tell_torchrun(line: str) -> None:
     """Write the line where torchrun's report, the last on the terminal, takes its cause from."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+        quoted = {"py_callstack": f"fastvim: error: {line}", "timestamp": str(int(time.time()))}
+        error = {"message": {"message": line, "extraInfo": quoted}}
+        Path(file).write_text(json.dumps(error))
 
 
 def _dispatch(words: list[str]) -> None:

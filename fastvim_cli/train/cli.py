@@ -108,11 +108,14 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ModuleNotFoundError as error:
-            if error.name is not None:
-                raise
-            # Lightning's own, which names the package that a logger or profiler needs.
-            raise UserError(str(error)) from error
+        except ValueError as error:
+            # jsonargparse wraps what a logger, a callback or the like raises.
+            cause = _cause(error)
+            if cause is not error and isinstance(
+                cause, ModuleNotFoundError | MisconfigurationException | UserError
+            ):
+                raise UserError(f"trainer: {cause}") from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config_init.trainer
@@ -267,7 +270,18 @@ def _split_configs(words: list[str]) -> tuple[list[str], list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     found, others = parser.parse_known_args(words)
-    return [os.path.expanduser(file) for file in found.config], others
+    files = [os.path.expanduser(file) for file in found.config]
+    for file in files:
+        if not os.path.exists(file):
+            raise UserError(f"--config {file}: no such file")
+    return files, others
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an error was raised from in the first place, or the first mistake of the user."""
+    while error.__cause__ is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
 
 
 def _as_list(value: Any) -> list[Any]:

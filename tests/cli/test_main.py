@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -34,6 +35,7 @@ RECIPE = {
 def recipe(tmp_path, monkeypatch) -> Path:
     """A recipe without a data folder; what runs write lands in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(RECIPE))
     return file
@@ -101,6 +103,8 @@ def test_unknown_command(capsys):
         (["--data.root=nowhere"], "nowhere"),
         (["--data.root=images", "--ckpt_path=gone.ckpt"], "no checkpoint at gone.ckpt"),
         ([], "ImageData needs a value for root"),
+        (["--data.root=images", "--trainer.logger=CometLogger"], "Requirement 'comet-ml"),
+        (["--config"], "argument -c/--config: expected one argument"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -178,6 +182,40 @@ def test_a_second_run_overwrites_no_checkpoint(recipe, image_folder):
     assert main(arguments) == 0
     for file, content in {**first, **logs}.items():
         assert file.read_bytes() == content
+
+
+def test_a_recipe_may_stand_behind_its_options(recipe, image_folder, capsys):
+    arguments = ["--data.root", str(image_folder), "--trainer.max_epochs", "0"]
+    assert main(["fit", *arguments, "--config", str(recipe)]) == 0
+    config = yaml.safe_load(Path("runs/small/logs/version_0/config.yaml").read_text())
+    assert config["data"]["init_args"]["root"] == str(image_folder)
+    assert config["trainer"]["max_epochs"] == 0  # 1 in the recipe: the command line wins
+
+
+@pytest.mark.parametrize(
+    "logger", ["false", "[]", "{class_path: CSVLogger, init_args: {save_dir: .}}"]
+)
+def test_a_run_has_its_files_with_any_logger_and_starts_again(recipe, image_folder, logger, capfd):
+    home = Path("home")
+    arguments = ["fit", "--config", str(recipe), "--data.root", str(image_folder)]
+    arguments += ["--trainer.logger", logger, "--trainer.profiler", "simple"]
+    arguments += ["--trainer.default_root_dir", "~/run", "--trainer.limit_train_batches", "2"]
+    for start in range(2):
+        epochs = ["--trainer.max_epochs", str(start + 1), "--ckpt_path", "last"]
+        assert main([*arguments, *epochs]) == 0
+        logs = home / "run" / "logs" / f"version_{start}"
+        assert {file.name for file in logs.iterdir()} >= {"config.yaml", "metrics.csv"}
+        assert "Profiler Report" in capfd.readouterr().err
+    assert (home / "run" / "curves.png").exists()
+    assert not Path("~").exists()
+    assert not Path("config.yaml").exists()
+
+
+def test_torchrun_is_told_the_mistake(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert main(["fitt"]) == 2
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert "error: unknown command 'fitt'" in message["extraInfo"]["py_callstack"]
 
 
 def test_ctrl_c_ends_in_one_line(recipe, image_folder):
