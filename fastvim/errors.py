@@ -1,4 +1,4 @@
-"""The error of a user's mistake, told from a defect of ours."""
+"""Mistakes in the user's input, as opposed to bugs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one line that names the value and what was expected.
+    """A mistake in the user's input. The message is one line: the value, and what was expected.
 
-    The command line prints the line and exits with code 2. Anything else that is raised is a
-    defect of the library and keeps its traceback.
+    The command line prints the line and exits with code 2. Any other error is a bug and keeps its
+    traceback.
     """
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
-    """`" (nearest: a, b)"` for a mistyped `name`, or an empty string when nothing is near."""
+    """`" (nearest: a, b)"` for a mistyped `name`, or an empty string if nothing is similar."""
     matches = difflib.get_close_matches(name, list(valid), n=count, cutoff=0.5)
     return f" (nearest: {', '.join(matches)})" if matches else ""
 

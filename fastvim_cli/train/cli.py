@@ -17,37 +17,22 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rich import get_console
 
 from fastvim.errors import UserError
-from fastvim.tasks.callbacks.checkpointing import (
-    AtomicCheckpointIO,
-    ExportWeights,
-    FiniteLoss,
-    LastCheckpoint,
-)
-from fastvim.tasks.callbacks.curves import LearningCurves
-from fastvim.tasks.callbacks.progress import ProgressBar
-from fastvim.tasks.callbacks.report import Report
-from fastvim.tasks.callbacks.run_log import RunLog, SeedSteps, describe
+from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
+from fastvim.tasks.callbacks.run_log import describe
 from fastvim.tasks.task import Task
 from fastvim_cli.console import table
-from fastvim_cli.train.config_errors import explain
+from fastvim_cli.train.config_errors import explain, first_cause
+from fastvim_cli.train.every_run import as_list, callbacks, loggers
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     # Our data modules divide the images among the processes themselves.
     "use_distributed_sampler": False,
 }
-
-# The arguments of a data module that prediction needs again.
-IMAGE_SETTINGS = (
-    *("img_size", "in_chans", "mean", "std"),
-    *("base_size", "eval_size", "crop_pct", "interpolation"),
-)
 
 
 class TrainingCLI(LightningCLI):
@@ -110,10 +95,8 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             # jsonargparse wraps what a logger, a callback or the like raises.
-            cause = _cause(error)
-            if cause is not error and isinstance(
-                cause, ModuleNotFoundError | MisconfigurationException | UserError
-            ):
+            cause = first_cause(error)
+            if isinstance(cause, ModuleNotFoundError | MisconfigurationException):
                 raise UserError(f"trainer: {cause}") from error
             raise
 
@@ -121,9 +104,12 @@ class TrainingCLI(LightningCLI):
         settings = self.config_init.trainer
         self.root = Path(settings.default_root_dir or self._root_of_config()).expanduser()
         kwargs["default_root_dir"] = str(self.root)
-        kwargs["plugins"] = [AtomicCheckpointIO(), *_as_list(settings.plugins)]
-        kwargs["callbacks"] = [*_as_list(settings.callbacks), *self._callbacks()]
-        kwargs["logger"] = self._loggers() if self.command == "fit" else settings.logger or False
+        kwargs["plugins"] = [AtomicCheckpointIO(), *as_list(settings.plugins)]
+        own = callbacks(self.command, self.root, self.config, self.model)
+        kwargs["callbacks"] = [*as_list(settings.callbacks), *own]
+        kwargs["logger"] = settings.logger or False
+        if self.command == "fit":
+            kwargs["logger"] = loggers(self.root, settings.logger)
         if settings.enable_progress_bar is None and not get_console().is_terminal:
             kwargs["enable_progress_bar"] = False  # a bar in a log file is noise
         if settings.deterministic is None and not _uses_accelerator(settings.accelerator):
@@ -137,49 +123,6 @@ class TrainingCLI(LightningCLI):
         """`runs/NAME` for a configuration NAME.yaml."""
         files = self.config.config or []
         return os.path.join("runs", Path(str(files[-1])).stem if files else "unnamed")
-
-    def _loggers(self) -> list[Logger]:
-        """One start of a run has its files in `logs/version_N`, N counting up.
-
-        Lightning writes `config.yaml` to the folder of the first logger, and the curves are drawn
-        from its table: it is there whatever the configuration asks for.
-        """
-        first = CSVLogger(self.root, "logs", flush_logs_every_n_steps=1)
-        asked = self.config_init.trainer.logger
-        if asked is None or asked is True:
-            return [first, TensorBoardLogger(self.root, "logs", version=first.version)]
-        return [first, *_as_list(asked or None)]
-
-    def _callbacks(self) -> list[Callback]:
-        """What every run has, beside what the configuration and the task add."""
-        settings = self.config_init.trainer
-        callbacks: list[Callback] = []
-        if settings.enable_progress_bar is not False and get_console().is_terminal:
-            callbacks.append(ProgressBar())
-        arguments = self.config.data.init_args
-        images = {name: arguments[name] for name in IMAGE_SETTINGS if name in arguments}
-        if self.command == "test":
-            normalisation = {name: images[name] for name in ("mean", "std") if name in images}
-            callbacks.append(Report(str(self.root), **normalisation))
-        if self.command != "fit":
-            return callbacks
-        callbacks += [
-            SeedSteps(int(self.config.seed_everything)),
-            FiniteLoss(),
-            RunLog(get_console()),
-            LearningCurves(str(self.root / "curves.png")),
-            ExportWeights(str(self.root / "model.safetensors"), images),
-        ]
-        if settings.enable_checkpointing is not False:
-            folder = str(self.root / "checkpoints")
-            callbacks += [
-                ModelCheckpoint(
-                    folder, "best", monitor=self.model.monitor, mode=self.model.monitor_mode
-                ),
-                # The last: its file then holds the other's state of the same moment.
-                LastCheckpoint(folder, self.config.checkpoint_every_n_steps),
-            ]
-        return callbacks
 
     def execute(self) -> None:
         """Run the command.
@@ -275,19 +218,6 @@ def _split_configs(words: list[str]) -> tuple[list[str], list[str]]:
         if not os.path.exists(file):
             raise UserError(f"--config {file}: no such file")
     return files, others
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What an error was raised from in the first place, or the first mistake of the user."""
-    while error.__cause__ is not None and not isinstance(error, UserError):
-        error = error.__cause__
-    return error
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
 
 
 def _uses_accelerator(choice: Any) -> bool:

@@ -53,6 +53,13 @@ def explain(message: str, keys: Iterable[str]) -> str:
     return " ".join(line for line in lines if line and not line.startswith(NOISE))
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What an error was raised from in the first place."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def _find(pattern: str, message: str) -> str:
     """The first group of a match, or an empty string."""
     match = re.search(pattern, message, re.MULTILINE)
