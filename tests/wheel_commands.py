@@ -34,7 +34,8 @@ COMMANDS = {
     "convert classifier.safetensors published.ckpt": "",
     "convert published.ckpt again.safetensors": "",
     "predict --checkpoint classifier.safetensors photo.png": "",
-    "predict --checkpoint classifier.safetensors photo.png --out predictions": "train",
+    # Writes the classes, and says that the picture of them needs an extra.
+    "predict --checkpoint classifier.safetensors photo.png --out predictions": "",
     "reconstruct --checkpoint autoencoder.safetensors photo.png": "train",
     "segment segmenter.safetensors photo.png --out segments": "train",
     "detect detector.safetensors photo.png --out detections": "train",
@@ -43,7 +44,7 @@ COMMANDS = {
     "benchmark --from speed.json --plot speed.png": "train",
     "data stats table.csv": "microscopy",
     f"data check {RECIPE}": "train",
-    "channels channels.safetensors --root .": "microscopy",
+    "channels channels.safetensors --root .": "train",
     f"fit {RECIPE}": "train",
     f"validate {RECIPE} --ckpt_path last": "train",
     f"test {RECIPE} --ckpt_path last": "train",
@@ -104,7 +105,7 @@ def judge(done: subprocess.CompletedProcess[str], extra: str) -> str:
     if done.returncode == 0:
         return ""
     asked = ASKS.fullmatch(done.stderr)
-    if done.returncode != 2 or done.stdout or asked is None:
+    if done.returncode != 2 or asked is None:
         return f"exit code {done.returncode}, and not one line that names an extra"
     if asked[1] != extra:
         return f"asks for [{asked[1]}], expected [{extra}]"

@@ -76,7 +76,9 @@ def _tiff(data: bytes) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
-        raise UserError("TIFF files need tifffile; pip install fastvim[microscopy]") from error
+        raise UserError(
+            'tifffile is not installed: needs pip install "fastvim[microscopy]"'
+        ) from error
     with tifffile.TiffFile(BytesIO(data)) as file:
         # tifffile reads a file cut off after a page. So the last page must say that none follows.
         count, end = len(file.pages), file.pages.next_page_offset

@@ -30,7 +30,9 @@ def import_pandas() -> ModuleType:
         import pandas
         import pyarrow  # noqa: F401  # what pandas reads Parquet with
     except ImportError as error:
-        raise UserError(f"tables need {error.name}; pip install fastvim[microscopy]") from error
+        raise UserError(
+            f'{error.name} is not installed: needs pip install "fastvim[microscopy]"'
+        ) from error
     return pandas
 
 
