@@ -5,8 +5,6 @@ from __future__ import annotations
 from fastvim_cli.arguments import Parser
 from fastvim_cli.console import table
 
-FAMILIES = ("fastvim_*", "vim_*", "mae_fastvim_*", "mae_vim_*")
-
 
 def _parser() -> Parser:
     parser = Parser(prog="fastvim models", description="List the models of this library.")
@@ -27,9 +25,10 @@ def _models() -> str:
 
     from fastvim.models import create_model
     from fastvim.models.masked import encoder_of
+    from fastvim.registry import default_cfgs
 
     rows = []
-    for name in timm.list_models(list(FAMILIES)):
+    for name in timm.list_models(list(default_cfgs)):
         with torch.device("meta"):
             model = create_model(name)
         backbone = encoder_of(model)
@@ -37,13 +36,14 @@ def _models() -> str:
             (
                 name,
                 str(backbone.grid_size[0] * backbone.patch_embed.stride),
+                str(backbone.in_chans),
                 str(backbone.patch_embed.patch_size),
                 str(backbone.embed_dim),
                 str(len(backbone.blocks)),
                 f"{sum(parameter.numel() for parameter in model.parameters()):,}",
             )
         )
-    return table(("model", "image", "patch", "width", "blocks", "parameters"), rows)
+    return table(("model", "image", "channels", "patch", "width", "blocks", "parameters"), rows)
 
 
 def _engines() -> str:
