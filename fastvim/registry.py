@@ -40,7 +40,7 @@ def _channel_cfg() -> dict[str, Any]:
         crop_pct=1.0,
         mean=tuple(value / 255 for value in JUMPCP_MEAN),
         std=tuple(value / 255 for value in JUMPCP_STD),
-        first_conv=None,  # it has one channel, whatever the image has
+        first_conv=None,  # one input channel, however many the image has
     )
 
 
@@ -48,7 +48,7 @@ def _mae_cfg() -> dict[str, Any]:
     return _cfg(num_classes=-1, first_conv="encoder.patch_embed.proj", classifier=None)
 
 
-# No weights are hosted: the published ones are CC-BY-NC-SA, and `fastvim convert` reads them.
+# No address: the published weights are CC-BY-NC-SA files, which `fastvim convert` reads.
 default_cfgs = generate_default_cfgs(
     {
         "fastvim_tiny_patch16_224": _cfg(),

@@ -36,7 +36,7 @@ def channel_traversals(
     alternate: bool,
     class_token: bool,
 ) -> tuple[Traversal, ...]:
-    """The walks that the layers of a `FastChannelVim` take in turn; its options.
+    """The walks that the layers of a `FastChannelVim` take in turn; see there for the options.
 
     Raises:
         UserError: an option outside its choices, or two that contradict each other.
@@ -67,9 +67,9 @@ class FastChannelVim(FastVim):
     ChannelVim as the case that pools nothing.
 
     All channels share the patch projection and the position embedding; a learned vector tells them
-    apart. Takes images (B, c, H, W) of any height and width from one patch up, and of any of the
-    known channels: the first c, or those that the call names. Tokens lie cell by cell, the channels
-    of a cell together.
+    apart. Takes images (B, c, H, W) of any height and width from one patch up. Their channels are
+    the first c that the model knows, or those named in the call. Tokens lie cell by cell, the
+    channels of a cell together.
 
     Args:
         img_size: side, or (height, width), that the position embedding is stored for.

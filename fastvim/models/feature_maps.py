@@ -22,7 +22,7 @@ class FeatureMaps(nn.Module):
     Args:
         backbone: its last norm, its head and the blocks after the last index are removed.
         out_indices: blocks to take.
-        source: "mixer" as published, or the "residual" stream, the more natural feature.
+        source: "mixer" as published, or the "residual" stream after the block.
     """
 
     def __init__(

@@ -30,10 +30,10 @@ class MaskedOutput(NamedTuple):
 
     Attributes:
         loss: scalar, the mean squared error of the masked patches.
-        prediction: (B, L, p·p·C) pixels of every patch; as `norm_pix_loss` normalises them.
+        prediction: (B, L, p·p·C) pixels of every patch, normalised if `norm_pix_loss` is set.
         mask: (B, L) float, 1 where a patch was masked.
         latent: (B, n, d) tokens of the encoder after its last norm; with the class token, n + 1.
-        ids_keep: (B, n) the cells that the encoder saw.
+        ids_keep: (B, n) indices of the cells that the encoder saw.
     """
 
     loss: Tensor
@@ -69,7 +69,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_embed_dim: width of the decoder.
         decoder_depth: blocks of the decoder.
         mask_ratio: part of the patches that is masked.
-        norm_pix_loss: predict each patch less its mean, over its deviation.
+        norm_pix_loss: normalise each target patch by its own mean and standard deviation.
         mirror: how the backward direction of a masked FastVim layer pools: "published", or
             "exact", the true mirror image of the forward direction (`ops.Traversal`).
 
@@ -156,7 +156,7 @@ class MaskedAutoencoder(nn.Module):
     # Training and transfer.
 
     def no_weight_decay(self) -> set[str]:
-        """Vectors that are stored stacked in two dimensions; the rest follows from its shape."""
+        """The vectors that are stacked for both directions; others are known by their shape."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()} | {
             f"decoder_blocks.{i}.mixer.{name}"
             for i in range(len(self.decoder_blocks))
@@ -176,9 +176,9 @@ class MaskedAutoencoder(nn.Module):
         self.encoder.set_grad_checkpointing(enable)
 
     def encoder_state_dict(self) -> dict[str, Tensor]:
-        """The encoder's weights under the names of a classifier: all of its weights but the head's.
+        """The encoder's weights under a classifier's names; only the head's are missing.
 
-        Into a classifier of another image size they go by `checkpoint_filter_fn`.
+        `checkpoint_filter_fn` fits them to a classifier of another image size.
         """
         return self.encoder.state_dict()
 
@@ -220,14 +220,14 @@ class MaskedAutoencoder(nn.Module):
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Cells to keep of each image, those of the smallest noise.
+        """The cells to keep of each image: those with the smallest noise.
 
         Args:
             batch: number of images, B.
             tokens: cells of an image, L.
             mask_ratio: None for the model's.
             noise: (B, L); None draws it uniformly.
-            generator: what draws the noise, on its own device.
+            generator: draws the noise, on its own device.
             device: of the result; None for the noise's, or the default one.
 
         Returns:
@@ -314,13 +314,13 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float | None = None,
         generator: torch.Generator | None = None,
     ) -> MaskedOutput:
-        """Mask, encode, decode, compare.
+        """Mask, encode, decode, and compute the loss.
 
         Args:
             images: (B, C, height, width).
-            noise: (B, L) that says what is masked; None draws it.
+            noise: (B, L); the cells with the smallest noise are kept. None draws it.
             mask_ratio: None for the model's.
-            generator: what draws the noise.
+            generator: draws the noise.
 
         Raises:
             UserError: see `random_mask`; images of other channels or smaller than a patch.
@@ -343,7 +343,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def encoder_of(model: nn.Module) -> FastVim:
-    """The backbone of a model of this library: a FastVim itself, a masked autoencoder's encoder."""
+    """The backbone of a model: a FastVim itself, or the encoder of a masked autoencoder."""
     backbone = model.encoder if isinstance(model, MaskedAutoencoder) else model
     assert isinstance(backbone, FastVim)
     return backbone

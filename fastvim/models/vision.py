@@ -166,7 +166,7 @@ class FastVim(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initial values of what no layer of its own holds; called last."""
+        """Draw the embeddings that belong to no layer; the constructor calls this last."""
         trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
@@ -174,7 +174,7 @@ class FastVim(nn.Module):
     # Training and transfer, as timm asks for them.
 
     def no_weight_decay(self) -> set[str]:
-        """Vectors that are stored stacked in two dimensions; the rest follows from its shape."""
+        """The vectors that are stacked for both directions; others are known by their shape."""
         return {
             f"blocks.{i}.mixer.{name}" for i in range(len(self.blocks)) for name in Mixer.vectors
         }
@@ -232,7 +232,7 @@ class FastVim(nn.Module):
         return tokens + self._cell_positions(grid), grid
 
     def _begin(self, tokens: Tensor) -> Tensor:
-        """What the blocks start from: with the class token, in the middle, and dropout."""
+        """Put the class token, if there is one, in the middle of the patches; then dropout."""
         if self.cls_token is not None:
             token: Tensor = self.cls_token
             if self.positions_class:
@@ -243,15 +243,15 @@ class FastVim(nn.Module):
         return self.pos_drop(tokens)
 
     def _walks(self, num_tokens: int, grid: tuple[int, int]) -> list[Segments]:
-        """The segments of each layer in turn."""
-        if self.cls_token is not None:  # a line of tokens, whichever cells they are of
+        """The segments of each walk over this grid; layers take the walks in turn."""
+        if self.cls_token is not None:  # one line of tokens, not a grid
             return [traversal.over({"l": num_tokens}) for traversal in self.traversals]
         return [traversal.over({"h": grid[0], "w": grid[1]}) for traversal in self.traversals]
 
     def _run_block(
         self, i: int, hidden: Tensor, residual: Tensor | None, walks: list[Segments]
     ) -> tuple[Tensor, Tensor]:
-        """Block i: its mixer's output, and the residual stream that the output joins next."""
+        """Block i: its mixer's output, and the residual stream before that output is added."""
         walk = walks[i % len(walks)]
         if self.grad_checkpointing:
             return checkpoint(self.blocks[i], hidden, residual, walk)
@@ -314,8 +314,8 @@ class FastVim(nn.Module):
             stop_early: leave out the blocks after the last index.
             output_fmt: "NCHW" maps or "NLC" tokens, without the class token.
             intermediates_only: leave out the first return value.
-            source: the "residual" stream after the block (in training, before drop path is drawn
-                for the block's output), or its "mixer"'s output alone.
+            source: the "residual" stream after the block (in training, without drop path on the
+                block's output), or the output of its "mixer" alone.
 
         Returns:
             The tokens after the last norm, and the list of features.
@@ -360,7 +360,7 @@ class FastVim(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the features of `indices` do not need; returns the blocks they name."""
+        """Remove what the features of `indices` do not need; returns the blocks' positions."""
         take, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:

@@ -1,4 +1,4 @@
-"""Names in published files and names in this library, both ways.
+"""Published names of weights to ours, and back.
 
 Published files (FastVim's and the original Vim's) keep each parameter of the backward direction
 beside its forward twin, with the suffix `_b`; here the two are one tensor, direction first. A
@@ -48,12 +48,12 @@ def is_masked(state: Mapping[str, Tensor]) -> bool:
 
 
 def is_channel(state: Mapping[str, Tensor]) -> bool:
-    """Whether the names, ours or published, are those of a model of many channels."""
+    """Whether the names, ours or published, are those of a channel model."""
     return _CHANNELS in state
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a masked autoencoder's weights, in our names, that a classifier takes."""
+    """The encoder's part of a masked autoencoder's weights, in our names, under a classifier's."""
     return {
         name.removeprefix(_ENCODER): tensor
         for name, tensor in state.items()
@@ -129,7 +129,7 @@ def _rename(name: str, *, published: bool) -> str:
 
 
 def _split_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a masked autoencoder; positions in the order of its tokens.
+    """A masked autoencoder's names, and its positions in the order of its tokens.
 
     Published, the class token's position comes first. Here it stands where the token does: in the
     middle of the encoder's, as a classifier has it, and at the end of the decoder's.
@@ -143,7 +143,7 @@ def _split_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _join_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`_split_encoder` undone."""
+    """The inverse of `_split_encoder`."""
     joined = dict(state)
     if "encoder.cls_token" in state:
         for name in ("encoder.pos_embed", "decoder_pos_embed"):
@@ -158,7 +158,7 @@ def _class_place(name: str, position: Tensor) -> int:
 
 
 def _move(position: Tensor, source: int, target: int) -> Tensor:
-    """An embedding (1, L, d) with one of its vectors moved to another place."""
+    """An embedding (1, L, d) with one vector moved to another index."""
     order = list(range(position.shape[1]))
     order.insert(target, order.pop(source))
     return position[:, order]
@@ -170,6 +170,6 @@ def _transpose(position: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def square_side(cells: int) -> int | None:
-    """Side of the square grid of so many cells; None where they make no square."""
+    """Side of a square grid with this number of cells; None if there is none."""
     side = math.isqrt(cells)
     return side if side**2 == cells else None

@@ -1,4 +1,4 @@
-"""The options of a model that its weights give away, and the registered model of those sizes."""
+"""The options of a model, as the shapes of its weights tell them, and its registered name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvim.models.factory import create_model
 from fastvim.models.masked import encoder_of
 from fastvim.weights.names import encoder_state, is_channel, is_masked, square_side
 
-# Names whose shapes tell the options of a model.
+# Their shapes tell most options.
 _TELLING = (
     "patch_embed.proj.weight",
     "pos_embed",
@@ -25,24 +25,24 @@ _TELLING = (
 
 
 def is_ours(state: Mapping[str, Tensor]) -> bool:
-    """Whether the names are ours, of any of our models."""
-    return _TELLING[2] in (encoder_state(state) if is_masked(state) else state)
+    """Whether these are weights of one of our models, under our names."""
+    return "blocks.0.mixer.A_log" in (encoder_state(state) if is_masked(state) else state)
 
 
 def find_options(
     state: Mapping[str, Tensor], img_size: int | Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The options of a FastVim, Vim or channel model, or masked autoencoder, that its weights tell.
+    """The options that weights tell of a FastVim, Vim, channel model or masked autoencoder.
 
-    `pooling`, `alternate`, `scan_path` and `pool_scale` leave no trace, nor do a channel model's
-    `token_order` and `pooled_axes`, nor a masked autoencoder's `mask_ratio`, `norm_pix_loss` and
-    `mirror`; weights with a class token are taken for Vim's, others for FastVim's.
+    Some options leave no trace: `pooling`, `alternate`, `scan_path` and `pool_scale`; a channel
+    model's `token_order` and `pooled_axes`; a masked autoencoder's `mask_ratio`, `norm_pix_loss`
+    and `mirror`. Weights with a class token are taken for Vim's, others for FastVim's.
 
     Args:
         state: weights under our names.
-        img_size: side in pixels that the position embedding was made for. None: 224 where that
-            gives overlapping patches of whole strides to a model with a class token, as Vim's
-            fine-tuned models have; else a patch per cell.
+        img_size: side in pixels that the position embedding was made for. None: one patch per
+            cell; but 224 for a model with a class token where that makes patches overlap by a
+            whole stride, as in Vim's fine-tuned models.
 
     Raises:
         UserError: not weights of FastVim or Vim, or a position embedding of no square grid.
@@ -122,11 +122,11 @@ def _find_stride(
 
 
 def match(options: Mapping[str, Any], channels: bool = False) -> str:
-    """The registered model with these sizes; else the family's smallest, for options to change.
+    """The registered model with these sizes; if there is none, the smallest of its family.
 
     Args:
-        options: of `find_options`.
-        channels: whether each channel has tokens of its own.
+        options: as `find_options` returns them.
+        channels: whether it is a channel model.
     """
     family = f"{'channel' if channels else ''}vim"
     if options["pooling"] != "none":

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN: each stage against small cases by hand, any image, and whether it learns."""
+"""Cascade Mask R-CNN: each stage against cases by hand, images of any size, and learning."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_losses_of_a_stage():
 
 
 def test_refined_boxes():
-    """Objects move by their label's offsets, background by the likeliest other class's."""
+    """Objects move by their label's offsets, background by those of the most likely class."""
     stage = stage_of(0)
     boxes = [torch.tensor([[10.0, 10.0, 20.0, 20.0], [30.0, 30.0, 40.0, 40.0]])]
     logits = torch.tensor([[9.0, 0.0, 1.0]] * 2)

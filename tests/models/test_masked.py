@@ -1,4 +1,4 @@
-"""Masked autoencoders: what is masked, what the encoder sees, what is compared."""
+"""Masked autoencoders: the mask, the encoder, the decoder, the loss."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_with_nothing_masked_it_is_the_unmasked_model(kind, mirror, grid, seed):
 
 
 def half_turned(encoder: FastVim) -> dict[str, Tensor]:
-    """The weights of the encoder that should see an image as this one sees it turned by 180°.
+    """Weights of an encoder that should see an image as this one sees it turned by 180°.
 
     The walk backwards over an image is the walk forwards over the image turned by 180°, whether
     by rows or by columns. (Flipped along one axis it is not: a row's end would still lead to the

@@ -58,7 +58,7 @@ def test_a_larger_classifier_gets_resized_positions():
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_published_names(kind):
-    """Those of section 9 of the models' description; the class token's position comes first."""
+    """As in the published files: the class token's position comes first."""
     state = scramble(create(kind)).state_dict()
     published = to_published(state)
     assert not [n for n in published if n.startswith(("encoder.", "blocks.", "norm."))]

@@ -36,7 +36,7 @@ def test_channel_norm_is_a_layer_norm_of_each_cell():
 
 
 def test_cells_lie_at_their_stride():
-    """A changed cell reaches, at each level, the cells over it and one more for the 3 x 3."""
+    """A changed cell changes, at each level, the cells over it and one more for the 3 x 3."""
     torch.manual_seed(0)
     pyramid = SimpleFeaturePyramid(16, channels=8)
     before = torch.randn(1, 16, 8, 8)

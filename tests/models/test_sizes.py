@@ -9,14 +9,14 @@ import torch
 from fastvim import FastVim, UserError
 from fastvim.models import create_model
 
-# Width, blocks, patch, grid, and parameters with 1000 classes: section 8 of the description.
+# Width, blocks, patch, grid, and parameters with 1000 classes.
 SIZES = {
     "fastvim_tiny_patch16_224": (192, 24, 16, 14, 7_166_056),
     "fastvim_small_patch16_224": (384, 24, 16, 14, 25_832_680),
     "fastvim_base_patch16_224": (768, 24, 16, 14, 97_670_632),
     "fastvim_large_patch16_224": (1024, 48, 16, 14, 340_229_096),
     "fastvim_huge_patch14_224": (1280, 64, 14, 16, 702_370_280),
-    # Not in the description: the same with 32 x 32 positions for 16 x 16.
+    # The same with 32 x 32 positions instead of 16 x 16.
     "fastvim_huge_patch14_448": (1280, 64, 14, 32, 702_370_280 + (32**2 - 16**2) * 1280),
     "vim_tiny_patch16_224": (192, 24, 16, 14, 7_166_440),
     "vim_small_patch16_224": (384, 24, 16, 14, 25_833_448),
@@ -30,7 +30,7 @@ CHANNELS = {
     "channelvim_small_patch16_224": (16, 25_316_513),
     "channelvim_small_patch8_224": (8, 25_468_577),
 }
-# Masked autoencoders: encoder as above, width of the decoder, and parameters with the fixed ones.
+# Masked autoencoders, encoder as above: width of the decoder; parameters, fixed ones included.
 MASKED = {
     "mae_fastvim_tiny_patch16_224": (192, 24, 16, 14, 192, None),
     "mae_fastvim_small_patch16_224": (384, 24, 16, 14, 384, None),

@@ -1,4 +1,4 @@
-"""Windows, and versions of an image: each pixel is the mean of those that hold it."""
+"""Sliding windows, and multi-scale and flip: each pixel is the mean of its predictions."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_stride_that_leaves_gaps(stride):
         sliding_window(linear, torch.randn(1, 1, 8, 8), 6, stride)
 
 
-# Several versions of an image.
+# Multi-scale and flip.
 
 
 def lopsided(image: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def test_with_flip_a_mirror_image_gives_the_mirror_image():
 
 
 def test_certain_predictions_keep_their_logarithms():
-    """A probability too small for float32 is a loss of its size, not an infinite one."""
+    """A probability too small for float32 keeps a finite logarithm."""
     image = torch.full((1, 1, 4, 4), 500.0)
     result = multi_scale_flip(lopsided, image, (4, 4), scales=(1.0, 2.0))
     assert result.isfinite().all()

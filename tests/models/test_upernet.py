@@ -1,4 +1,4 @@
-"""UPerNet: shapes at every size, what each head reads, where its logits lie."""
+"""UPerNet: shapes at every size, the maps that each head reads, the place of its logits."""
 
 from __future__ import annotations
 

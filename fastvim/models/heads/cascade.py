@@ -1,7 +1,7 @@
 """Cascade Mask R-CNN on a plain backbone: boxes and masks of objects.
 
-The detector of arXiv 1712.00726 on the pyramid of ViTDet (arXiv 2203.16527), out of torchvision's
-region proposals, pooling and matching.
+The detector of arXiv 1712.00726 on the pyramid of ViTDet (arXiv 2203.16527), built from
+torchvision's region proposals, pooling and matching.
 
 B  batch, C  channels of the pyramid, H W  an image's height and width in pixels
 """
@@ -32,8 +32,8 @@ class PadImages(GeneralizedRCNNTransform):
 
     Args:
         mean, std: of each channel.
-        multiple: sides become multiples of this, so that every level's stride is exact.
-        least: and are at least this.
+        multiple: padded sides are multiples of this, so that every level's stride is exact.
+        least: minimum of the padded sides.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class PadImages(GeneralizedRCNNTransform):
         self.least = least
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        """As they are: the size in training and in a test is the data's choice."""
+        """Leave the images as they are: the data decides their size."""
         return image, target
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
@@ -56,7 +56,7 @@ class PadImages(GeneralizedRCNNTransform):
 
 
 class ProposalHead(RPNHead):
-    """torchvision's, in full precision: boxes are decoded in the dtype of the offsets."""
+    """torchvision's, with float32 outputs: boxes are decoded in the dtype of the offsets."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Of each level's map (B, C, h, w): logits (B, 3, h, w) and offsets (B, 12, h, w)."""
@@ -68,13 +68,13 @@ class CascadeMaskRCNN(nn.Module):
     """Boxes, classes and masks of the objects in images of any size.
 
     Args:
-        backbone: a `FastVim`, of which the last block's map is taken; or any module from
+        backbone: a `FastVim`, whose last block gives the map; or any module from
             (B, in_chans, H, W) to one map (B, d, H / stride, W / stride), alone or in a list.
         num_classes: classes of objects; their labels are 1 to `num_classes`.
         embed_dim: d; known for a `FastVim` and for `FeatureMaps`.
         stride: pixels between the map's cells, a power of two from 4 on; likewise known.
         channels: C.
-        pad_to: images are padded to squares of at least this side; 0: no further than necessary.
+        pad_to: images are padded to at least this height and width; 0: no more than necessary.
         image_mean, image_std: of each channel, for images with values in 0 to 1.
         proposals: regions that go from the proposal network to the first stage, per image.
         heads: sizes and thresholds of the heads.
@@ -165,7 +165,7 @@ class CascadeMaskRCNN(nn.Module):
         return self.heads.detect(features, proposals, sizes, _padded(batch.tensors))
 
     def no_weight_decay(self) -> set[str]:
-        """The backbone's vectors that are stored stacked in two dimensions."""
+        """The backbone's vectors of both directions, stacked to two dimensions."""
         if not isinstance(self.backbone, FeatureMaps):
             return set()
         return {f"backbone.backbone.{name}" for name in self.backbone.backbone.no_weight_decay()}
@@ -207,12 +207,12 @@ def build_detector(
     heads: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> CascadeMaskRCNN:
-    """A `CascadeMaskRCNN` from plain values, such as a file of weights can hold.
+    """A `CascadeMaskRCNN` from plain values, as a file of weights holds them.
 
     Args:
-        backbone: its last block's map is taken.
+        backbone: its last block gives the map.
         num_classes: classes of objects.
-        source: of the map; see `FeatureMaps`.
+        source: what the map is; see `FeatureMaps`.
         heads: fields of `HeadOptions`.
         **options: further ones of `CascadeMaskRCNN`.
     """
@@ -223,7 +223,7 @@ def build_detector(
 def _proposal_network(channels: int, stride: int, proposals: int) -> RegionProposalNetwork:
     """Two convolutions; per cell three anchors, of 8 times the level's stride (ViTDet: 32 to 512).
 
-    Intersections over union, samples and their number before suppression are Faster R-CNN's.
+    IoU thresholds, sampling and the number of proposals before NMS are Faster R-CNN's.
     """
     sides = tuple((2 * stride * 2**i,) for i in range(len(LEVELS)))
     return RegionProposalNetwork(
@@ -240,12 +240,12 @@ def _proposal_network(channels: int, stride: int, proposals: int) -> RegionPropo
 
 
 def _padded(batch: Tensor) -> list[tuple[int, int]]:
-    """Height and width of the images of a batch, padded."""
+    """Height and width of a padded batch, as torchvision takes them."""
     return [(int(batch.shape[-2]), int(batch.shape[-1]))]
 
 
 def _check(target: Target, size: tuple[int, int], num_classes: int) -> None:
-    """A target's shapes, boxes and labels."""
+    """Raise a `UserError` for a target whose shapes, boxes or labels do not fit."""
     missing = {"boxes", "labels", "masks"} - target.keys()
     if missing:
         raise UserError(f"a target without {', '.join(sorted(missing))}")

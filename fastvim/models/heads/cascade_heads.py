@@ -1,6 +1,6 @@
-"""The heads of Cascade Mask R-CNN: three box stages and a mask head, out of torchvision's parts.
+"""The heads of Cascade Mask R-CNN: three box stages and a mask head, of torchvision's parts.
 
-N  regions of a batch, all images' in turn; K  classes with the background, which is class 0;
+N  regions of a batch, image by image; K  classes with the background, which is class 0;
 C  channels of the pyramid. Boxes are (x1, y1, x2, y2) in pixels of the padded batch.
 """
 
@@ -22,23 +22,23 @@ from fastvim.models.heads.pyramid import LEVELS, ChannelNorm
 Sizes = Sequence[tuple[int, int]]
 Target = dict[str, Tensor]
 
-# Per stage: the intersection over union from which on a region is an object, the standard
-# deviations that box offsets are divided by, and the weight of the losses (arXiv 1712.00726).
+# Of each stage (arXiv 1712.00726): the IoU from which a region counts as an object, the standard
+# deviations that box offsets are divided by, and the weight of the losses.
 IOU_THRESHOLDS = (0.5, 0.6, 0.7)
 BOX_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 LOSS_WEIGHTS = (1.0, 0.5, 0.25)
-_MIN_SIDE = 1e-2  # pixels; a box with a shorter side is none
+_MIN_SIDE = 1e-2  # pixels; boxes with a shorter side are dropped
 
 
 class HeadOptions(NamedTuple):
-    """Sizes of the heads, and what they keep.
+    """Sizes of the heads, and thresholds of their detections.
 
     Args:
         hidden_dim: width of a box head's last layer.
-        samples: regions per image that each stage trains on, a quarter of them objects.
-        score_thresh: least score of a detection.
-        nms_thresh: intersection over union from which on the lesser of two of a class goes.
-        detections: at most so many per image.
+        samples: regions per image that each stage trains on, at most a quarter of them objects.
+        score_thresh: minimum score of a detection.
+        nms_thresh: IoU threshold of per-class NMS.
+        detections: maximum per image.
     """
 
     hidden_dim: int = 1024
@@ -51,7 +51,7 @@ class HeadOptions(NamedTuple):
 class Samples(NamedTuple):
     """Regions to train on: per image their boxes, the objects they match, labels and offsets.
 
-    Background has the label 0, and an object and offsets of no meaning.
+    Background has label 0; its matched object and offsets mean nothing.
     """
 
     boxes: list[Tensor]
@@ -61,7 +61,7 @@ class Samples(NamedTuple):
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Half precision to float32: bfloat16 has no more than 8 bits for a coordinate."""
+    """Half precision to float32: bfloat16 has only 8 bits for a coordinate."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -73,7 +73,7 @@ class BoxStage(RoIHeads):
     Args:
         channels: C.
         num_classes: K.
-        iou: regions from this intersection over union on are objects, the others background.
+        iou: regions with at least this IoU are objects, the others background.
         stds: standard deviations of the offsets (x, y, width, height).
         options: sizes and thresholds.
     """
@@ -101,7 +101,7 @@ class BoxStage(RoIHeads):
             nms_thresh=options.nms_thresh,
             detections_per_img=options.detections,
         )
-        # As in Fast R-CNN (arXiv 1504.08083): a stage first passes its boxes on, nearly unmoved.
+        # As in Fast R-CNN (arXiv 1504.08083): an untrained stage hardly moves its boxes.
         nn.init.normal_(self.box_predictor.cls_score.weight, std=0.01)
         nn.init.normal_(self.box_predictor.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.box_predictor.cls_score.bias)
@@ -118,7 +118,7 @@ class BoxStage(RoIHeads):
 
     @torch.no_grad()
     def sample(self, boxes: list[Tensor], targets: Sequence[Target]) -> Samples:
-        """Regions to train on, among `boxes` and the objects' own."""
+        """Sample regions to train on from `boxes` and the objects' own boxes."""
         found, matched, labels, offsets = self.select_training_samples(boxes, targets)
         return Samples(found, matched, labels, list(offsets))
 
@@ -141,15 +141,15 @@ class BoxStage(RoIHeads):
         sizes: Sizes,
         labels: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """What the next stage starts from: each box moved by the offsets of one class.
+        """The boxes of the next stage: each box moved by the offsets of one class.
 
-        An object's class is its label, as only that class's offsets are trained on it. Background
-        in training, and everything in a test (`labels` None), takes the likeliest class other than
-        the background, whose offsets are never trained.
+        For an object in training that class is its label: only the label's offsets are trained on
+        it. For background in training, and for every box in a test (`labels` is None), it is the
+        most likely class other than the background, whose offsets are never trained.
 
         Returns:
-            Per image the boxes, clipped to the image, and the indices of the boxes they come from:
-            those that vanish are left out.
+            Per image the boxes, clipped to the image, and the indices of the boxes that they come
+            from. Boxes that vanish are dropped.
         """
         classes = logits[:, 1:].argmax(dim=1) + 1
         if labels is not None:
@@ -171,7 +171,7 @@ class BoxStage(RoIHeads):
 class CascadeHeads(nn.Module):
     """Three box stages, each starting from the boxes of the one before, and one mask head.
 
-    As in ViTDet the mask head is trained on the objects among the first stage's regions, those of
+    As in ViTDet the mask head is trained on the objects among the first stage's regions, which are
     the region proposals, and applied to the last stage's boxes in a test.
 
     Args:
@@ -223,7 +223,7 @@ class CascadeHeads(nn.Module):
     ) -> list[Target]:
         """Per image the boxes (n, 4), labels (n,), scores (n,) and masks (n, 1, 28, 28) in them.
 
-        A region's scores are the mean of the three stages', its boxes the last stage's.
+        A region's scores are the mean of the three stages' scores; its boxes are the last stage's.
         """
         boxes = proposals
         scores = [proposals[0].new_zeros(())] * len(proposals)
@@ -236,7 +236,7 @@ class CascadeHeads(nn.Module):
             if i < last:
                 boxes, origins = stage.refine(logits, offsets, boxes, sizes)
                 scores = [s[origin] for s, origin in zip(scores, origins, strict=True)]
-        # It takes logits: those of the mean scores, which add up to 1.
+        # It takes logits; the log of the mean probabilities serves, since they add up to 1.
         found, values, labels = stages[last].postprocess_detections(
             torch.cat(scores).log(), offsets, boxes, sizes
         )
@@ -252,7 +252,7 @@ class CascadeHeads(nn.Module):
     def _mask_logits(
         self, features: Mapping[str, Tensor], boxes: list[Tensor], padded: Sizes
     ) -> Tensor:
-        """(N, K, 28, 28)."""
+        """Logits (N, K, 28, 28) of the masks in boxes."""
         regions = self.mask_roi_pool(features, boxes, padded)
         return full_precision(self.mask_predictor(self.mask_head(regions)))
 

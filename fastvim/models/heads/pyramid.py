@@ -1,4 +1,4 @@
-"""Feature maps of several scales out of one.
+"""Feature maps of several scales from one map.
 
 B  batch, d  channels of the one map, C  channels of each level, H W  its grid
 """
@@ -19,9 +19,10 @@ class SimpleFeaturePyramid(nn.Module):
     """Five maps at 1/4, 1/2, 1, 2 and 4 times the stride of one (ViTDet, arXiv 2203.16527).
 
     Strides 4, 8, 16, 32 and 64 for a backbone with patches of 16 pixels. Each of the first four
-    comes from the one map on its own: two transposed convolutions with a norm and GELU between, one
-    of them, the map itself, a maximum over 2 x 2 cells; then a 1 x 1 and a 3 x 3 convolution. The
-    fifth is every second cell of the fourth. A row or column that is left over counts as a cell.
+    comes from the one map on its own: by two transposed convolutions with a norm and GELU between
+    them, by one transposed convolution, unchanged, and by a 2 x 2 maximum. A 1 x 1 and a 3 x 3
+    convolution follow. The fifth is every second cell of the fourth. An odd last row or column is
+    pooled on its own.
 
     Args:
         embed_dim: d, divisible by 4.

@@ -1,4 +1,4 @@
-"""Predictions for an image of any size, averaged over windows of it, or over versions of it."""
+"""Inference on images of any size: sliding windows, and multi-scale and flip averaging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sliding_window(
     window: int | tuple[int, int],
     stride: int | tuple[int, int],
 ) -> Tensor:
-    """Logits of a model that is given one window at a time.
+    """Logits of a model that is applied to one window at a time.
 
     The last window of a row or column is shifted back inside the image. An image smaller than the
     window is padded with zeros at the bottom and right.
@@ -31,7 +31,7 @@ def sliding_window(
         stride: pixels from one window to the next; at most the window.
 
     Returns:
-        Logits (B, K, height, width), float32, each the mean of the windows that hold the pixel.
+        Logits (B, K, height, width), float32: the mean over the windows that hold a pixel.
 
     Raises:
         UserError: a stride below 1 or above the window.
@@ -64,14 +64,14 @@ def multi_scale_flip(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """Logarithms of probabilities, the mean of those of an image enlarged, shrunk and mirrored.
+    """Log of the class probabilities averaged over scales and flips of an image.
 
     Args:
         predict: from an image (B, C, height, width) of any size to logits (B, K, height, width).
         image: (B, C, height, width).
-        size: height and width H, W of the result; the logits of each version are resized to it.
+        size: height and width (H, W) of the result; the logits of each scale are resized to it.
         scales: factors on the sides of the image.
-        flip: take the mirror image of each version as well.
+        flip: also average over the mirror image of each scale.
 
     Returns:
         (B, K, H, W), float32: the logarithm of the mean probability.

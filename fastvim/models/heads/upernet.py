@@ -19,8 +19,8 @@ Norm = Callable[[int], nn.Module]
 class UPerNetHead(nn.Module):
     """Pools the last map over several grids, and fuses it with the maps before it.
 
-    The pooled map is added to the map before it, that sum to the one before, and so on down to
-    the first, whose grid the result has.
+    From the last map to the first, each is added to the one before it, resized to its grid. The
+    result has the grid of the first.
 
     Args:
         in_chans: channels d of each map, the finest grid first.
@@ -70,7 +70,7 @@ class UPerNetHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """One 3x3 convolution and a classifier: the auxiliary head, for training alone.
+    """The auxiliary head, used in training alone: one 3x3 convolution and a classifier.
 
     Args:
         in_chans: channels d of the map.
@@ -106,7 +106,7 @@ class UPerNet(nn.Module):
         num_classes: K.
         channels: width of the head.
         aux_channels: width of the auxiliary head.
-        aux_map: position among the maps of the one that the auxiliary head reads.
+        aux_map: index of the map that the auxiliary head reads.
         pool_scales: see `UPerNetHead`.
         drop_rate: of both heads.
         norm: of both heads; see `UPerNetHead`.
@@ -133,13 +133,13 @@ class UPerNet(nn.Module):
         self.aux_head = FCNHead(dim, num_classes, aux_channels, drop_rate, norm)
 
     def no_weight_decay(self) -> set[str]:
-        """The backbone's vectors that are stored stacked in two dimensions."""
+        """The backbone's vectors of both directions, stacked to two dimensions."""
         return {f"maps.backbone.{name}" for name in self.maps.backbone.no_weight_decay()}
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, height, width) image to logits (B, K, height, width).
 
-        In training a pair: those, and the auxiliary head's.
+        In training a pair: these logits and the auxiliary head's.
         """
         maps = self.maps(image)
         logits = self._to_pixels(self.head(maps), image)
@@ -148,7 +148,7 @@ class UPerNet(nn.Module):
         return logits, self._to_pixels(self.aux_head(maps[self.aux_map]), image)
 
     def _to_pixels(self, logits: Tensor, image: Tensor) -> Tensor:
-        """Logits of the grid as logits of the pixels."""
+        """Enlarge logits from the grid to the pixels."""
         height, width = image.shape[-2:]
         stride = self.maps.backbone.patch_embed.stride
         # The backbone pads the image at the bottom and right: its grid may reach beyond it.

@@ -1,4 +1,4 @@
-"""Weights in files: published ones, the original Vim's, ours, and broken ones."""
+"""Weights in files: published ones, the original Vim's, and ours. Broken: `test_bad_files.py`."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_the_original_vim_release(tmp_path, image):
 
 
 def test_a_checkpoint_of_our_training(tmp_path):
-    """Validated weights lie in `state_dict`, and what the optimiser holds beside them."""
+    """`state_dict` holds the averaged weights, `current_model_state` those of the optimiser."""
     raw, averaged = create(seed=1), create(seed=2)
     content = {
         "averaging_state": {"n_averaged": torch.tensor(3)},
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_our_training(tmp_path):
 
 
 def test_published_names_and_shapes():
-    """Those of section 9 of the models' description."""
+    """Names and shapes as in the published files (FastVim release v0)."""
     model = create(VIM, init_layer_scale=0.1, norm="layer", norm_after_ssm=True)
     shapes = {
         name: tuple(tensor.shape) for name, tensor in to_published(model.state_dict()).items()
@@ -215,7 +215,7 @@ def test_published_names_and_shapes():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_there_and_back_again(variant, tmp_path, image):
+def test_round_trip(variant, tmp_path, image):
     """ours → published → ours and published → ours → published are the identity, bit for bit."""
     name, options = VARIANTS[variant]
     source = create(name, **options)
@@ -331,7 +331,7 @@ def test_options_found(variant):
 
 @pytest.fixture
 def golden_overlap():
-    path = Path(__file__).parent / "golden" / "vim_overlap.npz"
+    path = Path(__file__).parents[1] / "golden" / "vim_overlap.npz"
     arrays = dict(np.load(path))
     state = {k[6:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("state/")}
     return state, torch.from_numpy(arrays["in/image"]), torch.from_numpy(arrays["out/logits"])

@@ -1,4 +1,4 @@
-"""Published dense checkpoints: the backbone of a whole segmentor or detector, strictly."""
+"""Published segmentors and detectors: their backbone is loaded, strictly."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastvim.tasks.dense_task import load_backbone
 from fastvim.weights import convert, from_published, load_model, read
 from fastvim_cli import main
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ("fastvim_dense", "vim_dense")
-# Beside the backbone in files of a segmentor and of a detector.
+# What lies beside the backbone in a segmentor's and in a detector's file.
 SEGMENTOR = ("decode_head.conv_seg.weight", "auxiliary_head.convs.0.conv.weight")
 DETECTOR = ("neck.simfp.0.weight", "rpn_head.rpn_cls.bias", "roi_head.bbox_head.0.fc_cls.weight")
 
@@ -46,7 +46,7 @@ def whole(state: dict[str, torch.Tensor], beside: tuple[str, ...], **more) -> di
 
 
 def maps_of(config: dict, state: dict[str, torch.Tensor]) -> FeatureMaps:
-    """The model of a case for images of 32 pixels, its weights put in by hand."""
+    """The model of a case for images of 32 pixels, with its weights loaded by hand."""
     vim = config["model"] == "vim"
     sizes = {name: config[name] for name in ("embed_dim", "depth", "norm", "patch_size")}
     name = "vim_tiny_patch16_224" if vim else "fastvim_tiny_patch16_224"
@@ -143,7 +143,7 @@ def test_a_task_starts_from_it(case, tmp_path):
 
 
 def test_records_of_losses_are_left_aside(tmp_path, monkeypatch):
-    """A file in the midst of a training holds mmengine's objects: they are read, not imported."""
+    """A file saved during training holds mmengine's objects: read without importing mmengine."""
     module = types.ModuleType("mmengine.logging.history_buffer")
 
     class HistoryBuffer:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import assert_equal, create, published
+from test_weights import assert_equal, create, published
 from torch import nn
 
 from fastvim import UserError

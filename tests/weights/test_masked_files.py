@@ -58,7 +58,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 
 @every_model
-def test_there_and_back_again(name, tmp_path):
+def test_round_trip(name, tmp_path):
     source = create(name)
     paths = [tmp_path / n for n in ("a.ckpt", "b.safetensors", "c.ckpt")]
     published = to_published(source.state_dict())
@@ -94,7 +94,7 @@ def test_the_encoder_of_a_file_goes_into_a_classifier(name, names, tmp_path):
     large = classifier_of(name, img_size=48)
     load_weights(large, path, new_head=True)
     assert large(torch.randn(1, 3, 48, 48)).shape == (1, 5)
-    # Nor does a classifier's file make a masked autoencoder.
+    # A classifier's file does not make a masked autoencoder.
     save(tmp_path / "plain.safetensors", model.state_dict(), {})
     with pytest.raises(UserError, match="missing mask_token"):
         load_weights(create(name), tmp_path / "plain.safetensors")
@@ -102,7 +102,7 @@ def test_the_encoder_of_a_file_goes_into_a_classifier(name, names, tmp_path):
 
 @every_model
 def test_a_golden_file_is_understood(name, tmp_path):
-    golden = Path(__file__).parent / "golden" / f"mae_{name.split('_')[1]}.npz"
+    golden = Path(__file__).parents[1] / "golden" / f"mae_{name.split('_')[1]}.npz"
     arrays = {k: torch.from_numpy(v) for k, v in np.load(golden).items() if k != "cfg"}
     torch.save({k[6:]: v for k, v in arrays.items() if k.startswith("state/")}, tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "b.safetensors")
@@ -127,7 +127,7 @@ def test_real_sizes_find_their_names(name):
 
 
 def test_patches_of_a_masked_autoencoder_do_not_overlap():
-    # As many positions as 8-pixel strides make of 224, for which a classifier's would be taken.
+    # As many positions as strides of 8 make of 224 pixels: a classifier's patches would overlap.
     state = create(NAMES[1], patch_size=16, img_size=27 * 16).state_dict()
     assert find_options(state)["img_size"] == 27 * 16
     assert "patch_stride" not in find_options(state)
