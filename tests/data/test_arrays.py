@@ -1,4 +1,4 @@
-"""Image files of any channel count: what is in them comes out, or an error names the file."""
+"""Image files of any channel count: their content is read, or an error names the file."""
 
 from __future__ import annotations
 

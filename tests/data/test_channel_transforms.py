@@ -1,4 +1,4 @@
-"""Augmentation of images with any number of channels: what each step does, and to what extent."""
+"""Augmentation of images with any number of channels: what each step does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detection data: layout, masks, jitter, categories, what is said of odd files."""
+"""Detection data: layout, masks, jitter, categories, errors for unusable files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def instances(root: Path, split: str = "train2017") -> dict:
 
 
 def change(root: Path, split: str = "train2017", index: int = 0, **changes) -> None:
-    """Change an annotation of a split; None leaves a part out."""
+    """Change an annotation of a split; None removes a field."""
     content = instances(root, split)
     changed = {**content["annotations"][index], **changes}
     content["annotations"][index] = {k: v for k, v in changed.items() if v is not None}
@@ -238,7 +238,7 @@ def test_the_crop_is_a_part_of_the_resized_image():
 
 
 def test_objects_cut_off_are_gone(root):
-    """At twice the size most crops lose one of the two, or a part of it."""
+    """At twice the size most crops lose one of the two objects, or a part of it."""
     module = fitted(root, scale=(3.0, 3.0), batch_size=8)
     (_, targets) = next(iter(module.train_dataloader()))
     counts = [len(target["labels"]) for target in targets]

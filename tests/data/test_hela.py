@@ -73,7 +73,7 @@ def test_crops_are_of_the_stacks(folder, stacks, split, count):
 
 
 def test_the_splits_are_far_apart(folder):
-    """Further than any nucleus is wide, in every frame, and off the border of the frames."""
+    """The gap is wider than any nucleus; no crop touches the border of the frames."""
     ends = {}
     for split in ("training", "validation"):
         covered = np.zeros((HEIGHT, WIDTH), dtype=int)

@@ -42,7 +42,7 @@ CELLS = 70  # 10 of each well, of which three have no label
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A plate of 70 cells of 7 wells; each image has the number of its cell as its values."""
+    """A plate of 70 cells of 7 wells; the values of an image are the number of its cell."""
     (tmp_path / "cells").mkdir()
     paths = [f"cells/{index}.npy" for index in range(CELLS)]
     for index, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""A run cut off anywhere and resumed trains on the batches that it would have seen, bit for bit."""
+"""A run interrupted anywhere and resumed sees the same batches as a whole run, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files on disk and behind URLs: what is tried again, what is an error at once."""
+"""Files on disk and behind URLs: transient errors are retried, permanent ones are not."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def serve() -> Iterator:
 
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits that were asked for, none of which is waited."""
+    """The requested waits, in seconds; nothing waits for real."""
     naps: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", naps.append)
     return naps

