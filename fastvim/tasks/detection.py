@@ -165,10 +165,10 @@ class Detection(DenseTask):
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        of_classes = self._log_scores("test")
+        class_scores = self._log_scores("test")
         names = self.data.class_names
         self._test_scores = {
-            score: dict(zip(names, values, strict=True)) for score, values in of_classes.items()
+            score: dict(zip(names, values, strict=True)) for score, values in class_scores.items()
         }
 
     def _evaluate(self, batch: Batch) -> None:

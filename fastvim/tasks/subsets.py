@@ -91,16 +91,16 @@ def draw_subsets(accuracies: Mapping[str, Mapping[Subset, float]], title: str) -
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, (name, of) in enumerate(accuracies.items()):
+    for i, (name, scores) in enumerate(accuracies.items()):
         colour = COLOURS[i % len(COLOURS)]
-        sizes = by_size(of)
+        sizes = by_size(scores)
         means = [float(np.mean(values)) for values in sizes.values()]
         axes.plot(list(sizes), means, color=colour, linewidth=2.2, label=name, zorder=3)
         shift = 0.08 * (i - (len(accuracies) - 1) / 2)  # apart, where subsets do equally well
         for size, points in sizes.items():
             places = [size + shift] * len(points)
             axes.scatter(places, points, s=16, color=colour, alpha=0.45, linewidth=0, zorder=2)
-    count = max(len(subset) for of in accuracies.values() for subset in of)
+    count = max(len(subset) for scores in accuracies.values() for subset in scores)
     axes.set(xlabel="channels", ylabel="accuracy", xticks=range(1, count + 1), title=title)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.grid(axis="y", color="#e5e7eb")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.scheduler.scheduler import Scheduler
@@ -178,6 +179,11 @@ class Task(L.LightningModule):
         return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
 
     def configure_callbacks(self) -> list[L.Callback]:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise UserError(
+                "StochasticWeightAveraging needs a schedule of PyTorch's: average with ema_decay"
+            )
         return [] if self.ema_decay is None else [EMA(self.ema_decay)]
 
     def warmup(self, steps_per_epoch: int) -> tuple[int, str]:

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from harness import MODEL_ARGS, ONE_EPOCH, last, trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -213,6 +214,13 @@ def test_a_warm_up_as_long_as_the_run_is_shortened(
         f"shortened to {warmup}"
     )
     assert lines == ([] if asked == warmup else [message])
+
+
+def test_averages_that_cannot_be_kept_are_refused(tmp_path, data):
+    with pytest.raises(UserError, match=r"ema_decay with trainer\.precision bf16-true"):
+        trainer(tmp_path, precision="bf16-true").fit(task(ema_decay=0.9), datamodule=data)
+    with pytest.raises(UserError, match=r"StochasticWeightAveraging .*: average with ema_decay"):
+        trainer(tmp_path, StochasticWeightAveraging(1e-3)).fit(task(), datamodule=data)
 
 
 def test_a_limit_that_leaves_no_batches_is_named(tmp_path, data):

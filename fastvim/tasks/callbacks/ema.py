@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fastvim.errors import UserError
+
 
 class EMA(WeightAveraging):
     """Averages the weights after every step, with one decay from the first step on.
@@ -24,6 +26,9 @@ class EMA(WeightAveraging):
 
     Args:
         decay: weight of the old average in each update, in [0, 1].
+
+    Raises:
+        UserError: weights in less than float32.
     """
 
     def __init__(self, decay: float) -> None:
@@ -32,6 +37,11 @@ class EMA(WeightAveraging):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING:
             return
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise UserError(
+                f"ema_decay with trainer.precision {trainer.precision}: averages need float32 "
+                "weights; use 32-true, or bf16-mixed"
+            )
         pl_module.configure_model()  # the average needs the layers, which Lightning makes later
         self._average_model = AveragedModel(pl_module, device=pl_module.device, **self._kwargs)
         # One average is counted, the initial weights. On the CPU, reading the count at every step

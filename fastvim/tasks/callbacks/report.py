@@ -92,8 +92,10 @@ class Report(L.Callback):
         record = {"checkpoint": str(trainer.ckpt_path or ""), **metrics}
         if isinstance(pl_module, TrainedTask) and (scores := pl_module.class_scores()):
             record["classes"] = {
-                score: {name: None if math.isnan(value) else value for name, value in of.items()}
-                for score, of in scores.items()
+                score: {
+                    name: None if math.isnan(value) else value for name, value in by_class.items()
+                }
+                for score, by_class in scores.items()
             }
         (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
 

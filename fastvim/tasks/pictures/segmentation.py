@@ -74,11 +74,11 @@ def draw_labellings(
         errors = (target != IGNORE_INDEX) & (predicted != target)
         wrong += int(errors.sum())
         counted += int((target != IGNORE_INDEX).sum())
-        drawn = [overlay(plain, _masks(of.numpy(), class_names)) for of in (target, predicted)]
+        drawn = [overlay(plain, _masks(c.numpy(), class_names)) for c in (target, predicted)]
         images = [plain, *drawn, mistakes(plain, errors.numpy())]
         captions = ("image", "labels", "prediction", "mistakes") if not rows else [""] * 4
         rows.append([Panel(*both) for both in zip(images, captions, strict=True)])
-    entries = legend([of.predicted.numpy() for of in labellings], class_names)
+    entries = legend([labelling.predicted.numpy() for labelling in labellings], class_names)
     return sheet(rows, [*entries, Entry(RED, f"wrong {wrong / max(1, counted):.1%}")])
 
 
@@ -98,7 +98,7 @@ def mistakes(image: Image.Image, wrong: np.ndarray) -> Image.Image:
 
 def legend(classes: Sequence[np.ndarray], class_names: Sequence[str]) -> list[Entry]:
     """The classes that occur, with their share of the pixels that count, the largest ones first."""
-    counts = sum(np.bincount(of.ravel(), minlength=256)[:IGNORE_INDEX] for of in classes)
+    counts = sum(np.bincount(c.ravel(), minlength=256)[:IGNORE_INDEX] for c in classes)
     assert isinstance(counts, np.ndarray)
     colours, total = palette(class_names), max(1, int(counts.sum()))
     order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
