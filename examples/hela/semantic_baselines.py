@@ -1,4 +1,4 @@
-"""What one needs no model for on the HeLa nuclei: everything background, and Otsu's threshold.
+"""Segmentation of the HeLa nuclei without a model: background everywhere, and Otsu's threshold.
 
     python examples/hela/semantic_baselines.py
 
@@ -25,7 +25,7 @@ def read(folder: Path) -> np.ndarray:
 
 
 def otsu(values: np.ndarray) -> int:
-    """The threshold, of uint8 values, between whose sides the variance is largest."""
+    """The threshold of uint8 values that makes the variance between both sides largest."""
     share = np.bincount(values.ravel(), minlength=256) / values.size
     below, mean = share.cumsum(), (share * np.arange(256)).cumsum()
     between = (mean[-1] * below - mean) ** 2 / np.maximum(below * (1 - below), 1e-12)

@@ -40,7 +40,7 @@ def build_landsat(members: Sequence[bytes], folder: Path) -> None:
 
     The table has the columns path (relative to the folder), label and split.
 
-    The map is divided into blocks of 40 x 40 pixels, every fifth of which is for validation. A
+    The map is divided into blocks of 40 x 40 pixels; every fifth block is for validation. A
     validation patch lies wholly in those blocks and a training patch wholly outside of them, so no
     pixel is in both; other patches are left out. Patches of the same split may overlap. Of each
     class there are `MOST` patches, or all where there are fewer, drawn at random from all places.
