@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fastvim_cli.extras import needed_extra
-
 
 class Command(NamedTuple):
     """A line of the help page, and the module here whose `run` takes the command's arguments."""
@@ -82,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
 def _mistake(error: Exception) -> str | None:
     """The line about a mistake of the user, or None for a bug."""
     if isinstance(error, ModuleNotFoundError):
+        from fastvim.extras import needed_extra
+
         return needed_extra(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

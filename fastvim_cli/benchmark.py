@@ -87,6 +87,8 @@ def run(argv: list[str]) -> None:
         parser.error(f"--from measures nothing: expected no models, got {options['models']}")
     if options["append"] and options["out"] is None:
         parser.error("--append needs --out FILE.json")
+    if picture is not None:
+        import matplotlib  # noqa: F401  # if it is missing, the measurements are not wasted
     options["device"] = usable_device(options["device"])
 
     from fastvim import benchmark

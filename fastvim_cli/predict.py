@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
 from fastvim_cli.console import note, table, track
-from fastvim_cli.extras import needed_extra
 from fastvim_cli.images import add_images, report_failures
 
 if TYPE_CHECKING:
@@ -93,6 +92,8 @@ def _draw(
     try:
         from fastvim.tasks.pictures.predictions import Prediction, draw_predictions
     except ModuleNotFoundError as error:
+        from fastvim.extras import needed_extra
+
         note(f"{file} is left out: {needed_extra(error)}")
         return
     predictions = [

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastvim.data.remote import UnreadableFileError, is_url, read_bytes
 from fastvim.errors import UserError
+from fastvim.extras import install
 
 # tifffile's letters for an axis of channels: channel, sample, unknown, page.
 CHANNEL_AXES = "CSQI"
@@ -76,9 +77,7 @@ def _tiff(data: bytes) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
-        raise UserError(
-            'tifffile is not installed: needs pip install "fastvim[microscopy]"'
-        ) from error
+        raise UserError(f"tifffile is not installed: {install('microscopy')}") from error
     with tifffile.TiffFile(BytesIO(data)) as file:
         # tifffile reads a file cut off after a page. So the last page must say that none follows.
         count, end = len(file.pages), file.pages.next_page_offset

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvim.errors import UserError
+from fastvim.extras import install
 
 _logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def _filesystem(url: str, storage_options: dict[str, Any]) -> Any:
 
             _filesystems[key], _ = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
-            raise UserError(f'{url}: {error}; needs pip install "fastvim[microscopy]"') from error
+            raise UserError(f"{url}: {error}; {install('microscopy')}") from error
         except (TypeError, ValueError) as error:
             raise UserError(f"{url}: cannot be opened: {error}") from error
         if url.startswith(S3):

@@ -14,6 +14,7 @@ import numpy as np
 from fastvim.data.files import SPLIT_NAMES
 from fastvim.data.remote import UnreadableFileError, is_url, join, read_bytes
 from fastvim.errors import UserError, nearest
+from fastvim.extras import install
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,9 +31,7 @@ def import_pandas() -> ModuleType:
         import pandas
         import pyarrow  # noqa: F401  # what pandas reads Parquet with
     except ImportError as error:
-        raise UserError(
-            f'{error.name} is not installed: needs pip install "fastvim[microscopy]"'
-        ) from error
+        raise UserError(f"{error.name} is not installed: {install('microscopy')}") from error
     return pandas
 
 

@@ -241,6 +241,6 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not isinstance(caught.value, UnreadableFileError)  # no row to skip
     path = tiff(tmp_path / "a.tif", IMAGE, **PLAIN)
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(UserError, match=r"pip install fastvim\[microscopy\]") as caught:
+    with pytest.raises(UserError, match=r'pip install "fastvim\[microscopy\]"') as caught:
         read_array(path)
     assert not isinstance(caught.value, UnreadableFileError)

@@ -383,7 +383,7 @@ def test_odd_tables(root: Path, name: str, content: bytes, message: str) -> None
 
 def test_a_missing_package(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(UserError, match=r"need pandas; pip install fastvim\[microscopy\]"):
+    with pytest.raises(UserError, match=r'need pandas: needs pip install "fastvim\[microscopy\]"'):
         open_data(root)
 
 

@@ -181,7 +181,7 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nowhere://x: cannot be opened: Protocol not known"):
         read_bytes("nowhere://x")
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(UserError, match=r"s3://a/b: .*fsspec.*; pip install fastvim"):
+    with pytest.raises(UserError, match=r's3://a/b: .*fsspec.*; needs pip install "fastvim'):
         read_bytes("s3://a/b")
 
 

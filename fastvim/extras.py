@@ -12,10 +12,15 @@ EXTRAS = {
 }
 
 
-def needed_extra(error: ModuleNotFoundError) -> str | None:
+def install(extra: str) -> str:
+    """The end of a message: how to install an extra."""
+    return f'needs pip install "fastvim[{extra}]"'
+
+
+def needed_extra(error: ImportError) -> str | None:
     """One line about a package that is missing, or None if no extra has it."""
     package = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages:
-            return f'{package} is not installed: needs pip install "fastvim[{extra}]"'
+            return f"{package} is not installed: {install(extra)}"
     return None
