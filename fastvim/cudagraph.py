@@ -127,9 +127,9 @@ class GraphedModel(nn.Module):
     receive their gradients through autograd, so gradient accumulation, loss scaling and
     DistributedDataParallel (around this module) work as usual.
 
-    These batches run eagerly: of another shape, dtype or autocast dtype than recorded; in
-    evaluation mode; without gradients; whose images require gradients; on a CPU. So does every
-    batch if the model cannot be recorded: `reason` then says why, and the log has one line.
+    A batch runs eagerly if its shape, dtype or autocast dtype is not the recorded one, in
+    evaluation mode, without gradients, if its images require gradients, and on a CPU. So does
+    every batch if the model cannot be recorded: `reason` then says why, and the log has one line.
 
     The graphs read the parameters where they are. An optimiser's steps and `load_state_dict` are
     seen; a parameter replaced by another object is not. After a change of what is trained

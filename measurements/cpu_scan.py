@@ -1,4 +1,4 @@
-"""The CPU scan, forward and with its gradients: the numba kernel beside the PyTorch definition.
+"""The CPU scan, forward and with its gradients: the numba kernel against the PyTorch reference.
 
     python measurements/cpu_scan.py [--out measurements/cpu_scan.json]
 

@@ -1,12 +1,12 @@
-"""Training with the kernels beside training with the definitions: losses, and bits.
+"""Training with the kernels and with the reference: losses, and final weights bit for bit.
 
     python measurements/loss_curves.py [--device cuda] [--steps 300] [--depth 12] [--images FOLDER]
         [--out measurements/loss_curves.json] [--plot measurements/loss_curves.png]
 
 A small FastVim learns handwritten digits from the same weights and batches with each engine. The
 first engine is run twice: its weights must come out the same, bit for bit. Exit code 1 if not.
-Small differences grow in the course of any training; how fast shows a run with the definitions
-whose first weights were rounded to bfloat16.
+Small differences grow in the course of any training. A run of the reference from weights rounded to
+bfloat16 shows how fast.
 """
 
 from __future__ import annotations

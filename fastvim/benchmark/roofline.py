@@ -104,7 +104,7 @@ def _product(
     call = partial(_times, x, weight, out)
     if device.type != "cuda":
         return measure(call, device).median
-    return measure(_repeated(call, PRODUCTS, device), device).median / PRODUCTS
+    return measure(_repeated(call, PRODUCTS, x.device), device).median / PRODUCTS
 
 
 def _times(x: Tensor, weight: Tensor, out: Tensor) -> None:

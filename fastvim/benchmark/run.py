@@ -1,4 +1,4 @@
-"""A whole run: which cases, the record that they go into, one after another."""
+"""A run of several cases, and the record of their results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastvim.ops.dispatch import OPS
 
 
 class Run:
-    """Every model at every size in every mode; a model's modes follow one another.
+    """Measures every model at every size in every mode.
 
     Args:
         models: names, of this library or of timm.
@@ -31,7 +31,7 @@ class Run:
         engine: serves this library's operations, as by `use_engine`.
         out: file of the results, written after every row.
         append: keep the other rows of that file.
-        command: what the record says of how it was made.
+        command: the command line, for the record.
 
     Attributes:
         cases: to be measured.

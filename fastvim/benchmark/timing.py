@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-# A group of calls is timed as one, long enough for the clock and for gaps at its ends to vanish.
+# A group of calls is timed as one: so long that the clock's resolution and the gaps at its ends do
+# not count.
 GROUP_SECONDS = {"cuda": 0.05, "cpu": 0.02}
 MOST_CALLS = 1000
 
@@ -30,7 +31,7 @@ def measure(
 ) -> Timing:
     """Time a call: warm up, then `repeats` groups of as many calls as fill `GROUP_SECONDS`.
 
-    On CUDA the groups follow one another without a pause, between events on the current stream;
+    On CUDA the groups run without a pause, between events on the current stream;
     elsewhere by the process's clock.
     """
     for _ in range(max(warmup, 1)):
