@@ -53,5 +53,5 @@ def conv_pool(
     if weight.ndim != 3 or weight.shape[:2] != (2, width):
         raise ValueError(f"weight {tuple(weight.shape)}: expected (2, {width}, K)")
     check_shapes(("bias", bias, (2, width)), ("D", D, (2, width)))
-    run = implementation("conv_pool", x, conv_pool_reference, segments.kept is not None)
+    run = implementation("conv_pool", x, conv_pool_reference, segments.masked is not None)
     return run(x, weight, bias, D, segments, pooling=pooling, pool_scale=pool_scale)

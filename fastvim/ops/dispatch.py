@@ -64,7 +64,7 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
         _numba("fastvim.ops.cpu.conv:conv_pool_numba", "fastvim.ops.cpu.conv:conv_pool_numba"),
         _triton(
             "fastvim.ops.triton.conv_pool:conv_pool_triton",
-            "fastvim.ops.triton.kept:conv_pool_kept",
+            "fastvim.ops.triton.masked:conv_pool_masked",
         ),
     ),
     "selective_scan": (
@@ -74,7 +74,7 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
     "expand_gate": (
         _triton(
             "fastvim.ops.triton.expand_gate:expand_gate_triton",
-            "fastvim.ops.triton.kept:expand_gate_kept",
+            "fastvim.ops.triton.masked:expand_gate_masked",
         ),
     ),
 }

@@ -49,5 +49,5 @@ def expand_gate(
         ("norm_weight", norm_weight, (width,)),
         ("norm_bias", norm_bias, (width,)),
     )
-    run = implementation("expand_gate", skip, expand_gate_reference, segments.kept is not None)
+    run = implementation("expand_gate", skip, expand_gate_reference, segments.masked is not None)
     return run(skip, z, y, segments, norm_weight, norm_bias, eps=eps)

@@ -9,7 +9,7 @@ moves them: it says how it walks them (`path`) and which axes it pools (`pool`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -44,16 +44,16 @@ class Traversal:
             raise ValueError(f"pool={self.pool!r}: {sorted(unknown)} not on the path {self.path!r}")
 
     def over(
-        self, grid: Mapping[str, int], kept: Tensor | None = None, mirror: Mirror = "published"
+        self, grid: Mapping[str, int], ids_keep: Tensor | None = None, mirror: Mirror = "published"
     ) -> Segments:
         """Lay the walk over a grid.
 
         Args:
             grid: size of each axis, in memory order (slowest first).
-            kept: (B, n) int64, the cells present under a mask, as row-major indices of `grid` in
+            ids_keep: (B, n) int64, the cells that a mask leaves, as row-major indices of `grid` in
                 ascending order. None: every cell is present.
             mirror: how the backward direction of a masked layer finds its segments
-                (`Kept.index`); without `kept` both readings are the same.
+                (`MaskedPath.index`); without `ids_keep` both readings are the same.
 
         Raises:
             ValueError: the grid's axes are not the path's.
@@ -69,16 +69,16 @@ class Traversal:
             strides=tuple(memory_strides[a] for a in axes),
             pooled=tuple(a in pooled for a in axes),
         )
-        return walk if kept is None else walk.keep(kept, mirror)
+        return walk if ids_keep is None else walk.keep(ids_keep, mirror)
 
 
 @dataclass(frozen=True)
-class Kept:
+class MaskedPath:
     """A walk over kept cells, as tables.
 
     Attributes:
         order: (B, n) memory index of the token at each path position.
-        place: (B, n) path position of the token at each memory index, the inverse of `order`.
+        ids_restore: (B, n) path position of the token at each memory index, the inverse of `order`.
         index: (2, B, n) segment of each path position, one row per direction.
         members: (2, B, n) path positions, segment after segment.
         tokens: (2, B, n) memory indices of these.
@@ -86,22 +86,22 @@ class Kept:
     """
 
     order: Tensor
-    place: Tensor
+    ids_restore: Tensor
     index: Tensor
     members: Tensor
     tokens: Tensor
     starts: Tensor
 
     @staticmethod
-    def of(order: Tensor, index: Tensor, num_segments: int) -> Kept:
+    def build(order: Tensor, index: Tensor, num_segments: int) -> MaskedPath:
         """All tables from two of them."""
         steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        place = torch.zeros_like(order).scatter(1, order, steps)
+        ids_restore = torch.zeros_like(order).scatter(1, order, steps)
         ascending, members = index.sort(dim=2, stable=True)
         numbers = torch.arange(num_segments + 1, device=index.device)
         starts = torch.searchsorted(ascending, numbers.repeat(*index.shape[:2], 1))
         tokens = order.expand_as(members).gather(2, members)
-        return Kept(order, place, index, members, tokens, starts)
+        return MaskedPath(order, ids_restore, index, members, tokens, starts)
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,18 @@ class Segments:
         sizes: size of each axis, in path order (slowest first).
         strides: tokens between neighbours along each axis in memory, in path order.
         pooled: whether each axis is pooled, in path order.
-        kept: tables of the cells present under a mask; None: every cell is.
+        masked: tables of the cells present under a mask; None: every cell is.
     """
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     pooled: tuple[bool, ...]
-    kept: Kept | None = None
+    masked: MaskedPath | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens present in each sequence."""
-        return prod(self.sizes) if self.kept is None else self.kept.order.shape[1]
+        return prod(self.sizes) if self.masked is None else self.masked.order.shape[1]
 
     @property
     def pools(self) -> bool:
@@ -163,28 +163,42 @@ class Segments:
     @property
     def in_memory_order(self) -> bool:
         """Whether the path walks the tokens as they lie."""
-        return self.kept is None and self._by_memory == list(range(len(self.sizes)))
+        return self.masked is None and self._by_memory == list(range(len(self.sizes)))
 
-    def keep(self, kept: Tensor, mirror: Mirror = "published") -> Segments:
+    def flatten(self) -> tuple[int, ...]:
+        """An unmasked walk as integers, the form in which torch's registered ops take it."""
+        assert self.masked is None
+        return (*self.sizes, *self.strides, *map(int, self.pooled))
+
+    @staticmethod
+    def unflatten(walk: Sequence[int]) -> Segments:
+        """The walk that `flatten` gave."""
+        axes = len(walk) // 3
+        pooled = tuple(bool(pool) for pool in walk[2 * axes :])
+        return Segments(tuple(walk[:axes]), tuple(walk[axes : 2 * axes]), pooled)
+
+    def keep(self, ids_keep: Tensor, mirror: Mirror = "published") -> Segments:
         """The same walk over the kept cells only (see `Traversal.over`)."""
         if mirror not in ("published", "exact"):
             raise ValueError(f"mirror={mirror!r}: expected 'published' or 'exact'")
-        if kept.ndim != 2 or kept.is_floating_point():
-            raise ValueError(f"kept: expected integer indices (B, n), got {tuple(kept.shape)}")
-        kept = kept.contiguous()  # like all tables made of it, which kernels read
-        position = torch.zeros_like(kept)
-        segment = torch.zeros_like(kept)
+        if ids_keep.ndim != 2 or ids_keep.is_floating_point():
+            raise ValueError(
+                f"ids_keep: expected integer indices (B, n), got {tuple(ids_keep.shape)}"
+            )
+        ids_keep = ids_keep.contiguous()  # like all tables made of it, which kernels read
+        position = torch.zeros_like(ids_keep)
+        segment = torch.zeros_like(ids_keep)
         path_step = prod(self.sizes)
         for size, stride, segment_stride in zip(
             self.sizes, self.strides, self.segment_strides, strict=True
         ):
             path_step //= size
-            digit = kept // stride % size
+            digit = ids_keep // stride % size
             position = position + digit * path_step
             segment = segment + digit * segment_stride
         order = position.argsort(dim=1)
         if not self.pools:
-            steps = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+            steps = torch.arange(ids_keep.shape[1], device=ids_keep.device).expand_as(ids_keep)
             index = torch.stack([steps, steps])
         else:
             forward = segment.gather(1, order)
@@ -193,13 +207,13 @@ class Segments:
             # backward scan of every layer runs in descending order.
             flipped = self.num_segments - 1 - forward.flip(1)
             index = torch.stack([forward, flipped if mirror == "published" else forward])
-        segments = self.num_segments if self.pools else kept.shape[1]
-        return replace(self, kept=Kept.of(order, index, segments))
+        segments = self.num_segments if self.pools else ids_keep.shape[1]
+        return replace(self, masked=MaskedPath.build(order, index, segments))
 
     def to_path(self, x: Tensor) -> Tensor:
         """(B, n, E) from memory order to path order."""
-        if self.kept is not None:
-            return x.gather(1, self.kept.order[:, :, None].expand_as(x))
+        if self.masked is not None:
+            return x.gather(1, self.masked.order[:, :, None].expand_as(x))
         if self.in_memory_order:
             return x
         by_memory = self._by_memory
@@ -209,8 +223,8 @@ class Segments:
 
     def from_path(self, x: Tensor) -> Tensor:
         """(B, n, E) from path order back to memory order."""
-        if self.kept is not None:
-            return x.gather(1, self.kept.place[:, :, None].expand_as(x))
+        if self.masked is not None:
+            return x.gather(1, self.masked.ids_restore[:, :, None].expand_as(x))
         if self.in_memory_order:
             return x
         axes = [1 + axis for axis in self._by_memory]
@@ -219,7 +233,7 @@ class Segments:
 
     def sum_of_path(self, x: Tensor) -> Tensor:
         """(B, L, E) in path order to sums over each segment, (B, S, E); for an unmasked walk."""
-        assert self.kept is None
+        assert self.masked is None
         axes = [1 + axis for axis, pooled in enumerate(self.pooled) if pooled]
         grid: Tensor = x.unflatten(1, self.sizes)
         return grid.sum(axes).reshape(x.shape[0], self.num_segments, x.shape[-1])
@@ -231,9 +245,9 @@ class Segments:
         """
         if not self.pools:
             return x
-        if self.kept is not None:
+        if self.masked is not None:
             shape = (*x.shape[:2], self.num_segments, x.shape[-1])
-            index = self.kept.index[..., None].expand_as(x)
+            index = self.masked.index[..., None].expand_as(x)
             if pooling == "mean":
                 return x.new_zeros(shape).scatter_add(2, index, x) / self.segment_size
             return x.new_zeros(shape).scatter_reduce(2, index, x, "amax", include_self=False)
@@ -246,8 +260,8 @@ class Segments:
         """(2, B, S, E), one value per segment, to each token in path order, (2, B, n, E)."""
         if not self.pools:
             return y
-        if self.kept is not None:
-            index = self.kept.index
+        if self.masked is not None:
+            index = self.masked.index
             return y.gather(2, index[..., None].expand(*index.shape, y.shape[-1]))
         sizes = [
             1 if pooled else size for size, pooled in zip(self.sizes, self.pooled, strict=True)

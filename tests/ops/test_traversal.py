@@ -181,7 +181,7 @@ def test_kept_cells(path, pool, axes, mirror):
     walks = [walk(path, pool, grid, k, mirror) for k in kept.tolist()]
     segments = Traversal(path, pool).over(grid, kept, mirror)
     assert segments.num_tokens == kept.shape[1]
-    assert torch.equal(segments.kept.place, segments.kept.order.argsort(1))
+    assert torch.equal(segments.masked.ids_restore, segments.masked.order.argsort(1))
     assert segments.num_segments == walks[0].num_segments
     assert segments.segment_size == walks[0].segment_size
     x = tokens(3, kept.shape[1], 2)
@@ -191,7 +191,7 @@ def test_kept_cells(path, pool, axes, mirror):
         for direction in range(2):
             expected = walks[b].segments[direction]
             assert segment_index(segments, 3)[direction, b].tolist() == expected
-            assert segments.kept.index[direction, b].tolist() == expected
+            assert segments.masked.index[direction, b].tolist() == expected
     assert torch.equal(segments.from_path(walked), x)
     x = tokens(2, 3, kept.shape[1], 2) - 50
     for pooling in ("mean", "max"):

@@ -34,13 +34,12 @@ from fastvim.ops import (
     use_engine,
 )
 from fastvim.ops.dispatch import ENGINES, OPS, resolve
-from fastvim.ops.triton import selective_scan as selective_scan_module
-from fastvim.ops.triton import selective_scan_backward, selective_scan_kernels
+from fastvim.ops.triton import selective_scan_kernels
 from fastvim.ops.triton.conv_pool import conv_pool_triton
 from fastvim.ops.triton.expand_gate import expand_gate_triton
-from fastvim.ops.triton.kept import (
-    conv_pool_kept,
-    expand_gate_kept,
+from fastvim.ops.triton.masked import (
+    conv_pool_masked,
+    expand_gate_masked,
     spread,
     sum_segments,
     take,
@@ -172,16 +171,6 @@ def test_chunks_of_a_sequence(walk, dtype, monkeypatch, forget_launches):
     assert_as_exact(selective_scan_triton, selective_scan, inputs, dtype)
 
 
-@pytest.fixture
-def forget_launches():
-    """For a test that changes what launches are made of."""
-    for module in (selective_scan_module, selective_scan_backward):
-        module._launches.clear()
-    yield
-    for module in (selective_scan_module, selective_scan_backward):
-        module._launches.clear()
-
-
 KEPT = [[0, 1, 5, 10, 11], [2, 3, 4, 5, 7]]  # of 4 x 3 cells, with empty rows and columns
 
 
@@ -192,13 +181,13 @@ def test_kept_cells(path, pool, mirror, dtype):
     kept = torch.tensor(KEPT, device=DEVICE).T.contiguous().T  # which is not row after row
     segments = Traversal(path, pool).over({"h": 4, "w": 3}, kept, mirror)
     assert_as_exact(
-        lambda *a: conv_pool_kept(*a, segments, pool_scale=0.25),
+        lambda *a: conv_pool_masked(*a, segments, pool_scale=0.25),
         lambda *a: conv_pool(*a, segments, pool_scale=0.25),
         conv_inputs(2, 5, 136),
         dtype,
     )
     assert_as_exact(
-        lambda *a: expand_gate_kept(*a[:3], segments, *a[3:]),
+        lambda *a: expand_gate_masked(*a[:3], segments, *a[3:]),
         lambda *a: expand_gate(*a[:3], segments, *a[3:]),
         gate_inputs(2, 5, segments.num_segments, 136),
         dtype,
@@ -211,8 +200,8 @@ def test_kept_cells_compiled_whole():
 
     def layer(x, kept):
         segments = Traversal("w h", "h").over({"h": 4, "w": 3}, kept)
-        pooled, skip = conv_pool_kept(x, weight, bias, D, segments)
-        return expand_gate_kept(skip, x, pooled, segments).square().mean()
+        pooled, skip = conv_pool_masked(x, weight, bias, D, segments)
+        return expand_gate_masked(skip, x, pooled, segments).square().mean()
 
     backend = "inductor" if ON_GPU else "aot_eager"
     kept = torch.tensor(KEPT, device=DEVICE)
@@ -228,13 +217,14 @@ def test_kept_cells_compiled_whole():
 @pytest.mark.parametrize("grad", [False, True])
 def test_registration_of_moves(grad):
     segments = Traversal("w h", "h").over({"h": 4, "w": 3}, torch.tensor(KEPT, device=DEVICE))
-    kept = segments.kept
+    masked = segments.masked
     (x,) = (t.to(DEVICE).requires_grad_(grad) for t in to([normal(2, 5, 8)], torch.float32))
     values, y = (t.detach().clone().requires_grad_(grad) for t in (x.expand(2, -1, -1, -1),) * 2)
-    opcheck(take.registered, (x, kept.order, kept.place, 0.5))
-    opcheck(sum_segments.registered, (values, kept.index, kept.members, kept.starts, 0.5, x.dtype))
+    opcheck(take.registered, (x, masked.order, masked.ids_restore, 0.5))
+    tables = (masked.index, masked.members, masked.starts)
+    opcheck(sum_segments.registered, (values, *tables, 0.5, x.dtype))
     y = y[:, :, : segments.num_segments]
-    opcheck(spread.registered, (y, kept.order, kept.index, kept.tokens, kept.starts))
+    opcheck(spread.registered, (y, masked.order, masked.index, masked.tokens, masked.starts))
 
 
 @pytest.mark.parametrize("scattered", [("h w c", "w"), ("h w c", "w c"), ("c h w", "w")])
@@ -243,7 +233,7 @@ def test_kept_cells_of_scattered_segments(scattered):
     kept = torch.stack([torch.randperm(12)[:7].sort().values for _ in range(2)]).to(DEVICE)
     segments = Traversal(*scattered).over(grid, kept)
     assert_as_exact(
-        lambda *a: conv_pool_kept(*a, segments),
+        lambda *a: conv_pool_masked(*a, segments),
         lambda *a: conv_pool(*a, segments),
         conv_inputs(2, 7, 8),
         torch.float32,
@@ -339,9 +329,9 @@ def call_of(op: str, tensors: list) -> list:
 
 SCHEMAS = {
     "add_norm": lambda t: (*t, True, 1e-5),
-    "conv_pool": lambda t: (*t, [5, 3], [1, 5], [False, True], "mean", 0.5, torch.float32),
+    "conv_pool": lambda t: (*t, [5, 3, 1, 5, 0, 1], "mean", 0.5, torch.float32),
     "selective_scan": lambda t: tuple(t),
-    "expand_gate": lambda t: (*t[:3], [5, 3], [1, 5], [False, True], *t[3:], 1e-5),
+    "expand_gate": lambda t: (*t[:3], [5, 3, 1, 5, 0, 1], *t[3:], 1e-5),
 }
 
 

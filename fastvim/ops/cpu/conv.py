@@ -51,16 +51,16 @@ def _(x: Tensor, taps: Tensor, bias: Tensor, dout: Tensor) -> tuple[Tensor, Tens
     return torch.empty_like(x), torch.empty_like(taps), torch.empty_like(bias)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
     gradients: tuple[Tensor, ...] = _conv_silu_backward(*ctx.saved_tensors, dout)
     return gradients
 
 
-_conv_silu.register_autograd(_gradients, setup_context=_keep)
+_conv_silu.register_autograd(_backward, setup_context=_setup_context)
 
 
 def conv_silu_numba(x_path: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -61,15 +61,15 @@ def _(
     )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], output[1])
 
 
-def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (*_scan_backward(*ctx.saved_tensors, dy), None)
 
 
-_scan.register_autograd(_gradients, setup_context=_keep)
+_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 @without_autocast

@@ -9,6 +9,7 @@ Gradients of taps, bias and skip are summed over the runs of each program first,
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvim.ops.reference import conv_pool_reference
-from fastvim.ops.traversal import Pooling, Segments
+from fastvim.ops.traversal import Segments
 from fastvim.ops.triton.common import (
     INTERPRETED,
     collapse,
@@ -28,15 +29,15 @@ from fastvim.ops.triton.common import (
     row_of,
     sigmoid,
 )
-from fastvim.ops.triton.launch import Launch, Launches, Op
+from fastvim.ops.triton.launch import Launch, Launches, Op, multiprocessors
 from fastvim.ops.triton.sums import sum_parts
 
 CHANNELS = 32  # of a program
 PER_THREAD = 1  # channels
 WARPS = 4
-LONGEST = 16  # tokens of a run, all unrolled
+MAX_RUN = 16  # tokens of a run, all unrolled
 AHEAD = 8  # tokens loaded ahead of use
-PROGRAMS = 1056
+PROGRAMS = 8  # most of a launch, for each multiprocessor: every program has a row of sums
 SUMS = tl.constexpr(12)  # four taps each way, two biases, two skips
 
 _launches: Launches[tuple[Launch, int]] = Launches()
@@ -71,20 +72,20 @@ def _runs_backward_kernel(
     E: tl.constexpr, m2: tl.constexpr, stride_token: tl.constexpr,
     P: tl.constexpr, EVEN: tl.constexpr, SHORT: tl.constexpr,
     POOLED: tl.constexpr, SCATTERED: tl.constexpr,
-    FAST: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    FAST: tl.constexpr, AHEAD: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Segments are the rows (POOLED), tokens, or SCATTERED: the path's axes have sizes .., s1, s2,
     and segments lie k0, k1, k2 apart along them."""
     rows = L // n2
-    columns = tl.program_id(1) * C + tl.arange(0, C)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_row = (columns < E)[None, :]
     f0, f1, f2, f3, fb, fd = load_taps(weight, bias, D, columns, E)
     g0, g1, g2, g3, gb, gd = load_taps(weight + E * 4, bias + E, D + E, columns, E)
-    zero = tl.zeros((R, C), tl.float32)
+    zero = tl.zeros((RUNS, BLOCK), tl.float32)
     df0, df1, df2, df3, dfb, dfd = zero, zero, zero, zero, zero, zero
     dg0, dg1, dg2, dg3, dgb, dgd = zero, zero, zero, zero, zero, zero
     for group in range(tl.program_id(0), groups, programs):
-        run = group * R + tl.arange(0, R)
+        run = group * RUNS + tl.arange(0, RUNS)
         batch, row, first, start, base, before, after = row_of(run, pieces, rows, P, n1, n2, m0, m1)
         mask = (batch < B)[:, None] & in_row
         p_x = x + (batch * stride_batch)[:, None] + columns[None, :]
@@ -100,8 +101,8 @@ def _runs_backward_kernel(
 
         tokens = ()  # of the run from -3 on, and their dskip
         upstream = ()
-        back = ()  # gradients of the convolutions before silu: of the run from -3 on,
-        there = ()  # and from 0 on
+        bwd = ()  # gradients of the convolutions before silu: of the run from -3 on,
+        fwd = ()  # and from 0 on
         for j in tl.static_range(-3, P + 3 + AHEAD):
             if j < P + 3:
                 token, inside = near(
@@ -129,7 +130,7 @@ def _runs_backward_kernel(
                 b_dskip = upstream[j - AHEAD + 3].to(tl.float32)
                 value, slope = _slope(fb + f0 * i0 + f1 * i1 + f2 * i2 + f3 * i3, FAST)
                 gradient = (gradient + fd * b_dskip) * slope
-                there = there + (gradient,)
+                fwd = fwd + (gradient,)
                 if j - AHEAD < P:
                     if not EVEN:
                         own = mask & (first + (j - AHEAD) < n2)[:, None]
@@ -153,7 +154,7 @@ def _runs_backward_kernel(
                 b_dskip = upstream[j - AHEAD].to(tl.float32)
                 value, slope = _slope(gb + g3 * i0 + g2 * i1 + g1 * i2 + g0 * i3, FAST)
                 gradient = (gradient + gd * b_dskip) * slope
-                back = back + (gradient,)
+                bwd = bwd + (gradient,)
                 if j - AHEAD >= 3:
                     own = mask
                     if not EVEN:
@@ -166,10 +167,10 @@ def _runs_backward_kernel(
                     dg0 += gradient * i3
                     dgb += gradient
                     dgd += b_dskip * value
-                    b_dx = f3 * there[j - AHEAD - 3] + f2 * there[j - AHEAD - 2]
-                    b_dx += f1 * there[j - AHEAD - 1] + f0 * there[j - AHEAD]
-                    b_dx += g3 * back[j - AHEAD] + g2 * back[j - AHEAD - 1]
-                    b_dx += g1 * back[j - AHEAD - 2] + g0 * back[j - AHEAD - 3]
+                    b_dx = f3 * fwd[j - AHEAD - 3] + f2 * fwd[j - AHEAD - 2]
+                    b_dx += f1 * fwd[j - AHEAD - 1] + f0 * fwd[j - AHEAD]
+                    b_dx += g3 * bwd[j - AHEAD] + g2 * bwd[j - AHEAD - 1]
+                    b_dx += g1 * bwd[j - AHEAD - 2] + g0 * bwd[j - AHEAD - 3]
                     # The taps are halved, as the convolutions ask.
                     tl.store(p_dx + (j - AHEAD - 3) * m2 * E, 2.0 * b_dx, mask=own)
     p_sums = sums + tl.program_id(0) * SUMS * E + columns
@@ -179,35 +180,34 @@ def _runs_backward_kernel(
 
 
 def _plan(x: Tensor, segments: Segments, pool_scale: float) -> tuple[Launch, int]:
-    """The launch for a traversal, and the programs that sum apart."""
+    """The launch for a traversal, and its programs along the runs: each gives a row of sums."""
     B, L, E = x.shape[0], x.shape[1], int(x.shape[2])
-    S, pools = segments.num_segments, segments.pools
-    sizes, strides, flags = collapse(segments)
-    scattered = pools and not pools_rows(flags)
-    s, k = [1, 1, 1], [0, 0, 0]
-    if scattered:  # the walk's own rows, whatever they are pooled with
-        pooled = Segments(tuple(sizes), tuple(strides), tuple(flags))
-        s, k = pad_axes(sizes, 1), pad_axes(pooled.segment_strides, 0)
-        walk = replace(segments, pooled=(False,) * len(segments.sizes))
-        sizes, strides, _ = collapse(walk)
-    n, m = pad_axes(sizes, 1), pad_axes(strides, 0)
-    scale = pool_scale / int(segments.segment_size) if pools else pool_scale
-    row = n[2]
-    pieces = triton.cdiv(row, min(LONGEST, row))
-    P = triton.cdiv(row, pieces)
-    C = min(CHANNELS, triton.next_power_of_2(E))
-    R = max(1, PER_THREAD * WARPS * 32 // C)
-    groups = triton.cdiv(B * (L // row) * pieces, R)
-    blocks = triton.cdiv(E, C)
-    programs = min(groups, triton.cdiv(PROGRAMS, blocks))
-    numbers = (
-        scale, B, L, S, pieces, B * S * E, x.stride(0), *n[1:], *m[:2], groups, programs,
-        *s[1:], *k, E, m[2], x.stride(1), P, row == pieces * P, row < 4,
-        pools and not scattered, scattered,
-        x.dtype != torch.float32 and not INTERPRETED, AHEAD, R, C,
+    sizes, strides, pooled = collapse(segments)
+    scattered = segments.pools and not pools_rows(pooled)
+    (_, s1, s2), (k0, k1, k2) = (1, 1, 1), (0, 0, 0)
+    if scattered:  # runs follow the rows of the path, whichever axes are pooled
+        own = Segments(tuple(sizes), tuple(strides), tuple(pooled))
+        (_, s1, s2), (k0, k1, k2) = pad_axes(sizes, 1), pad_axes(own.segment_strides, 0)
+        sizes, strides, _ = collapse(replace(segments, pooled=(False,) * len(segments.sizes)))
+    (_, n1, n2), (m0, m1, m2) = pad_axes(sizes, 1), pad_axes(strides, 0)
+    pieces = triton.cdiv(n2, min(MAX_RUN, n2))
+    P = triton.cdiv(n2, pieces)
+    block = min(CHANNELS, triton.next_power_of_2(E))
+    runs = max(1, PER_THREAD * WARPS * 32 // block)
+    groups = triton.cdiv(B * (L // n2) * pieces, runs)
+    blocks = triton.cdiv(E, block)
+    programs = min(groups, triton.cdiv(PROGRAMS * multiprocessors(x.device), blocks))
+    launch = Launch(
+        _runs_backward_kernel, device=x.device, grid=(programs, blocks), num_warps=WARPS,
+        scale=pool_scale / int(segments.segment_size) if segments.pools else pool_scale,
+        B=B, L=L, S=segments.num_segments, E=E, direction=B * segments.num_segments * E,
+        stride_batch=x.stride(0), stride_token=x.stride(1),
+        n1=n1, n2=n2, m0=m0, m1=m1, m2=m2, s1=s1, s2=s2, k0=k0, k1=k1, k2=k2,
+        groups=groups, programs=programs, pieces=pieces, P=P, EVEN=n2 == pieces * P, SHORT=n2 < 4,
+        POOLED=segments.pools and not scattered, SCATTERED=scattered,
+        FAST=x.dtype != torch.float32 and not INTERPRETED, AHEAD=AHEAD, RUNS=runs, BLOCK=block,
     )  # fmt: skip
-    grid = (programs, blocks)
-    return Launch(_runs_backward_kernel, x.device, grid, numbers, num_warps=WARPS), programs
+    return launch, programs
 
 
 def _run(
@@ -215,31 +215,29 @@ def _run(
     weight: Tensor,
     bias: Tensor,
     D: Tensor,
-    sizes: list[int],
-    strides: list[int],
-    pooled: list[bool],
+    walk: list[int],
     pooling: str,
     pool_scale: float,
     dpooled: Tensor,
     dskip: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and D."""
-    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
     if x.numel() == 0:
         return x.new_zeros(x.shape), weight * 0, bias * 0, D * 0
     if x.stride(2) != 1:
         x = x.contiguous()
     taps, bias, D = four_taps(weight), bias.contiguous(), D.contiguous()
     dpooled, dskip = dpooled.contiguous(), dskip.contiguous()
-    E = int(x.shape[2])
+    segments = Segments.unflatten(walk)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch, programs = _launches.get(
         (x, taps, bias, D, dpooled, dskip),
         (segments, pool_scale),
         lambda: _plan(x, segments, pool_scale),
     )
-    sums = torch.empty((programs, SUMS.value, E), dtype=torch.float32, device=x.device)
-    launch(x, taps, bias, D, dpooled, dskip, dx, sums)
+    shape = (programs, SUMS.value, int(x.shape[2]))
+    sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+    launch(x=x, weight=taps, bias=bias, D=D, dpooled=dpooled, dskip=dskip, dx=dx, sums=sums)
     total = sum_parts(sums[None])[0]
     dweight = total[:8].unflatten(0, (2, 4)).mT[..., 4 - weight.shape[2] :]
     return (
@@ -250,32 +248,23 @@ def _run(
     )
 
 
-def _by_definition(
+def _run_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     D: Tensor,
-    sizes: list[int],
-    strides: list[int],
-    pooled: list[bool],
+    walk: list[int],
     pooling: str,
     pool_scale: float,
     dpooled: Tensor,
     dskip: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for maxima, of which no kernel has the gradients."""
-    segments = Segments(tuple(sizes), tuple(strides), tuple(pooled))
-    by: Pooling = "max" if pooling == "max" else "mean"
+    """The same gradients from the reference, for maxima: no kernel has them."""
+    options: dict[str, Any] = {"pooling": pooling, "pool_scale": pool_scale}
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, D)]
     with torch.enable_grad():
         outputs = conv_pool_reference(
-            leaves[0],
-            leaves[1],
-            leaves[2],
-            leaves[3],
-            segments,
-            pooling=by,
-            pool_scale=pool_scale,
+            leaves[0], leaves[1], leaves[2], leaves[3], Segments.unflatten(walk), **options
         )
     dx, dweight, dbias, dD = torch.autograd.grad(outputs, leaves, (dpooled, dskip))
     return dx, dweight, dbias, dD
@@ -286,27 +275,21 @@ def _fake(
     weight: Tensor,
     bias: Tensor,
     D: Tensor,
-    sizes: list[int],
-    strides: list[int],
-    pooled: list[bool],
+    walk: list[int],
     pooling: str,
     pool_scale: float,
     dpooled: Tensor,
     dskip: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape),
-        torch.empty_like(weight),
-        torch.empty_like(bias),
-        torch.empty_like(D),
-    )
+    dx = x.new_empty(x.shape)
+    return dx, torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(D)
 
 
-_by_kernel = Op("fastvim::conv_pool_triton_backward", _run, _fake)
-# Opaque, since it records gradients of its own.
-_otherwise = Op("fastvim::conv_pool_backward_by_definition", _by_definition, _fake, opaque=True)
+_kernel_op = Op("fastvim::conv_pool_triton_backward", _run, _fake)
+# Opaque, since it runs autograd inside.
+_reference_op = Op("fastvim::conv_pool_backward_reference", _run_reference, _fake, opaque=True)
 
 
 def backward_op(segments: Segments, pooling: str) -> Op:
-    """What gives the gradients of x, weight, bias and D for a traversal."""
-    return _otherwise if pooling == "max" and segments.pools else _by_kernel
+    """The op that gives the gradients of x, weight, bias and D for a traversal."""
+    return _reference_op if pooling == "max" and segments.pools else _kernel_op

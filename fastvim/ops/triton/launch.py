@@ -1,13 +1,16 @@
-"""Cheap launches: what Triton works out of a kernel's arguments is kept and used again.
+"""Cheap launches: what Triton derives from a kernel's arguments is kept and used again.
 
-Triton looks at every argument of every launch, which takes twice as long as the launch. The ops
-here keep a launch for each kind of input instead: the compiled kernel, its grid and its numbers.
-Under `torch.compile` the kernels are handed to its compiler, which writes launches of its own.
+Triton inspects every argument of every launch, which takes twice as long as the launch itself. An
+op here keeps one `Launch` for each kind of input instead: the compiled kernel, its grid and all
+arguments that are not tensors. Under `torch.compile` the kernels are handed to the compiler, which
+writes launches of its own.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -15,66 +18,94 @@ from torch import Tensor
 
 from fastvim.ops.triton.common import INTERPRETED
 
-ALIGNMENT = 16  # bytes; Triton compiles apart for pointers that are multiples of it
-MOST_KINDS = 4096  # of input that an op keeps launches for
+ALIGNMENT = 16  # bytes; Triton compiles a pointer that is a multiple of it differently
+MAX_KINDS = 4096  # kinds of input that an op keeps launches for
+H100_MULTIPROCESSORS = 132
 _T = TypeVar("_T")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_traced(x: Tensor | None) -> bool:
-    """Whether a tensor has no data of its own, but stands for others in a trace."""
+    """Whether a tensor is a stand-in without data, as in a trace."""
     return type(x) not in _PLAIN
 
 
-class Launch:
-    """A kernel with all but its tensors: compiled at the first call, and launched at every call.
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU. Without a GPU, as in the interpreter, those of an H100."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return H100_MULTIPROCESSORS
 
-    It serves one kind of tensors (`Launches`).
+
+class Launch:
+    """A kernel with all arguments but its tensors; compiled at the first call.
+
+    All arguments are given by name, and put into the kernel's order once. A launch serves one kind
+    of tensors (`Launches`).
 
     Args:
-        kernel: a `triton.jit` function whose parameters are tensors, then numbers.
+        kernel: a `triton.jit` function whose tensors come before its other parameters.
         device: of the tensors.
         grid: programs along each axis.
-        numbers: its numbers, `tl.constexpr` ones too, in order.
-        options: of the compiler, such as `num_warps`.
+        num_warps: of a program.
+        num_stages: of the compiler's software pipeline.
+        meta: all parameters that are not tensors: sizes, strides and `tl.constexpr`.
     """
 
     def __init__(
         self,
         kernel: Any,
+        *,
         device: torch.device,
         grid: tuple[int, ...],
-        numbers: tuple[Any, ...],
-        **options: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        **meta: Any,
     ) -> None:
         self.kernel = kernel
         self.device = device
         self.grid = (*grid, 1, 1)[:3]
-        self.numbers = numbers
-        self.options = options
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.meta = meta
         self._run: Callable[..., None] | None = None
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch on the current stream of the device, or write down the launch in a trace."""
-        if is_traced(tensors[0]):
-            kernel = self.kernel if INTERPRETED else torch.library.wrap_triton(self.kernel)
-            kernel[self.grid](*tensors, *self.numbers, **self.options)
-        elif self._run is None:
-            self._compile(tensors)
+    def __call__(self, **tensors: Tensor | None) -> None:
+        """Launch on the device's current stream, or record the launch in a trace.
+
+        Raises:
+            TypeError: at the first launch, names that are not those of the kernel's parameters.
+        """
+        if self._run is None:
+            self._first(tensors)
         elif torch.cuda.current_device() == self.device.index:
-            self._run(*tensors, *self.numbers)
+            self._run(*self._ordered(tensors), *self._values)
         else:
             with torch.cuda.device(self.device):
-                self._run(*tensors, *self.numbers)
+                self._run(*self._ordered(tensors), *self._values)
 
-    def _compile(self, tensors: tuple[Tensor | None, ...]) -> None:
-        """Launch through Triton, which compiles, and keep the compiled kernel."""
+    def _first(self, tensors: dict[str, Tensor | None]) -> None:
+        """Check and order the names, launch through Triton and keep what it compiled."""
+        names = self.kernel.arg_names
+        if sorted((*tensors, *self.meta)) != sorted(names):
+            raise TypeError(
+                f"{self.kernel.fn.__name__}: "
+                f"missing {sorted({*names} - {*tensors, *self.meta})}, "
+                f"unknown {sorted({*tensors, *self.meta} - {*names})}, "
+                f"given twice {sorted({*tensors} & {*self.meta})}"
+            )
+        assert {*names[: len(tensors)]} == {*tensors}, "tensors come first"
+        self._ordered = itemgetter(*names[: len(tensors)])
+        self._values = tuple(self.meta[name] for name in names[len(tensors) :])
+        arguments = (*self._ordered(tensors), *self._values)
         if INTERPRETED:
-            self.kernel[self.grid](*tensors, *self.numbers, **self.options)
-            return
-        with torch.cuda.device(self.device):
-            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
-        self._run = compiled[self.grid]
+            self.kernel[self.grid](*arguments, **self.options)
+        elif is_traced(arguments[0]):
+            torch.library.wrap_triton(self.kernel)[self.grid](*arguments, **self.options)
+        else:
+            with torch.cuda.device(self.device):
+                compiled = self.kernel[self.grid](*arguments, **self.options)
+            self._run = compiled[self.grid]
 
 
 class Launches(Generic[_T]):
@@ -92,7 +123,7 @@ class Launches(Generic[_T]):
         first = tensors[0]
         assert first is not None
         if is_traced(first):
-            return plan()  # for sizes that may be symbols
+            return plan()  # sizes may be symbols, which are no key
         key = (
             first.device,
             options,
@@ -103,26 +134,27 @@ class Launches(Generic[_T]):
         )
         launch = self._known.get(key)
         if launch is None:
-            if len(self._known) >= MOST_KINDS:  # images of ever other sizes
+            if len(self._known) >= MAX_KINDS:  # e.g. every image has another size
                 self.clear()
             launch = self._known[key] = plan()
         return launch
 
 
 class Op:
-    """A function of tensors as an op of torch, called as it is where nothing asks for the op.
+    """A function of tensors, registered with torch but called directly in eager mode.
 
-    A registered op costs tens of microseconds a call, so that it is used where it has to be a node
-    of a graph alone: under `torch.compile`, in export, for tensors without data.
+    A registered op costs tens of microseconds a call. The registration is used only where the op
+    has to be a node of a graph: under `torch.compile`, in export, for tensors without data.
 
     Args:
-        qualified: its name, as in "fastvim::add_norm_triton".
-        run: annotated with types that an op may have; the schema is read from them. The first
-            argument is a tensor.
-        fake: of the same signature, for tensors without data, where `run` cannot be traced.
-        keep: (context, inputs, output), saves what `gradients` needs; None: no gradients.
-        gradients: (context, *gradients of the outputs) to one for each argument.
-        opaque: the compiler shall not look into it, but call it.
+        qualified: its name, such as "fastvim::add_norm_triton".
+        run: the implementation. Its first argument is a tensor, and the op's schema is read from
+            its annotations.
+        fake: the same signature; gives empty outputs for tensors without data.
+        setup_context: (context, inputs, output), saves what `backward` needs.
+        backward: (context, *gradients of the outputs) to one gradient for each argument; None: the
+            op is not differentiable.
+        opaque: the compiler calls the op and does not trace into it.
     """
 
     def __init__(
@@ -130,43 +162,43 @@ class Op:
         qualified: str,
         run: Callable[..., Any],
         fake: Callable[..., Any],
-        keep: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
-        gradients: Callable[..., tuple[Any, ...]] | None = None,
+        setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+        backward: Callable[..., tuple[Any, ...]] | None = None,
         *,
         opaque: bool = False,
     ) -> None:
-        self.run, self.keep, self.gradients = run, keep, gradients
+        self.run, self.setup_context, self.backward = run, setup_context, backward
         if INTERPRETED or opaque:
             torch.library.define(qualified, torch.library.infer_schema(run, mutates_args=()))
             torch.library.impl(qualified, "cpu" if INTERPRETED else "cuda", run)
             torch.library.register_fake(qualified, fake)
         else:
             torch.library.triton_op(qualified, run, mutates_args=())
-        if gradients is not None:
-            torch.library.register_autograd(qualified, gradients, setup_context=keep)
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context)
         namespace, name = qualified.split("::")
         self.registered = getattr(getattr(torch.ops, namespace), name).default
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or is_traced(arguments[0]):
             return self.registered(*arguments)
-        if self.gradients is not None and torch.is_grad_enabled():
+        if self.backward is not None and torch.is_grad_enabled():
             return _Differentiable.apply(self, *arguments)
         return self.run(*arguments)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The gradients of an `Op` that is called as it is."""
+    """The gradients of an `Op` that is called directly."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, *arguments: Any) -> Any:
-        assert op.keep is not None
+        assert op.setup_context is not None
         output = op.run(*arguments)
         ctx.op = op
-        op.keep(ctx, arguments, output)
+        op.setup_context(ctx, arguments, output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return (None, *ctx.op.gradients(ctx, *gradients))
+        return (None, *ctx.op.backward(ctx, *gradients))

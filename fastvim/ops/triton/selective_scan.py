@@ -28,16 +28,16 @@ def _fake(u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Te
     return u.new_empty(u.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     gradients: tuple[Tensor, ...] = selective_scan_backward(*ctx.saved_tensors, dy)
     return gradients
 
 
-_op = Op("fastvim::selective_scan_triton", _run, _fake, _keep, _gradients)
+_op = Op("fastvim::selective_scan_triton", _run, _fake, _setup_context, _backward)
 
 
 def selective_scan_triton(

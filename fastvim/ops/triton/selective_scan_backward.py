@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastvim.ops.triton.launch import Launch, Launches, Op
+from fastvim.ops.triton.launch import Launch, Launches, Op, multiprocessors
 from fastvim.ops.triton.selective_scan_backward_kernels import (
     flow_back_kernel,
     scan_backward_kernel,
@@ -26,14 +26,14 @@ from fastvim.ops.triton.selective_scan_kernels import (
     LANES,
     SPREAD,
     Scan,
-    carry_kernel,
+    carry_launch,
     prepared,
 )
 from fastvim.ops.triton.sums import sum_parts
 
 SPLIT = 4  # lanes that share the states of a channel
 V = 2  # channels of a lane
-STEPS = 5  # K, scanned at a time
+STEPS = 5  # scanned at a time
 ROWS = 16  # steps of a program that gives gradients of what the projections take,
 WEIGHT_ROWS = 32  # and of their weights
 SPLIT_ROWS = 32  # of the partial sums of these weights
@@ -65,40 +65,43 @@ class _ScanBackward:
         S, N = u.shape[2], int(A_log.shape[2])
         R = int(dt_proj.shape[2])
         chunk = triton.cdiv(S, chunks)
-        channels = LANES // SPLIT
-        self.blocks = triton.cdiv(E, V * channels)
+        block = LANES // SPLIT
+        self.blocks = triton.cdiv(E, V * block)
         self.groups = triton.cdiv(chunk, STEPS)
-        strides = (dy.stride(0), dy.stride(1))
-        fast = self.scan.fast
-        numbers: tuple[Any, ...] = (G, S, E, chunk, chunks, *strides, NP, fast, LANES)
-        grid = (G, triton.cdiv(E, LANES), chunks)
-        self.back = Launch(flow_back_kernel, u.device, grid, numbers, num_warps=1)
-        numbers = (G, E, chunks, NP, LANES, True)
-        grid = (G, triton.cdiv(E, LANES), NP)
-        self.carry = Launch(carry_kernel, u.device, grid, numbers, num_warps=1)
-        numbers = (
-            G, S, E, chunk, chunks, self.groups, *strides, chunks > 1, NP, fast, STEPS,
-            V, SPLIT, channels,
+        shared: dict[str, Any] = {
+            "G": G, "S": S, "E": E, "chunk": chunk, "chunks": chunks, "NP": NP,
+            "dy_direction": dy.stride(0), "dy_sequence": dy.stride(1), "FAST": self.scan.fast,
+        }  # fmt: skip
+        self.flow_back = Launch(
+            flow_back_kernel, device=u.device, grid=(G, triton.cdiv(E, LANES), chunks),
+            num_warps=1, BLOCK=LANES, **shared,
         )  # fmt: skip
-        grid = (G, self.blocks, chunks)
-        self.last = Launch(scan_backward_kernel, u.device, grid, numbers, num_warps=1)
+        self.carry = carry_launch(u.device, self.scan.states, last=True)
+        self.last = Launch(
+            scan_backward_kernel, device=u.device, grid=(G, self.blocks, chunks), num_warps=1,
+            groups=self.groups, CARRY=chunks > 1, STEPS=STEPS, V=V, SPLIT=SPLIT, BLOCK=block,
+            **shared,
+        )  # fmt: skip
 
         precision, depth = PRODUCTS[u.dtype]
-        steps = G // 2 * S
-        blocks = triton.cdiv(E, depth)
-        programs = triton.cdiv(steps, ROWS)
-        parts = min(blocks, triton.cdiv(SPREAD, 2 * programs))
+        enough = SPREAD * multiprocessors(u.device)
+        M = G // 2 * S
         self.rank_block = max(16, triton.next_power_of_2(R))
-        tail = (self.rank_block, NP, precision)
-        numbers = (steps, parts, self.blocks, E, R, N, *tail, ROWS, depth)
-        grid = (programs, 2, parts)
-        self.select = Launch(select_backward_kernel, u.device, grid, numbers, num_warps=4)
+        programs = triton.cdiv(M, ROWS)
+        parts = min(triton.cdiv(E, depth), triton.cdiv(enough, 2 * programs))
+        self.select = Launch(
+            select_backward_kernel, device=u.device, grid=(programs, 2, parts),
+            M=M, parts=parts, blocks=self.blocks, E=E, R=R, N=N,
+            R_BLOCK=self.rank_block, NP=NP, PRECISION=precision, ROWS=ROWS, DEPTH=depth,
+        )  # fmt: skip
         depth = min(depth, WEIGHT_CHANNELS)
         blocks = triton.cdiv(E, depth)
-        self.splits = min(triton.cdiv(steps, WEIGHT_ROWS), triton.cdiv(SPREAD, 2 * blocks))
-        numbers = (steps, E, self.splits, *tail, WEIGHT_ROWS, depth)
-        grid = (blocks, 2, self.splits)
-        self.weights = Launch(weights_backward_kernel, u.device, grid, numbers, num_warps=4)
+        self.splits = min(triton.cdiv(M, WEIGHT_ROWS), triton.cdiv(enough, 2 * blocks))
+        self.weights = Launch(
+            weights_backward_kernel, device=u.device, grid=(blocks, 2, self.splits),
+            M=M, E=E, splits=self.splits,
+            R_BLOCK=self.rank_block, NP=NP, PRECISION=precision, ROWS=WEIGHT_ROWS, DEPTH=depth,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -119,23 +122,27 @@ class _ScanBackward:
         dt, slopes = empty(*u.shape[:3], self.rank_block), empty(*u.shape)
         delta, BC, rates = self.scan.selected(u, x_proj, dt_proj, dt_bias, A_log, (dt, slopes))
         states = self.scan.starts(u, delta, BC, rates)
-        flows = rates
+        flows = None
         if chunks > 1:
             flows, sums = empty(*self.scan.states), empty(G, chunks, E)
-            self.back(delta, BC, rates, dy, flows, sums)
-            self.carry(rates, flows, sums)
+            self.flow_back(delta=delta, BC=BC, p_rates=rates, dy=dy, flows=flows, sums=sums)
+            self.carry(rates=rates, states=flows, sums=sums)
         saved = empty(G, chunks, self.groups, NP, E)
         scan_du, draw = empty(*u.shape), empty(*u.shape)
         dBC = empty(self.blocks, *BC.shape)
         drates = empty(2, G // 2 * chunks, NP, E)
         self.last(
-            u, delta, slopes, BC, rates, dy, states, flows, saved, scan_du, draw, dBC, drates
+            u=u, delta=delta, slopes=slopes, BC=BC, p_rates=rates, dy=dy, states=states,
+            flows=flows, saved=saved, du=scan_du, draw=draw, dBC=dBC, drates=drates,
         )  # fmt: skip
         du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         dprojected = empty(*u.shape[:3], self.rank_block + 2 * NP)
-        self.select(x_proj, dt_proj, scan_du, draw, dBC, du, dprojected)
+        self.select(
+            x_proj=x_proj, dt_proj=dt_proj, scan_du=scan_du, draw=draw,
+            partial_dBC=dBC, du=du, dprojected=dprojected,
+        )  # fmt: skip
         partial = empty(self.splits, 2, 2 * self.rank_block + 2 * NP + 1, E)
-        self.weights(u, dt, draw, dprojected, partial)
+        self.weights(u=u, dt=dt, draw=draw, dprojected=dprojected, partial=partial)
         projections = sum_parts(partial[None], rows=SPLIT_ROWS)[0]
         return du, projections, sum_parts(drates) * rates
 

@@ -2,8 +2,8 @@
 
 G  2 x batch sequences (directions outer), S  steps, E  inner width, N  state size, R  rank of dt
 NP  N filled up to a power of two
-A program scans its chunk again, leaving the states before every K-th step in memory, then walks
-back: K steps at a time are scanned once more from such a state, held in registers, and used in
+A program scans its chunk again, leaving the states before every STEPS-th step in memory, then walks
+back: STEPS steps at a time are scanned once more from such a state, held in registers, and used in
 reverse. SPLIT lanes share the states of a channel, and a lane has those of V channels, so that sums
 over states and sums over channels both take few exchanges between lanes.
 """
@@ -58,36 +58,38 @@ def flow_back_kernel(
 
 
 @triton.jit
-def _load_channels(p, E, columns, present, V: tl.constexpr, C: tl.constexpr):
-    """V rows of C channels each, in float32."""
+def _load_channels(p, E, columns, present, V: tl.constexpr, BLOCK: tl.constexpr):
+    """V rows of BLOCK channels each, in float32."""
     values = ()
     for v in tl.static_range(V):
-        mask = present & (columns + v * C < E)
-        values = values + (tl.load(p + columns + v * C, mask=mask, other=0.0).to(tl.float32),)
+        mask = present & (columns + v * BLOCK < E)
+        values = values + (tl.load(p + columns + v * BLOCK, mask=mask, other=0.0).to(tl.float32),)
     return values
 
 
 @triton.jit
 def _load_steps(
     u, delta, slopes, p_dy, p_pairs, g, direction, first, end, S, E, columns, lane,
-    BACK: tl.constexpr, J: tl.constexpr, NP: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    K: tl.constexpr,
+    BACK: tl.constexpr, J: tl.constexpr, NP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Of K steps: step sizes, inputs, states of B, and BACK: of C, gradients of y, softplus'
-    slopes. Steps from `end` on have size 0, and change nothing."""
+    """What STEPS steps need: step sizes, inputs and B; with BACK also C, dy and softplus' slopes.
+
+    Steps from `end` on get size 0, so they change nothing.
+    """
     loaded = ()
-    for t in tl.static_range(K):
+    for t in tl.static_range(STEPS):
         i = tl.minimum(first + t, end - 1)
         s = i + direction * (S - 1 - 2 * i)
         row = g * S + s
         inside = first + t < end
-        steps = _load_channels(delta + row * E, E, columns, inside, V, C)
-        inputs = _load_channels(u + row * E, E, columns, inside, V, C)
+        steps = _load_channels(delta + row * E, E, columns, inside, V, BLOCK)
+        inputs = _load_channels(u + row * E, E, columns, inside, V, BLOCK)
         b = load_states(p_pairs + row * NP, lane, 0, J, NP)
         if BACK:
             c = load_states(p_pairs + row * NP, lane, 1, J, NP)
-            upstream = _load_channels(p_dy + s * E, E, columns, inside, V, C)
-            slope = _load_channels(slopes + row * E, E, columns, inside, V, C)
+            upstream = _load_channels(p_dy + s * E, E, columns, inside, V, BLOCK)
+            slope = _load_channels(slopes + row * E, E, columns, inside, V, BLOCK)
             loaded = loaded + ((steps, inputs, b, c, upstream, slope),)
         else:
             loaded = loaded + ((steps, inputs, b),)
@@ -98,21 +100,24 @@ def _load_steps(
 def scan_backward_kernel(
     u, delta, slopes, BC, p_rates, dy, states, flows, saved, du, draw, dBC, drates,
     G, S, E, chunk, chunks, groups, dy_direction, dy_sequence,
-    CARRY: tl.constexpr, NP: tl.constexpr, FAST: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr,
+    CARRY: tl.constexpr, NP: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr,
+    V: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk. saved (G, chunks, groups, NP, E): states before each group of K steps. draw: the
-    gradient of the step size before softplus. dBC (blocks, G, S, 2·NP) and drates (G, chunks, NP,
-    E), without the rates as a factor, are partial sums.
+    """Gradients of one chunk.
 
-    A lane has states j of channels v: entry v · J + j of what it holds of them. What a group needs
-    is loaded at once.
+    saved (G, chunks, groups, NP, E): the states before each group of STEPS steps.
+    draw: the gradient of the step size before softplus.
+    dBC (blocks, G, S, 2·NP) and drates (G, chunks, NP, E) are partial sums. drates lacks the
+    rates as a factor.
+
+    A lane holds J states of V channels; state j of channel v is entry v · J + j of its tuples.
+    What a group needs is loaded at once.
     """
     J: tl.constexpr = NP // SPLIT
     g = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     k = tl.program_id(2)
-    columns = block * V * C + tl.arange(0, C)[None, :]
+    columns = block * V * BLOCK + tl.arange(0, BLOCK)[None, :]
     lane = tl.arange(0, SPLIT)[:, None]
     direction = (g >= G // 2).to(tl.int64)
     p_pairs = BC.to(tl.pointer_type(tl.int64))
@@ -124,33 +129,33 @@ def scan_backward_kernel(
     h = ()
     flow = ()
     drate = ()
-    zero = tl.zeros((SPLIT, C), tl.float32)
+    zero = tl.zeros((SPLIT, BLOCK), tl.float32)
     for v in tl.static_range(V):
-        mask = columns + v * C < E
+        mask = columns + v * BLOCK < E
         for j in tl.static_range(J):
-            p_rate = p_rates + (direction * NP + lane * J + j) * E + columns + v * C
+            p_rate = p_rates + (direction * NP + lane * J + j) * E + columns + v * BLOCK
             rates = rates + (tl.load(p_rate, mask=mask, other=0.0),)
             drate = drate + (zero,)
             if CARRY:
-                h = h + (tl.load(states + o_states + j * E + v * C, mask=mask, other=0.0),)
-                flow = flow + (tl.load(flows + o_states + j * E + v * C, mask=mask, other=0.0),)
+                h = h + (tl.load(states + o_states + j * E + v * BLOCK, mask=mask, other=0.0),)
+                flow = flow + (tl.load(flows + o_states + j * E + v * BLOCK, mask=mask, other=0.0),)
             else:
                 h = h + (zero,)
                 flow = flow + (zero,)
     begin = k * chunk
     end = tl.minimum(begin + chunk, S)
-    last = (end - begin + K - 1) // K
+    last = (end - begin + STEPS - 1) // STEPS
 
     for group in range(last - 1):
         now = _load_steps(
-            u, delta, slopes, p_dy, p_pairs, g, direction, begin + group * K, end, S, E,
-            columns, lane, False, J, NP, V, C, K,
+            u, delta, slopes, p_dy, p_pairs, g, direction, begin + group * STEPS, end, S, E,
+            columns, lane, False, J, NP, V, BLOCK, STEPS,
         )  # fmt: skip
         for v in tl.static_range(V):
             for j in tl.static_range(J):
-                p_state = p_saved + (group * NP + j) * E + v * C
-                tl.store(p_state, h[v * J + j], mask=columns + v * C < E)
-        for t in tl.static_range(K):
+                p_state = p_saved + (group * NP + j) * E + v * BLOCK
+                tl.store(p_state, h[v * J + j], mask=columns + v * BLOCK < E)
+        for t in tl.static_range(STEPS):
             after = ()
             for v in tl.static_range(V):
                 step = now[t][0][v]
@@ -162,27 +167,27 @@ def scan_backward_kernel(
 
     for turn in range(last):
         group = last - 1 - turn
-        first = begin + group * K
+        first = begin + group * STEPS
         path = h  # the states before each step of the group, and after it
         now = _load_steps(
             u, delta, slopes, p_dy, p_pairs, g, direction, first, end, S, E,
-            columns, lane, True, J, NP, V, C, K,
+            columns, lane, True, J, NP, V, BLOCK, STEPS,
         )  # fmt: skip
         before = ()
         for v in tl.static_range(V):
             for j in tl.static_range(J):
-                p_state = p_saved + (tl.maximum(group - 1, 0) * NP + j) * E + v * C
-                mask = (columns + v * C < E) & (group > 0)
+                p_state = p_saved + (tl.maximum(group - 1, 0) * NP + j) * E + v * BLOCK
+                mask = (columns + v * BLOCK < E) & (group > 0)
                 before = before + (tl.load(p_state, mask=mask, other=0.0),)
         h = before
-        for t in tl.static_range(K):
+        for t in tl.static_range(STEPS):
             for v in tl.static_range(V):
                 step = now[t][0][v]
                 inflow = step * now[t][1][v]
                 for j in tl.static_range(J):
                     decay = exp2(step * rates[v * J + j], FAST)
                     path = path + (decay * path[(t * V + v) * J + j] + inflow * now[t][2][j],)
-        for t in tl.static_range(K - 1, -1, -1):
+        for t in tl.static_range(STEPS - 1, -1, -1):
             i = tl.minimum(first + t, end - 1)
             s = i + direction * (S - 1 - 2 * i)
             inside = first + t < end
@@ -215,16 +220,16 @@ def scan_backward_kernel(
                     after = after + (dh,)
                 dinflow = tl.sum(dinflow, axis=0, keep_dims=True)
                 dstep = tl.sum(dstep, axis=0, keep_dims=True) * LN_2 + dinflow * inputs[v]
-                present = inside & (columns + v * C < E)
-                o_row = (g * S + s) * E + columns + v * C
+                present = inside & (columns + v * BLOCK < E)
+                o_row = (g * S + s) * E + columns + v * BLOCK
                 tl.store(du + o_row, dinflow * steps[v], mask=present)
                 tl.store(draw + o_row, dstep * now[t][5][v], mask=present)
             flow = after
             drate = sums
     for v in tl.static_range(V):
         for j in tl.static_range(J):
-            p_drate = drates + o_states + j * E + v * C
-            tl.store(p_drate, drate[v * J + j] * LN_2, mask=columns + v * C < E)
+            p_drate = drates + o_states + j * E + v * BLOCK
+            tl.store(p_drate, drate[v * J + j] * LN_2, mask=columns + v * BLOCK < E)
 
 
 @triton.jit

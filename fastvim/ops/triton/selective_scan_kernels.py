@@ -10,15 +10,13 @@ scans every chunk from its true state.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastvim.ops.triton.common import INTERPRETED, exp, exp2, softplus
-from fastvim.ops.triton.launch import Launch, is_traced
+from fastvim.ops.triton.launch import Launch, is_traced, multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Lanes that share the states of a channel, channels of a program (one warp), steps that it loads
@@ -32,7 +30,7 @@ LANES = 32
 ROWS = 32  # steps of a program of the projection
 SPARSE_ROWS = 16  # where there are fewer steps than
 MANY = 16384
-SPREAD = 264  # programs that the projection is spread over at least: two a multiprocessor
+SPREAD = 2  # programs of the projection at least, for each multiprocessor
 DEPTH = 128  # channels summed at a time; in float32 fewer, as long chains lose accuracy:
 EXACT_DEPTH = 32
 SELECT_WARPS = 4
@@ -41,7 +39,7 @@ SELECT_STAGES = 3
 
 @triton.jit
 def _select_kernel(
-    u, x_proj, dt_proj, dt_bias, A_log, delta, BC, rates, p_dt, slopes,
+    u, x_proj, dt_proj, dt_bias, A_log, delta, BC, rates, dt_saved, slopes,
     M, parts, E: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
     R_BLOCK: tl.constexpr, NP: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, KEEP: tl.constexpr,
@@ -85,7 +83,7 @@ def _select_kernel(
     if tl.program_id(2) == 0:
         tl.store(BC + places * 2 * NP + state[None, :], bc, mask=present)
         if KEEP:
-            tl.store(p_dt + places * R_BLOCK + ranks[None, :], dt, mask=present)
+            tl.store(dt_saved + places * R_BLOCK + ranks[None, :], dt, mask=present)
 
     # Rounding dt would cost accuracy: its rest goes through a second product.
     high = dt.to(u.dtype.element_ty)
@@ -146,19 +144,20 @@ def _scan_kernel(
     u, delta, BC, p_rates, y, states, sums,
     G, S, E, chunk, chunks,
     WRITE: tl.constexpr, CARRY: tl.constexpr, NP: tl.constexpr, FAST: tl.constexpr,
-    SPLIT: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of C channels, the states of each split over SPLIT lanes. WRITE: give y, from
+    """One chunk of BLOCK channels, the states of each split over SPLIT lanes. WRITE: give y, from
     `states` if CARRY. Else: give the chunk's own end in `states` and the sum of its step sizes in
     `sums`. states (G, chunks, NP, E), sums (G, chunks, E)."""
     J: tl.constexpr = NP // SPLIT
     g = tl.program_id(0).to(tl.int64)
     k = tl.program_id(2)
-    columns = tl.program_id(1) * C + tl.arange(0, C)[None, :]
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     lane = tl.arange(0, SPLIT)[:, None]
     mask = columns < E
     direction = (g >= G // 2).to(tl.int64)
-    p_states = states + ((g * chunks + k) * NP + lane * J) * E + columns
+    if CARRY or not WRITE:
+        p_states = states + ((g * chunks + k) * NP + lane * J) * E + columns
     rates = ()
     h = ()
     for j in tl.static_range(J):
@@ -167,15 +166,16 @@ def _scan_kernel(
         if CARRY:
             h = h + (tl.load(p_states + j * E, mask=mask, other=0.0),)
         else:
-            h = h + (tl.zeros((SPLIT, C), tl.float32),)
-    total = tl.zeros((1, C), tl.float32)
+            h = h + (tl.zeros((SPLIT, BLOCK), tl.float32),)
+    total = tl.zeros((1, BLOCK), tl.float32)
     begin = k * chunk
     end = tl.minimum(begin + chunk, S)
     onward = 1 - 2 * direction.to(tl.int32)
     row = g * S + direction * (S - 1) + begin * onward
     p_u = u + row * E + columns
     p_delta = delta + row * E + columns
-    p_y = y + row * E + columns
+    if WRITE:
+        p_y = y + row * E + columns
     p_pairs = BC.to(tl.pointer_type(tl.int64)) + row * NP
     # Each step's values are loaded AHEAD steps before; behind the end those of the last.
     loaded = ()
@@ -201,7 +201,7 @@ def _scan_kernel(
             step = loaded[t][0]
             inflow = step * loaded[t][1].to(tl.float32)
             total += step
-            b_y = tl.zeros((SPLIT, C), tl.float32)
+            b_y = tl.zeros((SPLIT, BLOCK), tl.float32)
             after = ()
             for j in tl.static_range(J):
                 state = exp2(step * rates[j], FAST) * h[j] + inflow * loaded[t][2][j]
@@ -270,6 +270,15 @@ def choose_walk(sequences: int, steps: int, width: int) -> tuple[tuple[int, int,
     return WALKS[0], max(1, min(steps // SHORTEST, FULL // programs))
 
 
+def carry_launch(device: torch.device, states: tuple[int, int, int, int], last: bool) -> Launch:
+    """The launch of `carry_kernel` for states (G, chunks, NP, E)."""
+    G, chunks, NP, E = states
+    return Launch(
+        carry_kernel, device=device, grid=(G, triton.cdiv(E, LANES), NP), num_warps=1,
+        G=G, E=E, chunks=chunks, NP=NP, BLOCK=LANES, LAST=last,
+    )  # fmt: skip
+
+
 class Scan:
     """The launches for one kind of input: one scan of whole sequences, or three over chunks."""
 
@@ -289,35 +298,31 @@ class Scan:
 
         rows = ROWS if batch * S >= MANY else SPARSE_ROWS
         depth = EXACT_DEPTH if u.dtype == torch.float32 else DEPTH
-        programs = 2 * triton.cdiv(batch * S, rows)
-        parts = min(triton.cdiv(E, depth), triton.cdiv(SPREAD, programs))
+        programs = triton.cdiv(batch * S, rows)
+        enough = SPREAD * multiprocessors(u.device)
+        parts = min(triton.cdiv(E, depth), triton.cdiv(enough, 2 * programs))
         self.fast = u.dtype != torch.float32 and not INTERPRETED
-        numbers: tuple[Any, ...] = (
-            batch * S, parts, E, R, N, max(16, triton.next_power_of_2(R)), NP,
-            u.dtype == torch.float32, self.fast, rows, depth,
-        )  # fmt: skip
-
-        def select(keep: bool) -> Launch:
-            return Launch(
-                _select_kernel, u.device, (programs // 2, 2, parts), (*numbers, keep),
+        self.select, self.select_and_keep = (
+            Launch(
+                _select_kernel, device=u.device, grid=(programs, 2, parts),
                 num_warps=SELECT_WARPS, num_stages=SELECT_STAGES,
-            )  # fmt: skip
-
-        self.select, self.select_and_keep = select(keep=False), select(keep=True)
-
-        def scan(write: bool) -> Launch:
-            numbers: tuple[Any, ...] = (
-                G, S, E, chunk, chunks, write, write and chunks > 1, NP, self.fast,
-                split, block, ahead,
-            )  # fmt: skip
-            grid = (G, triton.cdiv(E, block), chunks if write else chunks - 1)
-            return Launch(_scan_kernel, u.device, grid, numbers, num_warps=1)
-
-        self.first = scan(write=False)
-        numbers = (G, E, chunks, NP, LANES, False)
-        grid = (G, triton.cdiv(E, LANES), NP)
-        self.carry = Launch(carry_kernel, u.device, grid, numbers, num_warps=1)
-        self.last = scan(write=True)
+                M=batch * S, parts=parts, E=E, R=R, N=N,
+                R_BLOCK=max(16, triton.next_power_of_2(R)), NP=NP,
+                EXACT=u.dtype == torch.float32, FAST=self.fast, ROWS=rows, DEPTH=depth, KEEP=keep,
+            )
+            for keep in (False, True)
+        )  # fmt: skip
+        self.first, self.last = (
+            Launch(
+                _scan_kernel, device=u.device, num_warps=1,
+                grid=(G, triton.cdiv(E, block), chunks if write else chunks - 1),
+                G=G, S=S, E=E, chunk=chunk, chunks=chunks, WRITE=write,
+                CARRY=write and chunks > 1, NP=NP, FAST=self.fast,
+                SPLIT=split, BLOCK=block, AHEAD=ahead,
+            )
+            for write in (False, True)
+        )  # fmt: skip
+        self.carry = carry_launch(u.device, self.states, last=False)
 
     def selected(
         self,
@@ -337,24 +342,26 @@ class Scan:
         delta = torch.empty(u.shape, dtype=torch.float32, device=u.device)
         BC = torch.empty((*u.shape[:3], 2 * NP), dtype=torch.float32, device=u.device)
         rates = torch.empty((2, NP, E), dtype=torch.float32, device=u.device)
+        dt, slopes = kept or (None, None)
         select = self.select if kept is None else self.select_and_keep
-        select(u, x_proj, dt_proj, dt_bias, A_log, delta, BC, rates, *(kept or (None, None)))
+        select(
+            u=u, x_proj=x_proj, dt_proj=dt_proj, dt_bias=dt_bias, A_log=A_log,
+            delta=delta, BC=BC, rates=rates, dt_saved=dt, slopes=slopes,
+        )  # fmt: skip
         return delta, BC, rates
 
-    def starts(self, u: Tensor, delta: Tensor, BC: Tensor, rates: Tensor) -> Tensor:
-        """The state that each chunk starts from (G, chunks, NP, E).
-
-        Of a single chunk nothing is asked: it starts from 0.
-        """
+    def starts(self, u: Tensor, delta: Tensor, BC: Tensor, rates: Tensor) -> Tensor | None:
+        """The state that each chunk starts from, (G, chunks, NP, E); None: one chunk, from 0."""
         G, chunks, _, E = self.states
         if chunks == 1:
-            return rates
+            return None
         states = torch.empty(self.states, dtype=torch.float32, device=u.device)
         sums = torch.empty((G, chunks, E), dtype=torch.float32, device=u.device)
-        self.first(u, delta, BC, rates, u, states, sums)
-        self.carry(rates, states, sums)
+        self.first(u=u, delta=delta, BC=BC, p_rates=rates, y=None, states=states, sums=sums)
+        self.carry(rates=rates, states=states, sums=sums)
         return states
 
     def __call__(self, y: Tensor, u: Tensor, delta: Tensor, BC: Tensor, rates: Tensor) -> None:
         """Fill y."""
-        self.last(u, delta, BC, rates, y, self.starts(u, delta, BC, rates), rates)
+        states = self.starts(u, delta, BC, rates)
+        self.last(u=u, delta=delta, BC=BC, p_rates=rates, y=y, states=states, sums=None)

@@ -19,16 +19,16 @@ _launches: Launches[Launch] = Launches()
 
 
 @triton.jit
-def _sum_kernel(parts, out, P, M, ROWS: tl.constexpr, C: tl.constexpr):
+def _sum_kernel(parts, out, P, M, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out (A, M) of parts (A, P, M)."""
-    columns = tl.program_id(0) * C + tl.arange(0, C)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     outer = tl.program_id(1).to(tl.int64)
-    total = tl.zeros((ROWS, C), tl.float32)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(0, P, ROWS):
         rows = first + tl.arange(0, ROWS)
         mask = (rows < P)[:, None] & (columns < M)[None, :]
-        place = (outer * P + rows)[:, None] * M + columns[None, :]
-        total += tl.load(parts + place, mask=mask, other=0.0)
+        offsets = (outer * P + rows)[:, None] * M + columns[None, :]
+        total += tl.load(parts + offsets, mask=mask, other=0.0)
     tl.store(out + outer * M + columns, tl.sum(total, axis=0), mask=columns < M)
 
 
@@ -46,8 +46,14 @@ def sum_parts(parts: Tensor, rows: int = 128) -> Tensor:
         (parts,),
         rows,
         lambda: Launch(
-            _sum_kernel, parts.device, (triton.cdiv(M, columns), A), (P, M, rows, columns)
+            _sum_kernel,
+            device=parts.device,
+            grid=(triton.cdiv(M, columns), A),
+            P=P,
+            M=M,
+            ROWS=rows,
+            BLOCK=columns,
         ),
     )
-    launch(parts, out)
+    launch(parts=parts, out=out)
     return out

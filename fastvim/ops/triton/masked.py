@@ -32,26 +32,26 @@ _launches: Launches[Launch] = Launches()
 def _take_kernel(
     source, table, out, scale: tl.constexpr,
     rows, n, stride_sequence, stride_row, E: tl.constexpr,
-    ROWS: tl.constexpr, C: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out (G, n, E): row table (G, n) of a sequence of source (G, length, E), times scale."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * C + tl.arange(0, C)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     present = row < rows
     mask = present[:, None] & (columns < E)[None, :]
-    place = tl.load(table + row, mask=present, other=0)
-    p_source = source + (row // n).to(tl.int64) * stride_sequence + place * stride_row
+    source_row = tl.load(table + row, mask=present, other=0)
+    p_source = source + (row // n).to(tl.int64) * stride_sequence + source_row * stride_row
     value = tl.load(p_source[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64)[:, None] * E + columns[None, :], value * scale, mask=mask)
 
 
 @triton.jit
 def _spread_kernel(
-    y, order, index, out, rows, n, S, E: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr
+    y, order, index, out, rows, n, S, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """out (B, n, E) in memory order: the mean over directions of each token's segment of y."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * C + tl.arange(0, C)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     present = row < rows
     mask = present[:, None] & (columns < E)[None, :]
     batch = (row // n).to(tl.int64)
@@ -65,9 +65,9 @@ def _spread_kernel(
 
 
 @triton.jit
-def _sum_kernel(
+def _sum_segments_kernel(
     values, members, starts, out, scale: tl.constexpr,
-    B, n, S, stride_direction, E: tl.constexpr, C: tl.constexpr,
+    B, n, S, stride_direction, E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out (2, B, S, E): sums over the members of each segment of values (2, B, n, E), times scale.
 
@@ -75,12 +75,12 @@ def _sum_kernel(
     """
     sequence = (tl.program_id(0) // S).to(tl.int64)  # of both directions
     segment = tl.program_id(0) % S
-    columns = tl.program_id(1) * C + tl.arange(0, C)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < E
     p_values = values + sequence // B * stride_direction + sequence % B * n * E + columns
     begin = tl.load(starts + sequence * (S + 1) + segment)
     end = tl.load(starts + sequence * (S + 1) + segment + 1)
-    total = tl.zeros((C,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     for i in range(begin, end):
         row = tl.load(members + sequence * n + i)
         total += tl.load(p_values + row * E, mask=mask, other=0.0).to(tl.float32)
@@ -89,8 +89,8 @@ def _sum_kernel(
 
 def _blocks(E: int) -> tuple[int, int]:
     """Channels of a program, and programs along them."""
-    C = min(CHANNELS, triton.next_power_of_2(E))
-    return C, triton.cdiv(E, C)
+    block = min(CHANNELS, triton.next_power_of_2(E))
+    return block, triton.cdiv(E, block)
 
 
 def _take(source: Tensor, table: Tensor, inverse: Tensor, scale: float) -> Tensor:
@@ -99,17 +99,19 @@ def _take(source: Tensor, table: Tensor, inverse: Tensor, scale: float) -> Tenso
     G, n = table.shape
     E = int(source.shape[2])
     out = torch.empty((G, n, E), dtype=source.dtype, device=source.device)
-    C, blocks = _blocks(E)
-    numbers = (scale, G * n, n, source.stride(0), source.stride(1), E, ROWS, C)
+    block, blocks = _blocks(E)
     launch = _launches.get(
         (source, table),
         ("take", scale),
         lambda: Launch(
-            _take_kernel, source.device, (triton.cdiv(G * n, ROWS), blocks), numbers, num_warps=4
+            _take_kernel, device=source.device, grid=(triton.cdiv(G * n, ROWS), blocks),
+            scale=scale, rows=G * n, n=n,
+            stride_sequence=source.stride(0), stride_row=source.stride(1),
+            E=E, ROWS=ROWS, BLOCK=block,
         ),
-    )
+    )  # fmt: skip
     if out.numel():
-        launch(source, table, out)
+        launch(source=source, table=table, out=out)
     return out
 
 
@@ -117,18 +119,18 @@ def _take_fake(source: Tensor, table: Tensor, inverse: Tensor, scale: float) -> 
     return source.new_empty((*table.shape, source.shape[2]))
 
 
-def _take_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _take_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, table, inverse, ctx.scale = inputs
     ctx.save_for_backward(table, inverse)
 
 
-def _take_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _take_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     table, inverse = ctx.saved_tensors
     return take(dout, inverse, table, ctx.scale), None, None, None
 
 
 # (source (G, n, E), table (G, n), inverse (G, n), scale): rows in another order.
-take = Op("fastvim::take_triton", _take, _take_fake, _take_keep, _take_gradients)
+take = Op("fastvim::take_triton", _take, _take_fake, _take_setup_context, _take_backward)
 
 
 def _sum(
@@ -143,16 +145,19 @@ def _sum(
     _, B, n, E = values.shape
     S = starts.shape[2] - 1
     out = torch.empty((2, B, S, int(E)), dtype=dtype, device=values.device)
-    C, blocks = _blocks(int(E))
-    stride = values.stride(0) if values.shape[0] == 2 else 0
-    numbers = (scale, B, n, S, stride, int(E), C)
+    block, blocks = _blocks(int(E))
     launch = _launches.get(
         (values, members, starts),
         ("sum", scale, dtype),
-        lambda: Launch(_sum_kernel, values.device, (2 * B * S, blocks), numbers, num_warps=1),
-    )
+        lambda: Launch(
+            _sum_segments_kernel, device=values.device, grid=(2 * B * S, blocks), num_warps=1,
+            scale=scale, B=B, n=n, S=S,
+            stride_direction=values.stride(0) if values.shape[0] == 2 else 0,
+            E=int(E), BLOCK=block,
+        ),
+    )  # fmt: skip
     if out.numel():
-        launch(values, members, starts, out)
+        launch(values=values, members=members, starts=starts, out=out)
     return out
 
 
@@ -168,12 +173,12 @@ def _sum_fake(
     return values.new_empty(shape, dtype=dtype)
 
 
-def _sum_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.scale, ctx.dtype = inputs[4], inputs[0].dtype
 
 
-def _sum_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _sum_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
     table = index.flatten(0, 1)  # no permutation: without an inverse, there are no second gradients
     source = dout.to(ctx.dtype).flatten(0, 1)
@@ -182,7 +187,9 @@ def _sum_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 # (values (2 or, of both directions, 1, B, n, E), index, members, starts, scale, dtype of the sums).
-sum_segments = Op("fastvim::sum_segments_triton", _sum, _sum_fake, _sum_keep, _sum_gradients)
+sum_segments = Op(
+    "fastvim::sum_segments_triton", _sum, _sum_fake, _sum_setup_context, _sum_backward
+)
 
 
 def _spread(y: Tensor, order: Tensor, index: Tensor, tokens: Tensor, starts: Tensor) -> Tensor:
@@ -190,17 +197,17 @@ def _spread(y: Tensor, order: Tensor, index: Tensor, tokens: Tensor, starts: Ten
     B, n = order.shape
     S, E = y.shape[2], int(y.shape[3])
     out = torch.empty((B, n, E), dtype=torch.float32, device=y.device)
-    C, blocks = _blocks(E)
+    block, blocks = _blocks(E)
     launch = _launches.get(
         (y, order, index),
         "spread",
         lambda: Launch(
-            _spread_kernel, y.device, (triton.cdiv(B * n, ROWS), blocks), (B * n, n, S, E, ROWS, C),
-            num_warps=4,
+            _spread_kernel, device=y.device, grid=(triton.cdiv(B * n, ROWS), blocks),
+            rows=B * n, n=n, S=S, E=E, ROWS=ROWS, BLOCK=block,
         ),
     )  # fmt: skip
     if out.numel():
-        launch(y, order, index, out)
+        launch(y=y, order=order, index=index, out=out)
     return out
 
 
@@ -208,23 +215,25 @@ def _spread_fake(y: Tensor, order: Tensor, index: Tensor, tokens: Tensor, starts
     return y.new_empty((*order.shape, y.shape[3]), dtype=torch.float32)
 
 
-def _spread_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _spread_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y, _, *tables = inputs
     ctx.dtype = y.dtype
     ctx.save_for_backward(*tables)
 
 
-def _spread_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _spread_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     index, tokens, starts = ctx.saved_tensors
     dy = sum_segments(dout[None], index, tokens, starts, 0.5, ctx.dtype)
     return dy, None, None, None, None
 
 
 # (y (2, B, S, E), order, index, tokens, starts): the scan of each token, (B, n, E), in float32.
-spread = Op("fastvim::spread_triton", _spread, _spread_fake, _spread_keep, _spread_gradients)
+spread = Op(
+    "fastvim::spread_triton", _spread, _spread_fake, _spread_setup_context, _spread_backward
+)
 
 
-def conv_pool_kept(
+def conv_pool_masked(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -238,21 +247,21 @@ def conv_pool_kept(
     if pooling == "max" and segments.pools:
         options: dict[str, Any] = {"pooling": pooling, "pool_scale": pool_scale}
         return conv_pool_reference(x, weight, bias, D, segments, **options)
-    kept = segments.kept
-    assert kept is not None
-    path = take(x, kept.order, kept.place, 1.0)
+    masked = segments.masked
+    assert masked is not None
+    path = take(x, masked.order, masked.ids_restore, 1.0)
     scale, dtype = (1.0, torch.float32) if segments.pools else (pool_scale, x.dtype)
     values, skip = conv_pool_triton(
         path, weight, bias, D, _line(x), pool_scale=scale, dtype=dtype
     )  # not rounded before they are summed
     if segments.pools:
         mean = pool_scale / segments.segment_size
-        tables = (kept.index, kept.members, kept.starts)
+        tables = (masked.index, masked.members, masked.starts)
         values = sum_segments(values, *tables, mean, x.dtype)
-    return values, take(skip, kept.place, kept.order, 1.0)
+    return values, take(skip, masked.ids_restore, masked.order, 1.0)
 
 
-def expand_gate_kept(
+def expand_gate_masked(
     skip: Tensor,
     z: Tensor,
     y: Tensor,
@@ -263,9 +272,9 @@ def expand_gate_kept(
     eps: float = 1e-5,
 ) -> Tensor:
     """`fastvim.ops.expand_gate` for GPU tensors of at most 32 bits, under a mask."""
-    kept = segments.kept
-    assert kept is not None
-    scanned = spread(y, kept.order, kept.index, kept.tokens, kept.starts)
+    masked = segments.masked
+    assert masked is not None
+    scanned = spread(y, masked.order, masked.index, masked.tokens, masked.starts)
     return expand_gate_triton(skip, z, scanned[None], _line(skip), norm_weight, norm_bias, eps=eps)
 
 

@@ -1,0 +1,25 @@
+"""What the tests of the kernels share."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+
+
+@pytest.fixture
+def forget_launches():
+    """For a test that changes what launches are made of: none is kept before or after it."""
+
+    def forget():
+        package = importlib.import_module("fastvim.ops.triton")
+        launches = importlib.import_module("fastvim.ops.triton.launch").Launches
+        for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            for value in vars(importlib.import_module(info.name)).values():
+                if isinstance(value, launches):
+                    value.clear()
+
+    forget()
+    yield
+    forget()
