@@ -1,4 +1,4 @@
-"""The modules that the models are built from: patch embedding, mixer, block."""
+"""The layers of the models: patch embedding, mixer, block."""
 
 from fastvim.layers.block import AddNorm, Block
 from fastvim.layers.embed import ChannelPatchEmbed, PatchEmbed, resize_grid, sincos_grid

@@ -15,12 +15,12 @@ from fastvim.ops.reference import NormKind
 
 
 class AddNorm(nn.Module):
-    """`residual + drop_path(hidden)` and its norm; the stream stays in float32.
+    """`residual + drop_path(hidden)` and its norm. The residual stream stays in float32.
 
     Args:
         dim: model width d.
         kind: "rms" (classification, masked autoencoders) or "layer" (dense backbones).
-        drop_path: probability of dropping `hidden` of a sample, in training.
+        drop_path: probability of dropping a sample's `hidden` in training.
     """
 
     def __init__(self, dim: int, kind: NormKind = "rms", drop_path: float = 0.0) -> None:
@@ -32,13 +32,13 @@ class AddNorm(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, L, d) each to the norm, in `hidden`'s dtype, and the new stream."""
+        """(B, L, d) each to the norm, in `hidden`'s dtype, and the new residual stream."""
         hidden = self.drop_path(hidden)
         return add_norm(hidden, residual, self.weight, self.bias, kind=self.kind, eps=self.eps)
 
 
 class Block(nn.Module):
-    """Norm and mixer. The residual sum is left to the next norm, which reads both anyway."""
+    """Norm and mixer. The next block's norm adds the output to the residual stream."""
 
     def __init__(self, norm: AddNorm, mixer: Mixer) -> None:
         super().__init__()
@@ -48,6 +48,6 @@ class Block(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor | None, segments: Segments
     ) -> tuple[Tensor, Tensor]:
-        """The previous mixer's output and the stream before it; returns the same two."""
+        """Take the previous mixer's output and the residual stream; give this block's."""
         normed, residual = self.norm(hidden, residual)
         return self.mixer(normed, segments), residual

@@ -1,6 +1,7 @@
-"""Patches of an image, and position embeddings of a grid.
+"""Patch embeddings, and position embeddings of a token grid.
 
-B  batch, H W  image or token grid, d  model width
+B  batch, H W  image or token grid, C  channels that a model knows, c  channels of an image
+L  tokens, d  model width
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from fastvim.errors import UserError
 
 
 class PatchEmbed(nn.Module):
-    """One convolution over patches of an image of any size.
+    """Embed patches of images of any size by one convolution.
 
     Args:
         in_chans: channels of the image.
         embed_dim: model width d.
         patch_size: side of a patch, in pixels.
-        stride: pixels between patches; None for `patch_size`. Vim's fine-tuned models overlap.
+        stride: pixels between patches. None: `patch_size`. Patches of Vim's fine-tuned models
+            overlap.
     """
 
     def __init__(
@@ -57,10 +59,10 @@ class PatchEmbed(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(B, C, H, W) image to (B, L, d) row-major tokens and their grid.
 
-        Zeros are added at the bottom and right until the sides are patch + k · stride.
+        The image is zero-padded at the bottom and right to sides of patch + k · stride pixels.
 
         Raises:
-            UserError: another number of channels, or an image smaller than a patch.
+            UserError: wrong number of channels, or an image smaller than a patch.
         """
         if image.ndim != 4 or image.shape[1] != self.in_chans:
             raise UserError(
@@ -76,17 +78,17 @@ class PatchEmbed(nn.Module):
             image = F.pad(image, (0, right, 0, bottom))
         if self.stride != self.patch_size:
             return self.proj(image).flatten(2).mT, grid
-        # The convolution as the matrix product that it is: on GPUs several times as fast.
+        # Without overlap the convolution is a matrix product: several times as fast on GPUs.
         patches = image.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias), grid
 
 
 class ChannelPatchEmbed(PatchEmbed):
-    """The patches of every channel by one projection, and a learned vector for each channel.
+    """Embed the patches of each channel by a shared projection, plus a learned channel vector.
 
     Args:
-        in_chans: channels that the model knows, C.
+        in_chans: C, channels that the model knows.
         embed_dim: model width d.
         patch_size: side of a patch, in pixels.
     """
@@ -100,16 +102,16 @@ class ChannelPatchEmbed(PatchEmbed):
     def forward(
         self, image: Tensor, channels: Sequence[int] | Tensor | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
-        """(B, c, H, W) image to (B, L, c, d), row-major cells with their channels, and their grid.
+        """(B, c, H, W) image to tokens (B, L, c, d), cells in row-major order, and the grid.
 
         Args:
-            image: of c of the known channels, C at most.
-            channels: which ones these are, in the image's order: c numbers below C, or an int64
-                tensor (c,) of them, which is not checked. None: the first c.
+            image: c channels, at most C.
+            channels: index of each image channel among the known ones: c numbers below C, or an
+                int64 tensor (c,), which is not checked. None: the first c.
 
         Raises:
-            UserError: more channels than are known, names of others or of one twice, or an image
-                smaller than a patch.
+            UserError: more channels than C, an unknown or repeated index, or an image smaller than
+                a patch.
         """
         if image.ndim != 4 or not 1 <= image.shape[1] <= self.known_chans:
             raise UserError(
@@ -156,11 +158,11 @@ def sincos_grid(
 ) -> Tensor:
     """Fixed position embedding of a grid, (1, H·W, dim) (Masked Autoencoders, arXiv 2111.06377).
 
-    A quarter of the width each: sines and cosines of the column, then sines and cosines of the row,
-    at frequencies that fall from 1 towards 1e-4.
+    Four quarters of the width: sine and cosine of the column, sine and cosine of the row.
+    Frequencies fall from 1 towards 1e-4.
 
     Raises:
-        UserError: a width that is no multiple of 4.
+        UserError: a width that is not a multiple of 4.
     """
     if dim % 4:
         raise UserError(f"width {dim}: sin-cos position embeddings need a multiple of 4")

@@ -1,7 +1,7 @@
-"""The state-space mixer of every model in this library.
+"""The state-space mixer of all models.
 
 B  batch, L  tokens, d  model width, E  inner width, K  taps of the convolution, N  state size,
-R  rank of the step-size projection, S  segments. Leading 2: forward and backward direction.
+R  rank of the step-size projection, S  segments. A leading 2: forward and backward direction.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from fastvim.ops.traversal import Pooling
 class Mixer(nn.Module):
     """Bidirectional selective scan over the pooled segments of a path (FastVim, section 3.2).
 
-    `in_proj` → `conv_pool` → `selective_scan` → `expand_gate` → `out_proj`. How the
-    tokens are walked and pooled comes with each call, so one mixer serves every traversal.
+    `in_proj` → `conv_pool` → `selective_scan` → `expand_gate` → `out_proj`. Each call says how the
+    tokens are walked and pooled, so one mixer serves every traversal.
 
     Args:
         dim: model width d.
-        depth: blocks of the whole model; the initial `out_proj` is divided by its root.
+        depth: blocks of the model. The initial `out_proj` is divided by √depth.
         d_state: state size N.
         d_conv: taps K of the convolution.
         expand: E / d.
-        dt_rank: R; None for ceil(d / 16).
-        pooling: how a segment's tokens become one value, "mean" or "max".
+        dt_rank: R. None: ceil(d / 16).
+        pooling: "mean" or "max" of a segment's tokens.
         pool_scale: factor on the pooled value.
         norm_after_ssm: LayerNorm over E before the gate.
-        init_layer_scale: initial value of a learned factor per output channel; None for no factor.
+        init_layer_scale: initial value of a learned factor per output channel. None: no factor.
     """
 
-    # Stored per direction, (2, E), but one-dimensional in meaning: never decayed.
+    # Vectors of each direction, stacked to (2, E): no weight decay, although they have two axes.
     vectors = ("conv_bias", "dt_bias", "D")
 
     def __init__(
@@ -75,7 +75,7 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values of section 7 of the model's description (those of Mamba, and of Vim)."""
+        """Initial values of Mamba and Vim (docs/architecture.md, initial values)."""
         taps, rank = self.conv_weight.shape[-1], self.dt_rank
         self.in_proj.reset_parameters()
         nn.init.uniform_(self.conv_weight, -(taps**-0.5), taps**-0.5)
@@ -96,7 +96,7 @@ class Mixer(nn.Module):
             nn.init.constant_(self.gamma, self.init_layer_scale)
 
     def forward(self, u: Tensor, segments: Segments) -> Tensor:
-        """(B, L, d) tokens in memory order to (B, L, d), walked as `segments` says."""
+        """Tokens (B, L, d) in memory order to the same shape, walked as `segments` says."""
         x, z = self.in_proj(u).chunk(2, dim=-1)
         pooled, skip = conv_pool(
             x,

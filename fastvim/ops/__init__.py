@@ -1,7 +1,8 @@
-"""The four operations of the mixer, and the traversals they walk.
+"""The four operations of the model, and the traversals of the token grid.
 
-Tensors in, tensors out. Every op is defined in plain PyTorch, differentiable on any device and in
-any floating dtype (float32 inside), and may be served by a kernel (`fastvim.ops.dispatch`).
+Tensors in, tensors out. Each op has a reference in plain PyTorch (`fastvim.ops.reference`), which
+is differentiable on any device and in any floating dtype. Kernels serve some devices and dtypes
+instead (`fastvim.ops.dispatch`).
 """
 
 from fastvim.ops.conv_pool import conv_pool

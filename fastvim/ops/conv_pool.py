@@ -1,7 +1,7 @@
-"""conv_pool: the convolution of both directions, SiLU, the pooling to segments, and the skip.
+"""conv_pool: convolution of both directions, SiLU, pooling to segments, and the skip.
 
 B  batch, L  tokens, E  inner width, K  taps of the convolution, S  segments
-Direction 0 walks the path, direction 1 walks it backwards: its window looks ahead.
+Direction 0 walks the path. Direction 1 walks it backwards, so its window looks ahead.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def conv_pool(
 ) -> tuple[Tensor, Tensor]:
     """Depthwise convolution along the path, SiLU, one value per segment, and each token's skip.
 
-    Steps 1 and 2 of the mixer, and the part `D ⊙ x'` of step 5: the convolved token `x'` is needed
-    for both, and nowhere else.
+    Steps 1 and 2 of the mixer (docs/architecture.md) and the skip `D ⊙ x'` of step 5. No other step
+    needs the convolved token `x'`.
 
     Args:
         x: (B, L, E) tokens in memory order; any strides.
@@ -35,8 +35,8 @@ def conv_pool(
         bias: (2, E).
         D: (2, E) skip.
         segments: the layer's traversal over the grid of the L tokens.
-        pooling: "mean" (over the full size of a segment) or "max".
-        pool_scale: factor on the pooled value; 0.25 when fine-tuning from 75 % masked weights.
+        pooling: "mean", over the full size of a segment, or "max".
+        pool_scale: factor on the pooled value; 0.25 to fine-tune from pretraining with 75 % masked.
 
     Returns:
         The pooled values (2, B, S, E), and the skip (B, L, E) in memory order: the mean over

@@ -1,4 +1,4 @@
-"""expand_gate: the scan broadcast to the tokens of each segment, skip, norm and gate.
+"""expand_gate: broadcast of the scan to the tokens of its segment, skip, norm and gate.
 
 B  batch, L  tokens, E  inner width, S  segments
 """
@@ -23,15 +23,17 @@ def expand_gate(
     *,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`LayerNorm(skip + mean over directions of y_segment) · silu(z)` (mixer, from step 5 on).
+    """`LayerNorm(skip + mean over directions of y_segment) · silu(z)`.
+
+    The mixer from step 5 on (docs/architecture.md).
 
     Args:
-        skip: (B, L, E) in memory order, from `conv_pool`; any strides, like the rest.
+        skip: (B, L, E) in memory order, from `conv_pool`. All tensors may have any strides.
         z: (B, L, E) gate.
-        y: (2, B, S, E), what `selective_scan` gave.
+        y: (2, B, S, E), from `selective_scan`.
         segments: the layer's traversal over the grid of the L tokens.
-        norm_weight: (E,) of the norm after the scan, or None for no norm; the gate stays.
-        norm_bias: (E,), given with `norm_weight`.
+        norm_weight: (E,) of the norm after the scan. None: no norm, only the gate.
+        norm_bias: (E,) of the norm, or None.
         eps: of the norm.
 
     Returns:

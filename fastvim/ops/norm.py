@@ -21,11 +21,11 @@ def add_norm(
     kind: NormKind = "rms",
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`residual + hidden`, and its norm over the last axis (spec of the backbone, steps 3 and 4).
+    """`residual + hidden`, and its norm over the last axis (docs/architecture.md, the stack).
 
     Args:
-        hidden: (B, L, d), what the previous mixer gave.
-        residual: (B, L, d), the stream so far, or None in the first block.
+        hidden: (B, L, d), output of the previous mixer.
+        residual: (B, L, d), the residual stream; None in the first block.
         weight: (d,).
         bias: (d,) or None.
         kind: RMSNorm ("rms") or LayerNorm ("layer").

@@ -19,15 +19,16 @@ def selective_scan(
     dt_bias: Tensor,
     A_log: Tensor,
 ) -> Tensor:
-    """`h_s = exp(Δ_s A) h_prev + Δ_s B_s u_s`, `y_s = C_s · h_s` (mixer, steps 3-4; Mamba, eq. 2).
+    """`h_s = exp(Δ_s A) h_prev + Δ_s B_s u_s`, `y_s = C_s · h_s` (Mamba, arXiv 2312.00752, eq. 2).
 
-    What is selected comes from the input: `[dt, B, C] = u @ x_projᵀ` and
-    `Δ = softplus(dt @ dt_projᵀ + dt_bias)`; `A = -exp(A_log)`. Direction 0 scans s ascending,
-    direction 1 descending. There is no skip term: FastVim's skip uses each token's own value.
+    Steps 3 and 4 of the mixer (docs/architecture.md). Δ, B and C depend on the input:
+    `[dt, B, C] = u @ x_projᵀ` and `Δ = softplus(dt @ dt_projᵀ + dt_bias)`. `A = -exp(A_log)`.
+    Direction 0 scans s in ascending order, direction 1 in descending order. There is no skip term:
+    FastVim's skip uses each token's own value (`conv_pool`).
 
     Args:
         u: (2, B, S, E) pooled input; any strides.
-        x_proj: (2, R + 2N, E), the rows of dt, then of B, then of C.
+        x_proj: (2, R + 2N, E): rows of dt, then of B, then of C.
         dt_proj: (2, E, R).
         dt_bias: (2, E).
         A_log: (2, E, N).

@@ -1,10 +1,10 @@
 """Paths and segments of a token grid: one notation for every variant of the model.
 
-Tokens always lie in memory in one order, the row-major order of the grid's axes. A layer never
-moves them: it says how it walks them (`path`) and which axes it pools (`pool`).
+Tokens always lie in memory in the row-major order of the grid's axes. A layer does not move them.
+It states how it walks them (`path`) and which axes it pools (`pool`).
 
-    B  batch       n  tokens present (L, or the kept ones under a mask)
-    L  grid cells  S  segments: the cells that share every axis that is not pooled
+    B  batch       n  tokens present: L, or the kept ones under a mask
+    L  grid cells  S  segments: a segment is all cells that differ only along pooled axes
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Traversal:
 
     Args:
         path: axis names, slowest first. `"h w"` walks row by row, `"w h"` column by column.
-        pool: axes whose cells are pooled into one segment. Empty pools nothing (Vim).
+        pool: axes whose cells are pooled into one segment. Empty: nothing is pooled (Vim).
 
     Raises:
         ValueError: an axis repeated, or pooled but not on the path.
@@ -46,14 +46,14 @@ class Traversal:
     def over(
         self, grid: Mapping[str, int], ids_keep: Tensor | None = None, mirror: Mirror = "published"
     ) -> Segments:
-        """Lay the walk over a grid.
+        """Apply the walk to a grid.
 
         Args:
             grid: size of each axis, in memory order (slowest first).
-            ids_keep: (B, n) int64, the cells that a mask leaves, as row-major indices of `grid` in
-                ascending order. None: every cell is present.
-            mirror: how the backward direction of a masked layer finds its segments
-                (`MaskedPath.index`); without `ids_keep` both readings are the same.
+            ids_keep: (B, n) int64, row-major indices of the cells that a mask leaves, ascending.
+                None: every cell is present.
+            mirror: which segments the backward direction of a masked layer uses (see
+                `Segments.keep`). Without a mask both choices are the same.
 
         Raises:
             ValueError: the grid's axes are not the path's.
@@ -74,15 +74,15 @@ class Traversal:
 
 @dataclass(frozen=True)
 class MaskedPath:
-    """A walk over kept cells, as tables.
+    """Index tables of a walk over the cells that a mask leaves.
 
     Attributes:
         order: (B, n) memory index of the token at each path position.
-        ids_restore: (B, n) path position of the token at each memory index, the inverse of `order`.
+        ids_restore: (B, n) path position of the token at each memory index, inverse of `order`.
         index: (2, B, n) segment of each path position, one row per direction.
-        members: (2, B, n) path positions, segment after segment.
-        tokens: (2, B, n) memory indices of these.
-        starts: (2, B, S + 1) where in `members` each segment begins.
+        members: (2, B, n) path positions, sorted by segment.
+        tokens: (2, B, n) memory indices of `members`.
+        starts: (2, B, S + 1) where each segment begins in `members`.
     """
 
     order: Tensor
@@ -94,7 +94,7 @@ class MaskedPath:
 
     @staticmethod
     def build(order: Tensor, index: Tensor, num_segments: int) -> MaskedPath:
-        """All tables from two of them."""
+        """Derive all tables from two of them."""
         steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
         ids_restore = torch.zeros_like(order).scatter(1, order, steps)
         ascending, members = index.sort(dim=2, stable=True)
@@ -106,13 +106,13 @@ class MaskedPath:
 
 @dataclass(frozen=True)
 class Segments:
-    """A traversal laid over a grid: what the ops need to know of the token order.
+    """A traversal of a given grid: what the ops need to know of the token order.
 
     Attributes:
         sizes: size of each axis, in path order (slowest first).
         strides: tokens between neighbours along each axis in memory, in path order.
         pooled: whether each axis is pooled, in path order.
-        masked: tables of the cells present under a mask; None: every cell is.
+        masked: tables of the cells that a mask leaves. None: every cell is present.
     """
 
     sizes: tuple[int, ...]
@@ -122,7 +122,7 @@ class Segments:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens present in each sequence."""
+        """Tokens of each sequence."""
         return prod(self.sizes) if self.masked is None else self.masked.order.shape[1]
 
     @property
@@ -132,14 +132,14 @@ class Segments:
 
     @property
     def num_segments(self) -> int:
-        """Steps of the scan. With nothing pooled every token that is present is one."""
+        """Steps of the scan. Without pooling each token is a step."""
         if not self.pools:
             return self.num_tokens
         return prod([n for n, pool in zip(self.sizes, self.pooled, strict=True) if not pool])
 
     @property
     def segment_size(self) -> int:
-        """Cells of a full segment: what a mean divides by, masked or not."""
+        """Cells of a full segment. A mean divides by it, masked or not."""
         return prod([n for n, pool in zip(self.sizes, self.pooled, strict=True) if pool])
 
     @property
@@ -157,12 +157,12 @@ class Segments:
     @property
     def _by_memory(self) -> list[int]:
         """Path axes sorted from the slowest in memory to the fastest."""
-        # Axes of size 1 share a stride with a neighbour: their order does not matter.
+        # An axis of size 1 shares its stride with a neighbour; their order does not matter.
         return sorted(range(len(self.sizes)), key=lambda axis: -self.strides[axis])
 
     @property
     def in_memory_order(self) -> bool:
-        """Whether the path walks the tokens as they lie."""
+        """Whether the path follows the tokens' order in memory."""
         return self.masked is None and self._by_memory == list(range(len(self.sizes)))
 
     def flatten(self) -> tuple[int, ...]:
@@ -178,14 +178,19 @@ class Segments:
         return Segments(tuple(walk[:axes]), tuple(walk[axes : 2 * axes]), pooled)
 
     def keep(self, ids_keep: Tensor, mirror: Mirror = "published") -> Segments:
-        """The same walk over the kept cells only (see `Traversal.over`)."""
+        """The same walk over the cells of a mask (see `Traversal.over`).
+
+        In the backward direction "exact" uses the segments of the forward one. "published" does
+        what the published models do: position j of the reversed sequence holds token n-1-j, but
+        uses the segment of token j.
+        """
         if mirror not in ("published", "exact"):
             raise ValueError(f"mirror={mirror!r}: expected 'published' or 'exact'")
         if ids_keep.ndim != 2 or ids_keep.is_floating_point():
             raise ValueError(
                 f"ids_keep: expected integer indices (B, n), got {tuple(ids_keep.shape)}"
             )
-        ids_keep = ids_keep.contiguous()  # like all tables made of it, which kernels read
+        ids_keep = ids_keep.contiguous()  # kernels read it and the tables made of it
         position = torch.zeros_like(ids_keep)
         segment = torch.zeros_like(ids_keep)
         path_step = prod(self.sizes)
@@ -202,9 +207,8 @@ class Segments:
             index = torch.stack([steps, steps])
         else:
             forward = segment.gather(1, order)
-            # Published: position j of the reversed sequence holds token n-1-j but uses the segment
-            # of token j, over segments in ascending order. Renumbered s -> S-1-s, so that the
-            # backward scan of every layer runs in descending order.
+            # The published models scan these segments in ascending order. They are renumbered
+            # s -> S-1-s, since the backward scan here always runs in descending order.
             flipped = self.num_segments - 1 - forward.flip(1)
             index = torch.stack([forward, flipped if mirror == "published" else forward])
         segments = self.num_segments if self.pools else ids_keep.shape[1]
@@ -232,16 +236,16 @@ class Segments:
         return grid.permute(0, *axes, -1).flatten(1, -2)
 
     def sum_of_path(self, x: Tensor) -> Tensor:
-        """(B, L, E) in path order to sums over each segment, (B, S, E); for an unmasked walk."""
+        """Sum (B, L, E) in path order over each segment of an unmasked walk, to (B, S, E)."""
         assert self.masked is None
         axes = [1 + axis for axis, pooled in enumerate(self.pooled) if pooled]
         grid: Tensor = x.unflatten(1, self.sizes)
         return grid.sum(axes).reshape(x.shape[0], self.num_segments, x.shape[-1])
 
     def reduce(self, x: Tensor, pooling: Pooling) -> Tensor:
-        """(2, B, n, E) in path order to one value per segment, (2, B, S, E).
+        """Pool (2, B, n, E) in path order to one value per segment, (2, B, S, E).
 
-        A mean divides by the full `segment_size`; a segment without a token is 0.
+        A mean divides by the full `segment_size`. A segment without tokens is 0.
         """
         if not self.pools:
             return x
@@ -257,7 +261,7 @@ class Segments:
         return values.reshape(*x.shape[:2], self.num_segments, x.shape[-1])
 
     def broadcast(self, y: Tensor) -> Tensor:
-        """(2, B, S, E), one value per segment, to each token in path order, (2, B, n, E)."""
+        """Copy (2, B, S, E), one value per segment, to its tokens in path order, (2, B, n, E)."""
         if not self.pools:
             return y
         if self.masked is not None:

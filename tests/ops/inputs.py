@@ -1,4 +1,4 @@
-"""Inputs of the four ops, seeded, and the gradients of what they give."""
+"""Seeded inputs of the four ops, and the gradients of their outputs."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def gate_inputs(batch: int, length: int, steps: int, width: int = 6, norm: bool 
 
 
 def to(tensors, dtype: torch.dtype, grad: bool = False):
-    """Copies in `dtype`: leaves of a graph, if they shall have gradients."""
+    """Copies in `dtype`; with `grad`, leaves that get gradients."""
     return [
         None if t is None else t.detach().to(dtype).clone().requires_grad_(grad) for t in tensors
     ]
 
 
 def outputs_of(result) -> tuple[torch.Tensor, ...]:
-    """What an op gave, be it one tensor or several."""
+    """The outputs of an op as a tuple, be it one tensor or several."""
     return result if isinstance(result, tuple) else (result,)
 
 
 def probe_backward(outputs, exact: torch.dtype | None = None) -> None:
-    """Gradients of the sum of all outputs, each times a probe of its own.
+    """Backpropagate the sum of all outputs, each multiplied by a random probe.
 
     Outputs that depend on nothing with a gradient are left out. The probes are numbers of the dtype
     `exact` (default: of the outputs).

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export of the ops and of whole models, without a graph break."""
+"""torch.compile (without a graph break) and torch.export of the ops and of whole models."""
 
 from __future__ import annotations
 

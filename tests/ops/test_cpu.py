@@ -1,4 +1,4 @@
-"""The numba engine: its errors beside plain PyTorch's, bad numbers, threads, forks, registration.
+"""The numba engine: errors beside plain PyTorch's, NaN and inf, threads, forks, registration.
 
 Errors are compared by ratio: a kernel may be twice as far from float64 as plain PyTorch in the same
 dtype is, and no further.
@@ -63,9 +63,9 @@ def test_errors_of_the_scan(steps, width, dtype):
 
 @pytest.mark.parametrize(("steps", "width"), SCANS)
 def test_errors_of_the_registered_scan(steps, width):
-    """What u, B, C and the step sizes get each, before the projections mix their gradients."""
+    """Gradients of u, B, C and the step sizes, before the projections mix them."""
     u, delta, *rest = scan_op_inputs(6, steps, width)
-    inputs = [u, 0.05 * delta, *rest]  # remembers for longer than a chunk
+    inputs = [u, 0.05 * delta, *rest]  # small steps: the state outlives a chunk
     exact = run_with_gradients(recurrence, inputs, torch.float64)
     plain = run_with_gradients(recurrence, inputs, torch.float32)
     kernel = run_with_gradients(registered_scan, inputs, torch.float32)
@@ -99,7 +99,7 @@ def test_errors_under_a_mask(dtype):
 
 @pytest.fixture
 def threads():
-    """Sets the number of torch's threads, for one test."""
+    """Set the number of torch's threads for one test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -114,8 +114,8 @@ def threads():
         *(("conv_pool", name, 7) for name in ("x", "weight", "bias", "D")),
     ],
 )
-def test_nan_spreads_as_in_the_definition(op, name, place):
-    """To what depends on it and no further: other channels, sequences, earlier steps."""
+def test_nan_spreads_as_in_the_reference(op, name, place):
+    """To what depends on it, and not to other channels, other sequences or earlier steps."""
     function, inputs = cases()[op]
     inputs[name].view(-1)[place] = float("nan")
     expected = run_with_gradients(function, inputs.values(), torch.float32, "reference")
@@ -130,7 +130,7 @@ def test_nan_spreads_as_in_the_definition(op, name, place):
 @pytest.mark.parametrize("number", range(5), ids=["u", "delta", "rate", "B", "C"])
 @pytest.mark.parametrize("steps", [5, 40])
 def test_nan_spreads_as_in_the_recurrence(steps, number):
-    """In one of the things that a nan of u or x_proj reaches all at once."""
+    """A NaN in Δ, B or C alone; one in u or x_proj reaches all three."""
     inputs = scan_op_inputs(4, steps, 6)
     inputs[number].view(-1)[7] = float("nan")
     expected = run_with_gradients(recurrence, inputs, torch.float32)
@@ -149,14 +149,14 @@ def test_steps_that_keep_or_forget_everything(bias):
     exact = run_with_gradients(function, inputs.values(), torch.float64)
     kernel = run_with_gradients(function, inputs.values(), torch.float32, "numba")
     for tensor, reference in zip(kernel, exact, strict=True):
-        # The kernel's decays end at 2**-126: what float64 still forgets further is nothing.
+        # The kernel's decays end at 2**-126, far below what shows in the results.
         scale = max(1e-20, float(reference.abs().max()))
         torch.testing.assert_close(tensor, reference, atol=1e-5 * scale, rtol=1e-4)
 
 
 @pytest.mark.parametrize("value", [-300.0, -90.0, 90.0, 1e30])
 def test_a_convolution_of_large_numbers(value):
-    """Where SiLU is the identity, and where it is nothing."""
+    """Where SiLU is the identity, and where it is 0."""
     function, inputs = cases()["conv_pool"]
     inputs["bias"] += value
     exact = run_with_gradients(function, inputs.values(), torch.float64)
@@ -166,7 +166,7 @@ def test_a_convolution_of_large_numbers(value):
 
 
 def kernels(sequences: int = 4, steps: int = 40, width: int = 130) -> list[torch.Tensor]:
-    """Everything that the registered kernels compute."""
+    """All outputs of the registered kernels."""
     inputs = scan_op_inputs(sequences, steps, width)
     y, starts = torch.ops.fastvim.scan_cpu(*inputs, True)
     results = [y, starts, *torch.ops.fastvim.scan_cpu_backward(*inputs, starts, y)]
@@ -209,7 +209,7 @@ def test_several_python_threads_at_once(threads):
 
 
 def scan_op_inputs(sequences: int, steps: int, width: int, states: int = 4, grad: bool = False):
-    """u, delta, rate, B, C as the registered op takes them."""
+    """u, delta, rate, B, C for the registered op."""
     shapes = ((sequences, steps, width),) * 2 + ((2, states, width),)
     shapes += ((sequences, steps, states),) * 2
     tensors = [normal(*shape, seed=i).float() for i, shape in enumerate(shapes)]
@@ -222,7 +222,7 @@ def registered_scan(*inputs: torch.Tensor) -> torch.Tensor:
 
 
 def recurrence(u, delta, rate, B, C):
-    """What the registered scan computes, in plain PyTorch."""
+    """The registered scan in plain PyTorch."""
     directions = []
     sequences = zip(*(t.chunk(2) for t in (u, delta, B, C)), strict=True)
     for direction, (u_own, delta_own, B_own, C_own) in enumerate(sequences):
@@ -237,13 +237,13 @@ def recurrence(u, delta, rate, B, C):
 
 
 def conv_op_inputs(sequences: int, tokens: int, width: int, taps: int = 4, grad: bool = False):
-    """x, taps, bias as the registered op takes them."""
+    """x, taps, bias for the registered op."""
     x, weight, bias, _ = to(conv_inputs(sequences, tokens, width, taps), torch.float32)
     return to((x, weight.mT.contiguous(), bias), torch.float32, grad)
 
 
 class Sums(Dataset):
-    """Sums of what the kernels compute, in whatever process asks for them."""
+    """Sums of the kernels' outputs, computed in the process that asks for them."""
 
     def __len__(self) -> int:
         return 3

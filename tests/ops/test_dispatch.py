@@ -52,7 +52,7 @@ def test_numba_serves_the_cpu(calls, dtype):
 
 
 @pytest.mark.parametrize("chosen", [None, "numba"])
-def test_float64_falls_to_the_definition(calls, chosen):
+def test_float64_falls_to_the_reference(calls, chosen):
     if chosen is None:
         scan(torch.float64)
     else:
@@ -149,7 +149,7 @@ def test_importing_loads_no_engine():
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
-def test_definitions_run_on_any_device(op):
+def test_references_run_on_any_device(op):
     """Shapes can be followed on the meta device, as tools that count operations do."""
     function, inputs = cases()[op]
     expected = outputs_of(function(*inputs.values()))

@@ -1,4 +1,4 @@
-"""The four ops against numpy in float64: the definitions in every dtype, and the numba engine."""
+"""The four ops against numpy in float64: the reference in every dtype, and the numba engine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from definitions import add_norm as numpy_add_norm
-from definitions import conv_pool as numpy_conv_pool
-from definitions import convolve, scan, silu, walk
-from definitions import expand_gate as numpy_expand_gate
-from definitions import selective_scan as numpy_selective_scan
 from inputs import (
     DTYPES,
     ENGINES,
@@ -27,6 +22,11 @@ from inputs import (
     scan_inputs,
     to,
 )
+from naive import add_norm as numpy_add_norm
+from naive import conv_pool as numpy_conv_pool
+from naive import convolve, scan, silu, walk
+from naive import expand_gate as numpy_expand_gate
+from naive import selective_scan as numpy_selective_scan
 
 from fastvim.ops import (
     Traversal,
@@ -53,7 +53,7 @@ def as_numpy(tensors):
 
 
 def assert_close_to_numpy(actual: torch.Tensor, expected, dtype: torch.dtype) -> None:
-    """Within what one rounding of the result, and sums in float32 or better, can do."""
+    """Equal up to one rounding of the result, and sums in float32 or better."""
     expected = torch.from_numpy(expected)
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
@@ -82,7 +82,7 @@ def test_add_norm(kind, with_bias, with_residual, dtype):
         normed, total = add_norm(*inputs, kind=kind)
         expected_norm, expected_total = numpy_add_norm(*as_numpy(inputs), kind)
         assert_close_to_numpy(normed, expected_norm, dtype)
-        # The stream keeps float32 whatever the dtype of the blocks.
+        # The residual stream is float32 for any dtype of the blocks.
         stream = torch.float64 if dtype == torch.float64 else torch.float32
         assert_close_to_numpy(total, expected_total, stream)
 
@@ -149,7 +149,7 @@ def test_selective_scan(steps, dtype, engine):
 @pytest.mark.parametrize("parameters", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_scan_of_halves_rounds_its_result_alone(dtype, parameters, engine):
-    """What is selected stays in float32, whatever the tokens and the parameters come in."""
+    """Step sizes, B and C are float32 for any dtype of the tokens and parameters."""
     u, *rest = scan_inputs(2, 63, 72)
     inputs = [*to([u], dtype), *to(rest, parameters)]
     exact = selective_scan(*to(inputs, torch.float64))
@@ -197,7 +197,7 @@ MASKED = Traversal("w h", "h").over(
         *((selective_scan, scan_inputs(2, steps, 2, states=2, rank=1)) for steps in (1, 3)),
     ],
 )
-def test_gradients_of_the_definitions(function, inputs):
+def test_gradients_of_the_references(function, inputs):
     leaves = tuple(to(inputs, torch.float64, grad=True))
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -208,7 +208,7 @@ def test_gradients_of_the_definitions(function, inputs):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("mirror", ["published", "exact"])
 @pytest.mark.parametrize(("path", "pool"), WALKS[:2])
-def test_a_masked_layer_is_that_of_section_5(path, pool, mirror, dtype):
+def test_a_masked_layer_against_numpy(path, pool, mirror, dtype):
     grid, kept = {"h": 4, "w": 3}, [[0, 1, 5, 10, 11], [2, 3, 4, 5, 7]]  # empty rows and columns
     width, states, rank = 5, 3, 2
     x, weight, bias, D = to(conv_inputs(2, 5, width), dtype)
@@ -280,7 +280,7 @@ def test_strides_do_not_matter(engine):
             torch.testing.assert_close(strided, contiguous, rtol=1e-5, atol=1e-6)
 
 
-# What holds for each op alike, by name.
+# Properties of every op.
 
 
 @each_engine
@@ -313,7 +313,7 @@ def test_autocast_does_not_reach_inside(op, engine):
 
 @each_op
 def test_half_tokens_meet_float32_parameters(op):
-    """Under autocast the tokens come in bfloat16 and the parameters stay in float32."""
+    """Under autocast tokens are bfloat16 and parameters float32."""
     function, inputs = cases()[op]
     first, *_ = inputs
     mixed = [t.bfloat16() if name == first else t for name, t in inputs.items()]

@@ -7,17 +7,17 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from definitions import walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive import walk
 
 from fastvim.models.vision import grid_traversals
 from fastvim.ops import Traversal
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
-# Every walk of the table in section 3 of the models' description. The grid's axes lie in memory
-# in one order for all layers of a variant: the slowest of any of its tokens first.
+# Every walk of the table in docs/architecture.md. All layers of a variant share one order of the
+# grid's axes in memory.
 FLAT = ("h", "w")
 CHANNELS_LAST = ("h", "w", "c")
 CHANNELS_FIRST = ("c", "h", "w")
@@ -34,7 +34,7 @@ WALKS = [
     ("h w c", "h w", CHANNELS_LAST),
     ("h w c", "", CHANNELS_LAST),  # ChannelVim
     ("l", "", ("l",)),  # Vim with a class token among its tokens
-    # Not in the table: every axis pooled, and other orders in memory.
+    # Not in that table: every axis pooled, and other orders in memory.
     ("h w", "h w", FLAT),
     ("h w c", "w", CHANNELS_FIRST),
     ("w c h", "c h", ("h", "c", "w")),
@@ -52,7 +52,7 @@ def grids(axes: tuple[str, ...]) -> list[dict[str, int]]:
 
 
 def tokens(*shape: int) -> torch.Tensor:
-    """Distinct values in a scrambled order, so that no two places can be confused."""
+    """Distinct values in a scrambled order, so that every position is recognised."""
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(prod(shape), generator=generator).double().reshape(shape)
 
@@ -91,7 +91,7 @@ def test_order_and_segments(path, pool, axes):
         assert segments.pools == bool(pool)
         assert segments.sizes == tuple(grid[a] for a in path.split())
         assert segments.pooled == tuple(a in pool.split() for a in path.split())
-        # With an axis of size 1 the answer may be a needless no.
+        # With an axis of size 1 it may be False although the order is the memory's.
         in_memory_order = expected.order == sorted(expected.order)
         assert segments.in_memory_order <= in_memory_order
         if 1 not in grid.values():
@@ -138,7 +138,7 @@ def test_reduce_and_broadcast(path, pool, axes, pooling):
     for grid in grids(axes):
         expected = walk(path, pool, grid)
         segments = Traversal(path, pool).over(grid)
-        x = tokens(2, 3, segments.num_tokens, 2) - 50  # negative too: a maximum with 0 would show
+        x = tokens(2, 3, segments.num_tokens, 2) - 50  # negative: a maximum with 0 would show
         reduced = segments.reduce(x, pooling)
         torch.testing.assert_close(reduced, brute_reduce(x, [expected] * 3, pooling))
         y = tokens(2, 3, segments.num_segments, 2)
@@ -163,7 +163,7 @@ def test_any_walk_over_any_grid(data):
     torch.testing.assert_close(segments.reduce(x, "mean"), brute_reduce(x, [expected], "mean"))
 
 
-# Kept cells only (section 5).
+# Masks.
 
 
 def draw_kept(cells: int, keep: int, batch: int = 3) -> torch.Tensor:

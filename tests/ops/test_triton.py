@@ -1,4 +1,4 @@
-"""The GPU kernels against the definitions in float64: on a GPU, else in the interpreter."""
+"""The GPU kernels against the references in float64: on a GPU, else in the interpreter."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ WALKS = [
     ("h w c", "h w"),
     ("h w c", ""),
 ]
-# Rows shorter than the window, and of one, two and four runs that they are no multiple of; cells of
-# few channels and of several.
+# Rows that are shorter than the window, and rows of one, two and four runs with a remainder. Cells
+# of few and of several channels.
 GRIDS = [(1, 1, 1), (3, 19, 1), (5, 2, 2), (2, 35, 1), (4, 3, 5)]
-STEPS = [1, 6, 9]  # of the scan: in groups of five, with rests
+STEPS = [1, 6, 9]  # of the scan: groups of five, with a remainder
 WIDTHS = [6, 40]
 if ON_GPU:  # the interpreter would take minutes
     GRIDS += [(1, 7, 1), (7, 1, 1), (7, 9, 1), (14, 14, 1), (197, 1, 1), (4, 49, 1), (3, 300, 1)]
@@ -73,23 +73,25 @@ if ON_GPU:  # the interpreter would take minutes
     STEPS += [7, 17, 33, 63, 196, 197, 3000]
     WIDTHS += [32, 72, 384, 1000, 2560]
 
-# The interpreter rounds to bfloat16 towards zero, unlike a GPU: that dtype needs one.
+# The interpreter rounds to bfloat16 towards zero, unlike a GPU, so that dtype needs a GPU.
 HERE = [dtype for dtype in DTYPES if ON_GPU or dtype != torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", HERE, ids=str)
 each_walk = pytest.mark.parametrize(("path", "pool"), WALKS)
 each_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
 
-def assert_as_exact(kernel, definition, inputs, dtype: torch.dtype, gradients=True) -> None:
-    """Rule 9: every output, and the gradient of every input, at most twice as far from float64 as
-    plain PyTorch in the same dtype is."""
+def assert_as_exact(kernel, reference, inputs, dtype: torch.dtype, gradients=True) -> None:
+    """Compare every output, and the gradient of every input, with float64.
+
+    The kernel's error may be twice that of the reference in the same dtype.
+    """
     inputs = [None if t is None else t.to(DEVICE) for t in to(inputs, dtype)]
     run = run_without_gradients
-    if gradients:  # of sums with the same factors, to the bit
+    if gradients:  # of the same weighted sum in every dtype
         run = functools.partial(run_with_gradients, exact=dtype)
     with use_engine("reference"):
-        exact = run(definition, inputs, torch.float64)
-        plain = run(definition, inputs, dtype)
+        exact = run(reference, inputs, torch.float64)
+        plain = run(reference, inputs, dtype)
     actual = run(kernel, inputs, dtype)
     for number, (e, p, k) in enumerate(zip(exact, plain, actual, strict=True)):
         # Two units in the last place of float32, in which both compute, of the largest value.
@@ -163,7 +165,7 @@ def test_selective_scan(steps, width, dtype):
 @each_dtype
 @pytest.mark.parametrize("walk", selective_scan_kernels.WALKS[::3], ids=str)
 def test_chunks_of_a_sequence(walk, dtype, monkeypatch, forget_launches):
-    """17 steps in chunks of 5 and a rest, by lanes that have all states of a channel or a part."""
+    """17 steps in chunks of 5 and a remainder; lanes that hold all states of a channel, or a part."""
     monkeypatch.setattr(selective_scan_kernels, "WALKS", (walk,))
     monkeypatch.setattr(selective_scan_kernels, "LONG", 8)
     monkeypatch.setattr(selective_scan_kernels, "SHORTEST", 4)
@@ -178,7 +180,7 @@ KEPT = [[0, 1, 5, 10, 11], [2, 3, 4, 5, 7]]  # of 4 x 3 cells, with empty rows a
 @pytest.mark.parametrize("mirror", ["published", "exact"])
 @pytest.mark.parametrize(("path", "pool"), [("h w", "w"), ("w h", "h"), ("w h", "w"), ("h w", "")])
 def test_kept_cells(path, pool, mirror, dtype):
-    kept = torch.tensor(KEPT, device=DEVICE).T.contiguous().T  # which is not row after row
+    kept = torch.tensor(KEPT, device=DEVICE).T.contiguous().T  # not contiguous
     segments = Traversal(path, pool).over({"h": 4, "w": 3}, kept, mirror)
     assert_as_exact(
         lambda *a: conv_pool_masked(*a, segments, pool_scale=0.25),
@@ -195,7 +197,7 @@ def test_kept_cells(path, pool, mirror, dtype):
 
 
 def test_kept_cells_compiled_whole():
-    """With the tables made inside, as in a model that gets the kept cells with each call."""
+    """The tables are made inside, as in a model that gets the mask with each call."""
     x, weight, bias, D = (t.to(DEVICE) for t in to(conv_inputs(2, 5, 8), torch.float32))
 
     def layer(x, kept):
@@ -373,8 +375,8 @@ def test_compiled_whole(op, dynamic):
 @pytest.mark.parametrize(
     ("path", "pool", "pooling"), [("w h", "h", "max"), ("w h", "w", "mean"), ("h w", "", "max")]
 )
-def test_gradients_by_definition_compiled_whole(path, pool, pooling):
-    """Maxima, and segments that are no rows of the path."""
+def test_gradients_by_the_reference_compiled_whole(path, pool, pooling):
+    """Maxima, and segments that are not rows of the path."""
     segments = Traversal(path, pool).over({"h": 3, "w": 5})
     inputs = [t.to(DEVICE) for t in conv_inputs(2, 15, 8)]
 
@@ -409,7 +411,7 @@ def test_serves_gpus(op):
 
 
 def test_rows_that_no_number_of_runs_divides():
-    """135 tokens are 15 runs of 9, but there are 16."""
+    """135 tokens fill 15 of 16 runs of 9."""
     check_conv_pool(segments_of("h w", "w", (1, 135, 1)), torch.float32, "mean")
 
 

@@ -1,4 +1,4 @@
-"""Functions inside the Triton kernels, on the GPU or in the interpreter."""
+"""Device functions of the Triton kernels, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def apply(which: int, x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_exponentials_are_exact_to_rounding_and_not_biased(which, exact, low, high):
-    """A bias of half a unit in the last place shows in gradients summed over thousands of steps."""
+    """A bias of half a unit in the last place would show in gradients of thousands of steps."""
     x = torch.linspace(low, high, COUNT, device=DEVICE)
     error = apply(which, x).double() / exact(x.double()) - 1
     assert error.abs().max() < 2 * UNIT
@@ -55,12 +55,12 @@ def test_exponentials_are_exact_to_rounding_and_not_biased(which, exact, low, hi
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_what_is_not_a_number_stays_so(which):
+def test_nan_propagates(which):
     x = torch.full((COUNT,), torch.nan, device=DEVICE)
     assert apply(which, x).isnan().all()
 
 
-def test_exponentials_are_kept_in_range():
+def test_exponentials_are_clamped():
     x = torch.tensor([-1000.0, 1000.0], device=DEVICE).repeat(COUNT // 2)
     assert apply(0, -x.abs()).max() <= 2.0**-126
     low, high = apply(1, x)[:2]

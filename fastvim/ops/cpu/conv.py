@@ -1,8 +1,7 @@
-"""conv_pool on the CPU: its convolution and SiLU in one pass each way.
+"""conv_pool on the CPU: convolution and SiLU fused, forward and backward.
 
 B  batch, L  tokens in path order, E  inner width, K  taps
-The convolution of both directions, its SiLU and their gradients are what costs in this op; the rest
-stays as it is defined.
+These dominate the runtime; the rest uses the reference.
 """
 
 from __future__ import annotations

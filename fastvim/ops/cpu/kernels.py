@@ -1,13 +1,13 @@
-"""All that numba compiles: the loops of the CPU engine.
+"""The loops of the CPU engine, compiled by numba.
 
-A kernel takes a range of tasks, `kernel(first, last, *arrays)`, so that slices of the range can
-run on several threads. A task is one sequence and one block of `BLOCK` channels, and its inner
-loops run over channels, in vectors.
+A kernel takes a range of tasks, `kernel(first, last, *arrays)`, so that several threads can share
+the range. A task is one block of `BLOCK` channels of one sequence. Its inner loops run over
+channels and are vectorised.
 
     B  batch     L  tokens in path order     E  inner width     K  taps     N  state size
     G  2 x batch sequences, directions outer                    S  steps
 
-One file, because numba's cache of compiled code notices only changes of a kernel's own file.
+All kernels are in one file: numba's cache notices changes only in a kernel's own file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from numba import float32, int32
 from numba.core import types
 from numba.extending import intrinsic
 
-BLOCK = 64  # channels of a task: four of the widest vectors, and its rows stay in the first cache
-CHUNK = 16  # steps whose states the backward pass holds; between chunks it restarts from saved ones
+BLOCK = 64  # channels of a task: four of the widest vectors, and rows that fit the L1 cache
+CHUNK = 16  # steps whose states the backward pass holds; each chunk restarts from a saved state
 LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.6931471805599453)
 
@@ -35,7 +35,7 @@ C0, C1, C2, C3, C4, C5, C6 = (
     .coef
 )
 
-# Sums may be reordered into vector lanes; nothing may assume that values are finite.
+# Sums may be reordered, for vectorisation. Values are not assumed to be finite.
 jit: Callable[..., Any] = functools.partial(
     numba.njit, nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy"
 )
@@ -53,7 +53,7 @@ def _as_float(typing_context: Any, bits: Any) -> Any:
 
 @jit(inline="always")
 def exp2(x):  # type: ignore[no-untyped-def]
-    """2**x for x <= 0, floored at 2**-126. numba's own exp would be a call per element."""
+    """2**x for x <= 0, floored at 2**-126. numba's own exp makes a call for each element."""
     x = float32(-126.0) if x < float32(-126.0) else x
     whole = np.floor(x + float32(0.5))
     f = x - whole
@@ -64,7 +64,7 @@ def exp2(x):  # type: ignore[no-untyped-def]
 
 @jit
 def scan_forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[no-untyped-def]
-    """Tasks first..last-1. Fills y (G, S, E) and starts (G, S // CHUNK, N, E), if it has room."""
+    """Fill y (G, S, E), and the states after each chunk in starts (G, S // CHUNK, N, E) or (G, 0, …)."""
     G, S, E = u.shape
     N = rate.shape[1]
     blocks = (E + BLOCK - 1) // BLOCK
@@ -98,7 +98,7 @@ def scan_forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[
 
 @jit
 def scan_backward(first, last, u, delta, rate, B, C, starts, dy, du, ddelta, drate, dB, dC):  # type: ignore[no-untyped-def]
-    """Tasks first..last-1. drate (G, N, E), dB and dC (blocks, G, S, N) are partial sums."""
+    """Fill the gradients. drate (G, N, E), dB and dC (blocks, G, S, N) are partial sums."""
     G, S, E = u.shape
     N = rate.shape[1]
     blocks = (E + BLOCK - 1) // BLOCK
@@ -114,13 +114,13 @@ def scan_backward(first, last, u, delta, rate, B, C, starts, dy, du, ddelta, dra
         e0 = block * BLOCK
         width = min(BLOCK, E - e0)
         backward = g >= G // 2
-        # Lanes past `width` stay 0, so that they add nothing to the sums over channels.
+        # Channels past `width` stay 0, so they add nothing to the sums over channels.
         dh[:], drates[:] = float32(0.0), float32(0.0)
         step[:], inflow[:], grad[:] = float32(0.0), float32(0.0), float32(0.0)
         rates[:, :width] = rate[int32(backward), :, e0 : e0 + width]
         for chunk in range((S - 1) // CHUNK, -1, -1):
             begin, end = chunk * CHUNK, min(S, (chunk + 1) * CHUNK)
-            part_rates[:] = float32(0.0)  # short sums first, so that rounding does not add up
+            part_rates[:] = float32(0.0)  # summed chunk by chunk: long sums would lose accuracy
             if chunk == 0:
                 h[0] = float32(0.0)
             else:
@@ -172,8 +172,8 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
     return (float32(1.0) if x >= float32(0.0) else decay) / (float32(1.0) + decay)
 
 
-# Blocks are copied to scratch first: its rows are padded with K-1 zero tokens at both ends, and an
-# index that starts at 0 is one that the compiler knows not to be negative, so that it vectorises.
+# Each block is copied to a buffer first, padded with K-1 zero tokens at both ends. Indices into the
+# buffer start at 0: the compiler then knows that they are not negative, and vectorises.
 
 
 @jit
@@ -202,7 +202,7 @@ def conv_forward(first, last, x, taps, bias, out):  # type: ignore[no-untyped-de
 
 @jit(inline="always")
 def _convolve(tokens, position, window, start, d, row):  # type: ignore[no-untyped-def]
-    """row = the window that ends (d = 0) or begins (d = 1) at a position of the padded tokens."""
+    """Convolve into `row`; the window ends (d = 0) or begins (d = 1) at a position."""
     K = window.shape[0]
     for e in range(BLOCK):
         row[e] = start[e]
@@ -214,7 +214,7 @@ def _convolve(tokens, position, window, start, d, row):  # type: ignore[no-untyp
 
 @jit
 def conv_backward(first, last, x, taps, bias, dout, dx, dtaps, dbias):  # type: ignore[no-untyped-def]
-    """Gradients; dtaps (B, 2, K, E) and dbias (B, 2, E) are partial sums."""
+    """Fill the gradients. dtaps (B, 2, K, E) and dbias (B, 2, E) are partial sums."""
     _, L, E = x.shape
     K = taps.shape[1]
     blocks = (E + BLOCK - 1) // BLOCK
@@ -235,7 +235,7 @@ def conv_backward(first, last, x, taps, bias, dout, dx, dtaps, dbias):  # type: 
             start[:width] = bias[d, e0 : e0 + width]
             dwindow[:], dstart[:] = float32(0.0), float32(0.0)
             for position in range(L):
-                if position % CHUNK == 0:  # as above
+                if position % CHUNK == 0:  # chunk by chunk, as above
                     dwindow += part_window
                     dstart += part_start
                     part_window[:], part_start[:] = float32(0.0), float32(0.0)

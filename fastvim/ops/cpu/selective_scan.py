@@ -19,7 +19,7 @@ from fastvim.ops.reference import select, without_autocast
 def _scan(
     u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """u, delta (G, S, E), rate (2, N, E), B, C (G, S, N): y, and the states where chunks end."""
+    """u, delta (G, S, E), rate (2, N, E), B, C (G, S, N) to y and the states after each chunk."""
     G, S, E = u.shape
     y = torch.empty_like(u)
     starts = u.new_empty(G, S // CHUNK if save else 0, rate.shape[1], E)
@@ -78,7 +78,7 @@ def selective_scan_numba(
 ) -> Tensor:
     """`fastvim.ops.selective_scan` for CPU tensors of at most 32 bits."""
     dtype = torch.float32
-    # Rates to base 2, channels last: the kernel's inner loop is 2**(Δ · rate) over channels.
+    # Rates to base 2, channels last: the kernel's inner loop computes 2**(Δ · rate) over channels.
     rate = (-float(LOG2_E) * A_log.to(dtype).exp()).mT.contiguous()
     delta, B, C = select(u, x_proj, dt_proj, dt_bias, dtype)
     sequences = [t.to(dtype).flatten(0, 1).contiguous() for t in (u, delta, B, C)]

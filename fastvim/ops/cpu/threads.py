@@ -1,4 +1,4 @@
-"""Running a CPU kernel's tasks on several threads."""
+"""Run the tasks of a CPU kernel on several threads."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive 
 def parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
     """Run kernel(first, last, *arrays) over slices of the tasks, on as many threads as torch.
 
-    The kernels release the GIL, so plain threads serve: no numba threading layer to conflict with
-    torch's, and a forked data worker starts with none.
+    The kernels release the GIL, so plain threads suffice. numba's threading layers may conflict
+    with torch's, and do not survive a fork.
     """
     arrays = [tensor.detach().numpy() for tensor in tensors]
     threads = max(1, min(torch.get_num_threads(), tasks))
@@ -41,5 +41,5 @@ def parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
 
 
 def blocks_of(channels: int) -> int:
-    """Blocks that cover the channels."""
+    """Number of blocks that cover the channels."""
     return -(-channels // BLOCK)

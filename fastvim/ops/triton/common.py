@@ -1,4 +1,8 @@
-"""What the Triton kernels share: functions inside kernels, and grids described as integers."""
+"""What the Triton kernels share: device functions, and traversals as integers.
+
+Path axes are numbered from the slowest to the fastest: n0, n1, n2 are their sizes, and m0, m1, m2
+their strides in memory, in tokens. Axes that a walk lacks have size 1 and stride 0, on the slow side.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,23 @@ from fastvim.ops.traversal import Segments
 
 # The interpreter has no inline assembly.
 INTERPRETED = triton.knobs.runtime.interpret
-MAX_AXES = 3  # path axes that the kernels take
+MAX_AXES = 3  # most axes of a path that the kernels take
 
 
 @triton.jit
 def token_at(position, n1, n2, m0, m1, m2):
-    """Memory index of the token at a path position; sizes n and strides m, slowest axis first."""
+    """Memory index of the token at a path position."""
     rest = position // n2
     return (rest // n1) * m0 + (rest % n1) * m1 + (position % n2) * m2
 
 
 @triton.jit
 def row_of(run, pieces, rows, P, n1, n2, m0, m1):
-    """Of a run of P tokens, one of `pieces` of a row of the path: its sequence, its row, its first
-    token in the row, the row's first path position, and the memory tokens at which the row and its
-    neighbours begin."""
+    """Where a run lies: one of `pieces` runs, of P tokens each, of a row of the path.
+
+    Gives its sequence, its row, its first token within the row, the path position at which the row
+    starts, and the memory indices at which the row, the one before and the one after start.
+    """
     batch = (run // (pieces * rows)).to(tl.int64)
     row = (run // pieces) % rows
     base = (row // n1) * m0 + (row % n1) * m1
@@ -38,11 +44,12 @@ def row_of(run, pieces, rows, P, n1, n2, m0, m1):
 
 @triton.jit
 def near(i, start, L, base, before, after, n1, n2, m0, m1, m2, SHORT: tl.constexpr):
-    """Memory index of token i of the path's row that begins at position `start`, and whether the
-    path has it; i may lie in a neighbouring row.
+    """Memory index of token i of a row, and whether it is on the path.
 
-    The row begins at memory token `base`, its neighbours at `before` and `after`. Where rows are
-    shorter than the window (SHORT) the token may be further away, and is found by division.
+    The row starts at path position `start` and memory index `base`. i may be negative or beyond the
+    row: the token then lies in a neighbouring row, which starts at `before` or `after`. SHORT: rows
+    are shorter than the convolution's window, so that the token may lie further away; it is then
+    found by division.
     """
     if SHORT:
         token = token_at(start + i, n1, n2, m0, m1, m2)
@@ -54,27 +61,28 @@ def near(i, start, L, base, before, after, n1, n2, m0, m1, m2, SHORT: tl.constex
 
 @triton.jit
 def load_taps(weight, bias, D, columns, E):
-    """Taps, bias and skip of one direction; taps and bias halved, as `silu_twice` asks."""
+    """Taps, bias and skip of one direction. Taps and bias are halved, as `silu_twice` expects."""
     mask = columns < E
     w0 = 0.5 * tl.load(weight + columns * 4, mask=mask, other=0.0).to(tl.float32)
     w1 = 0.5 * tl.load(weight + columns * 4 + 1, mask=mask, other=0.0).to(tl.float32)
     w2 = 0.5 * tl.load(weight + columns * 4 + 2, mask=mask, other=0.0).to(tl.float32)
     w3 = 0.5 * tl.load(weight + columns * 4 + 3, mask=mask, other=0.0).to(tl.float32)
     b = 0.5 * tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    # The mean over the two directions is in the skip's factor.
+    # Half of the skip: the output is the mean over the two directions.
     d = 0.5 * tl.load(D + columns, mask=mask, other=0.0).to(tl.float32)
     return w0, w1, w2, w3, b, d
 
 
 @triton.jit
 def silu_twice(half, FAST: tl.constexpr):
-    """silu(2 · half); FAST takes one special function instead of two, with an error of 2**-11."""
+    """silu(2 · half). FAST uses one hardware function instead of two, with an error of 2**-11."""
     if FAST:
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
         )
         return half * tanh + half
-    return tl.div_rn(2.0 * half, 1.0 + exp(-2.0 * half, FAST))  # to rounding: long sums show less
+    # Correctly rounded: an error here would add up in the sums over long segments.
+    return tl.div_rn(2.0 * half, 1.0 + exp(-2.0 * half, FAST))
 
 
 @triton.jit
@@ -88,15 +96,17 @@ def sigmoid(x, FAST: tl.constexpr):
     return tl.div_rn(1.0, 1.0 + exp(-x, FAST))
 
 
-# Added to a number it leaves no bits for fractions: what is rounded so needs no conversion unit.
+# 1.5 · 2**23. Adding it rounds a float32 to an integer, which is faster than a conversion.
 ROUND = tl.constexpr(12582912.0)
 ROUND_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
 def _power(rounded, f):
-    """2**(n + f), where `rounded` is ROUND + n and f in [-1/2, 1/2], for a result that is normal: a
-    Chebyshev fit of 2**f."""
+    """2**(n + f), where `rounded` is ROUND + n and f is in [-1/2, 1/2].
+
+    The result must not be subnormal. 2**f is a Chebyshev fit.
+    """
     p = 0.0013400427997112274 + f * 0.00015461444854736328
     p = 0.24022650718688965 + f * (0.05550327152013779 + f * (0.009618056938052177 + f * p))
     p = 1.0 + f * (0.6931471824645996 + f * p)
@@ -108,33 +118,33 @@ def _power(rounded, f):
 def exp2(x, FAST: tl.constexpr):
     """2**x for x <= 127, floored at 2**-126.
 
-    FAST takes the special function: to 2**-22, but too small on average, which the gradients of a
-    scan add up over its steps. Otherwise to rounding.
+    FAST uses the hardware function. Its error is 2**-22, but biased downwards, and the gradients of
+    a scan accumulate the bias over the steps. Without FAST the result is exact to rounding.
     """
     if FAST:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    x = tl.where(x < -126.0, -126.0, x)  # which keeps what is not a number, unlike a maximum
+    x = tl.where(x < -126.0, -126.0, x)  # propagates NaN, unlike tl.maximum
     rounded = x + ROUND
     return _power(rounded, x - (rounded - ROUND))
 
 
 @triton.jit
 def exp(x, FAST: tl.constexpr):
-    """e**x, FAST as in `exp2`; otherwise kept between e**-87 and e**88."""
+    """e**x, FAST as in `exp2`. Without FAST the result is clamped to e**-87 and e**88."""
     if FAST:
         return exp2(x * 1.4426950408889634, FAST)
     x = tl.where(x < -87.0, -87.0, tl.where(x > 88.0, 88.0, x))
     rounded = x * 1.4426950408889634 + ROUND
     whole = rounded - ROUND
-    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4  # log(2), in a short part and the rest
+    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4  # ln 2 split high/low (Cody-Waite)
     return _power(rounded, rest * 1.4426950408889634)
 
 
 @triton.jit
 def softplus(x, FAST: tl.constexpr):
-    """log(1 + exp(x)), exact to rounding where exp(x) is far below 1; FAST: to 2**-13."""
+    """log(1 + exp(x)), exact to rounding also where exp(x) is tiny. FAST: an error of 2**-13."""
     t = exp(tl.where(x > 20.0, 20.0, x), FAST)
     w = 1.0 + t
     if FAST:
@@ -148,10 +158,10 @@ def softplus(x, FAST: tl.constexpr):
 
 
 def four_taps(weight: Tensor) -> Tensor:
-    """(2, E, K) as (2, E, 4), the window that the kernels hold; shorter ones are filled with 0.
+    """Pad the taps (2, E, K) with zeros to (2, E, 4), the window of the kernels.
 
     Raises:
-        ValueError: a wider convolution.
+        ValueError: more than 4 taps.
     """
     missing = 4 - weight.shape[2]
     if missing < 0:
@@ -163,8 +173,10 @@ def four_taps(weight: Tensor) -> Tensor:
 
 
 def row_pieces(width: int, most: int) -> tuple[int, int]:
-    """Size, `most` at most, and number of the pieces that a row is held in: powers of two that
-    waste no thread."""
+    """Size and number of the pieces in which a kernel holds a row of `width` channels.
+
+    The size is a power of two, `most` at most. It divides the width, unless it would be below 64.
+    """
     piece = width & -width  # the largest power of two that divides it
     if piece < 64:
         piece = triton.next_power_of_2(width)
@@ -173,17 +185,17 @@ def row_pieces(width: int, most: int) -> tuple[int, int]:
 
 
 def pools_rows(pooled: Sequence[bool]) -> bool:
-    """Whether the segments are the path's rows: its last axis is pooled, and no other."""
+    """Whether the segments are the path's rows: only its last axis is pooled."""
     return pooled[-1] and not any(pooled[:-1])
 
 
 def collapse(segments: Segments) -> tuple[list[int], list[int], list[bool]]:
-    """Sizes, memory strides and pooled flags of the path with as few axes as describe it."""
+    """Sizes, memory strides and pooled flags of the path, with neighbouring axes merged."""
     sizes: list[int] = []
     strides: list[int] = []
     pooled: list[bool] = []
     for axis, stride, pool in zip(segments.sizes, segments.strides, segments.pooled, strict=True):
-        size = int(axis)  # a symbol where sizes may change: kernels are compiled for each
+        size = int(axis)  # may be symbolic; kernels are compiled for each size
         if size == 1 and segments.num_tokens > 1:
             continue
         if sizes and pooled[-1] == pool and strides[-1] == stride * size:
@@ -197,5 +209,5 @@ def collapse(segments: Segments) -> tuple[list[int], list[int], list[bool]]:
 
 
 def pad_axes(values: Sequence[int], fill: int) -> list[int]:
-    """Exactly `MAX_AXES` numbers, filled on the slow side."""
+    """Exactly `MAX_AXES` numbers, filled up on the slow side."""
     return [fill] * (MAX_AXES - len(values)) + list(values)

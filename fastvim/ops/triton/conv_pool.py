@@ -1,8 +1,8 @@
 """conv_pool on GPUs: both convolutions, SiLU, pooling and the skip in one pass over the tokens.
 
-B  batch, L  tokens, E  inner width, S  segments, P  tokens of a run
-A row is the path's fastest axis. It is cut into runs of at most MAX_RUN tokens; one program takes
-all runs of a row.
+B  batch, L  tokens, E  inner width, S  segments
+A row is the path's fastest axis, cut into `pieces` runs of P tokens. The kernels are in
+`conv_pool_kernels`, the gradients in `conv_pool_backward`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastvim.ops.triton.conv_pool_kernels import cells_kernel, channels_kernel, 
 from fastvim.ops.triton.launch import Launch, Launches, Op
 
 CHANNELS = 64  # of a program
-PER_THREAD = 2  # channels
+PER_THREAD = 2  # channels of a thread
 WARPS = 4
-MAX_RUN = 16  # tokens of a run, all unrolled
-AHEAD = 16  # tokens loaded ahead of use
-MAX_RUNS = 64  # of a program
-MAX_VALUES = 1024  # of a program: runs times channels
-# `channels_kernel` walks whole cells, if they and their rows are no longer than this.
-MAX_CELL = 16  # tokens of a cell: channels of an image
+MAX_RUN = 16  # most tokens of a run; the loop over them is unrolled
+AHEAD = 16  # tokens that are loaded before they are used
+MAX_RUNS = 64  # most runs of a program
+MAX_VALUES = 1024  # most values of a program: runs times channels
+# `channels_kernel` serves cells and rows that are no longer than this:
+MAX_CELL = 16  # tokens of a cell, the channels of an image
 MAX_CELLS = 256  # cells of a row
 SCATTERED_SEGMENTS = 16  # of a program of `cells_kernel`
 
@@ -111,9 +111,10 @@ def _plan(x: Tensor, segments: Segments, pooling: str, pool_scale: float) -> Lau
 
 
 def _axis_pair(sizes: list[int], pooled: list[bool], pool: bool) -> tuple[int, int, int]:
-    """Of the axes that are pooled, or not: the fast one's size, both strides along the path.
+    """For the axes that are pooled, or are not: size of the fast one, and strides of both.
 
-    There are two such axes at most, as `cells_kernel` asks. A single one is the slow axis.
+    Strides are along the path. There are two such axes at most, as `cells_kernel` expects. A single
+    one is the slow axis.
     """
     axes = [axis for axis in range(len(sizes)) if pooled[axis] == pool]
     strides = [prod(sizes[axis + 1 :]) for axis in axes]

@@ -1,8 +1,8 @@
-"""Gradients of conv_pool on GPUs: the convolutions again, and all gradients in one pass.
+"""Gradients of conv_pool on GPUs: recomputes the convolutions, all gradients in one pass.
 
 B  batch, L  tokens, E  inner width, S  segments, P  tokens of a run
-Runs are those of the forward pass. The gradient of a token comes from the convolutions of the
-tokens three before to three behind it, so that each run computes those of its neighbours as well.
+Runs are those of the forward pass. The gradient of a token depends on the convolutions at the three
+tokens before it to the three behind it, so each run also computes those of its neighbours.
 Gradients of taps, bias and skip are summed over the runs of each program first, then over programs.
 """
 
@@ -33,12 +33,12 @@ from fastvim.ops.triton.launch import Launch, Launches, Op, multiprocessors
 from fastvim.ops.triton.sums import sum_parts
 
 CHANNELS = 32  # of a program
-PER_THREAD = 1  # channels
+PER_THREAD = 1  # channels of a thread
 WARPS = 4
-MAX_RUN = 16  # tokens of a run, all unrolled
-AHEAD = 8  # tokens loaded ahead of use
-PROGRAMS = 8  # most of a launch, for each multiprocessor: every program has a row of sums
-SUMS = tl.constexpr(12)  # four taps each way, two biases, two skips
+MAX_RUN = 16  # most tokens of a run; the loop over them is unrolled
+AHEAD = 8  # tokens that are loaded before they are used
+PROGRAMS = 8  # most of a launch, for each multiprocessor
+SUMS = tl.constexpr(12)  # per channel and direction: four taps, bias, skip
 
 _launches: Launches[tuple[Launch, int]] = Launches()
 
@@ -74,8 +74,12 @@ def _runs_backward_kernel(
     POOLED: tl.constexpr, SCATTERED: tl.constexpr,
     FAST: tl.constexpr, AHEAD: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Segments are the rows (POOLED), tokens, or SCATTERED: the path's axes have sizes .., s1, s2,
-    and segments lie k0, k1, k2 apart along them."""
+    """Gradients of a traversal with mean pooling, or none.
+
+    POOLED: segments are the path's rows. SCATTERED: segments have any form; the path's faster axes
+    have sizes s1 and s2, and k0, k1, k2 are the strides of its axes in segments. Neither: segments
+    are the tokens.
+    """
     rows = L // n2
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_row = (columns < E)[None, :]
@@ -99,10 +103,12 @@ def _runs_backward_kernel(
             own_forward = scale * tl.load(own, mask=mask, other=0.0).to(tl.float32)
             own_backward = scale * tl.load(own + direction, mask=mask, other=0.0).to(tl.float32)
 
-        tokens = ()  # of the run from -3 on, and their dskip
+        # Entry i + 3 belongs to token i of the run. upstream holds dskip; bwd and fwd hold the
+        # gradients of the convolutions before SiLU. fwd starts at token 0, so its entry is i.
+        tokens = ()
         upstream = ()
-        bwd = ()  # gradients of the convolutions before silu: of the run from -3 on,
-        fwd = ()  # and from 0 on
+        bwd = ()
+        fwd = ()
         for j in tl.static_range(-3, P + 3 + AHEAD):
             if j < P + 3:
                 token, inside = near(
@@ -113,7 +119,7 @@ def _runs_backward_kernel(
                 tokens = tokens + (value,)
                 value = tl.load(p_dskip + (token * E)[:, None], mask=present, other=0.0)
                 upstream = upstream + (value,)
-            if j >= AHEAD:  # token i = j - AHEAD; entry i + 3
+            if j >= AHEAD:  # convolve around token i = j - AHEAD
                 i0 = tokens[j - AHEAD].to(tl.float32)  # i - 3
                 i1 = tokens[j - AHEAD + 1].to(tl.float32)
                 i2 = tokens[j - AHEAD + 2].to(tl.float32)
@@ -171,7 +177,7 @@ def _runs_backward_kernel(
                     b_dx += f1 * fwd[j - AHEAD - 1] + f0 * fwd[j - AHEAD]
                     b_dx += g3 * bwd[j - AHEAD] + g2 * bwd[j - AHEAD - 1]
                     b_dx += g1 * bwd[j - AHEAD - 2] + g0 * bwd[j - AHEAD - 3]
-                    # The taps are halved, as the convolutions ask.
+                    # Twice: `load_taps` halved the taps.
                     tl.store(p_dx + (j - AHEAD - 3) * m2 * E, 2.0 * b_dx, mask=own)
     p_sums = sums + tl.program_id(0) * SUMS * E + columns
     parts = (df0, df1, df2, df3, dg0, dg1, dg2, dg3, dfb, dgb, 0.5 * dfd, 0.5 * dgd)
@@ -180,7 +186,7 @@ def _runs_backward_kernel(
 
 
 def _plan(x: Tensor, segments: Segments, pool_scale: float) -> tuple[Launch, int]:
-    """The launch for a traversal, and its programs along the runs: each gives a row of sums."""
+    """The launch for a traversal, and its programs along the runs, each with a row of sums."""
     B, L, E = x.shape[0], x.shape[1], int(x.shape[2])
     sizes, strides, pooled = collapse(segments)
     scattered = segments.pools and not pools_rows(pooled)
@@ -259,7 +265,7 @@ def _run_reference(
     dpooled: Tensor,
     dskip: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same gradients from the reference, for maxima: no kernel has them."""
+    """The same gradients by autograd through the reference: for maxima, which no kernel covers."""
     options: dict[str, Any] = {"pooling": pooling, "pool_scale": pool_scale}
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, D)]
     with torch.enable_grad():

@@ -45,7 +45,7 @@ def runs_kernel(
     backward = tl.full((RUNS, BLOCK), float("-inf") if MAX else 0.0, tl.float32)
     tokens = ()
     for i in tl.static_range(-3, P + 3 + AHEAD):
-        if i < P + 3:  # load token i of the run: entry i + 3
+        if i < P + 3:  # load token i of the run, which is entry i + 3 of `tokens`
             if EVEN and not SHORT and i >= 0 and i < P:
                 value = tl.load(p_first + i * m2 * stride_token, mask=mask, other=0.0)
             else:
@@ -56,7 +56,7 @@ def runs_kernel(
                     p_x + (token * stride_token)[:, None], mask=mask & inside[:, None], other=0.0
                 )
             tokens = tokens + (value,)
-        if i >= AHEAD + 3:  # convolve around the token loaded AHEAD + 3 turns ago
+        if i >= AHEAD + 3:  # convolve around token i - AHEAD - 3
             x0 = tokens[i - AHEAD - 3].to(tl.float32)
             x1 = tokens[i - AHEAD - 2].to(tl.float32)
             x2 = tokens[i - AHEAD - 1].to(tl.float32)
@@ -83,14 +83,13 @@ def runs_kernel(
                 forward += tl.where(present, fwd, 0.0)
                 backward += tl.where(present, bwd, 0.0)
     if POOLED:
+        SEGMENTS: tl.constexpr = RUNS // GROUP
         if GROUP > 1:
-            forward = tl.reshape(forward, (RUNS // GROUP, GROUP, BLOCK))
-            backward = tl.reshape(backward, (RUNS // GROUP, GROUP, BLOCK))
+            forward = tl.reshape(forward, (SEGMENTS, GROUP, BLOCK))
+            backward = tl.reshape(backward, (SEGMENTS, GROUP, BLOCK))
             forward = tl.max(forward, axis=1) if MAX else tl.sum(forward, axis=1)
             backward = tl.max(backward, axis=1) if MAX else tl.sum(backward, axis=1)
-        segment = tl.program_id(0) * (RUNS // GROUP) + tl.arange(
-            0, RUNS // GROUP
-        )  # of the whole batch
+        segment = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)  # counted over the batch
         mask = (segment < B * S)[:, None] & (columns < E)[None, :]
         p_segment = pooled + (segment.to(tl.int64) * E)[:, None] + columns[None, :]
         tl.store(p_segment, forward * scale, mask=mask)
@@ -99,8 +98,11 @@ def runs_kernel(
 
 @triton.jit
 def _gather(total, rest, value, MAX: tl.constexpr, FAST: tl.constexpr):
-    """A sum or maximum with one value more, and the sum's `rest`, what rounding added to it:
-    without FAST the sum of any length keeps to the last place (Kahan)."""
+    """Add a value to a sum or maximum.
+
+    Without FAST sums are compensated (Kahan), so that rounding errors do not grow with the length;
+    `rest` is the compensation.
+    """
     if MAX:
         return tl.maximum(total, value), rest
     if FAST:
@@ -112,7 +114,7 @@ def _gather(total, rest, value, MAX: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _load_cell(p, token, mask, step, CELL: tl.constexpr):
-    """CELL tokens that lie `step` elements apart, of RUNS runs."""
+    """CELL tokens of each run, `step` elements apart."""
     values = ()
     for c in tl.static_range(CELL):
         values = values + (tl.load(p + token + c * step, mask=mask, other=0.0),)
@@ -126,7 +128,7 @@ def channels_kernel(
     E: tl.constexpr, m2: tl.constexpr, stride_token: tl.constexpr, CELL: tl.constexpr,
     MAX: tl.constexpr, FAST: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of n1 cells of CELL tokens (the channels of an image): a segment has one of each cell.
+    """Segments have one token of each cell of a row: n1 cells of CELL tokens, an image's channels.
 
     RUNS rows at once, cell by cell, with the tokens of a cell and its neighbours in registers.
     """
@@ -190,7 +192,7 @@ def cells_kernel(
     E: tl.constexpr, stride_token: tl.constexpr,
     MAX: tl.constexpr, FAST: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Segments scattered over the path: each cell loads its own window.
+    """Segments of any form, scattered over the path. Each of their tokens loads its own window.
 
     Segment s begins at path position (s // k1) * s0 + (s % k1) * s1, and its cell j lies
     (j // q1) * t0 + (j % q1) * t1 further on.

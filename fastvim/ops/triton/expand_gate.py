@@ -1,9 +1,9 @@
 """expand_gate on GPUs: broadcast of the scan, skip, norm and gate in one pass over the tokens.
 
 B  batch, L  tokens, E  inner width, S  segments
-A program takes a few tokens that follow each other on the path, so that those of one segment find
-its scan in the cache; all of E lies in registers as the norm asks, cut into pieces that leave no
-thread idle where E is no power of two.
+A program takes a few neighbouring tokens of the path: those of one segment find its scan in the
+cache. The norm needs whole rows of E channels, which stay in registers. Rows are held in pieces, so
+that no thread is idle where E is no power of two.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fastvim.ops.triton.expand_gate_kernels import (
 from fastvim.ops.triton.launch import Launch, Launches, Op, multiprocessors
 from fastvim.ops.triton.sums import sum_parts
 
-PIECE = 256  # channels at most
-PER_THREAD = 8  # channels of a piece
+PIECE = 256  # most channels of a piece
+PER_THREAD = 8  # channels of a piece that a thread holds
 WARPS = 4
-# Of the backward pass, which holds three times as much:
+# The backward pass holds three times as much.
 BACKWARD_PIECE = 512
 BACKWARD_PER_THREAD = 8
-BACKWARD_CHANNELS = 768  # of a row, for each warp
-PROGRAMS = 16  # most of a launch, for each multiprocessor: every program has a row of sums
+BACKWARD_CHANNELS = 768  # of a row, per warp
+PROGRAMS = 16  # most of the backward pass, for each multiprocessor
 
 _launches: Launches[Launch] = Launches()
 _backward_launches: Launches[tuple[Launch, int]] = Launches()
@@ -76,7 +76,7 @@ def _run_backward(
     dz = torch.empty(skip.shape, dtype=z.dtype, device=skip.device)
     segments = Segments.unflatten(walk)
     scattered = segments.pools and not pools_rows(segments.pooled)
-    # Scattered segments: the kernel gives one value for each token, which are summed below.
+    # Scattered segments: the kernel gives one value per token; they are summed below.
     steps = skip.shape[1] if scattered else segments.num_segments
     dtype = torch.float32 if scattered else y.dtype
     dy = torch.empty((skip.shape[0], steps, E), dtype=dtype, device=skip.device)
@@ -143,7 +143,7 @@ def _plan(skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, ep
 def _plan_backward(
     skip: Tensor, z: Tensor, y: Tensor, segments: Segments, norm: bool, eps: float
 ) -> tuple[Launch, int]:
-    """The launch of the backward pass, and its programs: each gives a row of sums."""
+    """The launch of the backward pass, and its programs, each with a row of sums."""
     E = int(skip.shape[2])
     block, pieces = row_pieces(E, BACKWARD_PIECE)
     warps = triton.next_power_of_2(triton.cdiv(E, BACKWARD_CHANNELS))

@@ -16,7 +16,7 @@ from fastvim.ops.triton.common import sigmoid, silu_twice
 
 @triton.jit
 def _locate(place, L, S, n1, n2, m0, m1, m2, s0, s1, s2):
-    """Sequence, token in memory, and step in y, of places on the paths of all sequences."""
+    """Sequence, memory index and row of y of each token; `place` counts along all paths."""
     batch = (place // L).to(tl.int64)
     position = place % L
     i2 = position % n2
@@ -31,7 +31,7 @@ def _mix(
     eps: tl.constexpr, E: tl.constexpr, NORM: tl.constexpr, DIRECTIONS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Skip and scan of a few tokens, in pieces of the row, and the row's mean and 1 / deviation."""
+    """Skip plus scan of a few rows, in pieces, and each row's mean and 1 / standard deviation."""
     mixed = ()
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for c in tl.static_range(PIECES):
@@ -84,7 +84,7 @@ def expand_gate_kernel(
         in_row = (columns < E - c * BLOCK)[None, :]
         value = mixed[c]
         if NORM:
-            # A row of them for each token: what the threads hold then needs no exchange.
+            # Loaded once for each token, so that threads need not exchange them.
             places = c * BLOCK + columns[None, :] + tl.zeros((ROWS, BLOCK), tl.int32)
             weight = tl.load(norm_weight + places, mask=in_row, other=0.0).to(tl.float32)
             bias = tl.load(norm_bias + places, mask=in_row, other=0.0).to(tl.float32)
@@ -103,8 +103,10 @@ def expand_gate_backward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
     RUN: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of skip, gate and one direction of y, and in sums (programs, 2, E) those of the
-    norm's parameters. Runs of RUN tokens of the path; POOLED: each is a segment, with a row of dy.
+    """Gradients of skip, of the gate and of one direction of y.
+
+    sums (programs, 2, E): those of the norm's weight and bias, for each program.
+    A program takes runs of RUN tokens of the path. POOLED: a run is a segment, and has a row of dy.
     """
     columns = tl.arange(0, BLOCK)
     sum_weight = ()
@@ -154,7 +156,7 @@ def expand_gate_backward_kernel(
                 value = unit
                 gradient = b_dout * b_z * gate
                 if NORM:
-                    # A row of them for each token, as in the forward pass.
+                    # Loaded once for each token, as in the forward pass.
                     places = c * BLOCK + columns[None, :] + tl.zeros((ROWS, BLOCK), tl.int32)
                     weight = tl.load(norm_weight + places, mask=in_row, other=0.0).to(tl.float32)
                     bias = tl.load(norm_bias + places, mask=in_row, other=0.0).to(tl.float32)

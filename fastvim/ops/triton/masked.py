@@ -1,10 +1,11 @@
-"""Masked layers on GPUs: tokens brought into path order and back, around the unmasked kernels.
+"""Masked layers on GPUs: the unmasked kernels, with tokens moved into path order and back.
 
 B  batch, n  kept tokens, E  inner width, S  segments
-Kept tokens are few (a quarter, as a rule), so that moving them costs little: `conv_pool` convolves
-them in path order as a sequence without pooling, and each segment is summed here; `expand_gate`
-gets the scan spread to the tokens. The gradient of each of the three moves is another of them, or
-itself. Segments are summed by walking their members, without atomics.
+A mask usually keeps a quarter of the tokens, so moving them is cheap. Three moves serve both ops:
+`take` reorders rows, `sum_segments` sums the tokens of each segment, `spread` copies the scan of a
+segment to its tokens. `conv_pool` convolves the tokens in path order without pooling and sums the
+segments afterwards. The gradient of each move is again one of the three. Segments are summed member
+by member, without atomics.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastvim.ops.triton.expand_gate import expand_gate_triton
 from fastvim.ops.triton.launch import Launch, Launches, Op
 
 CHANNELS = 128  # of a program
-ROWS = 8  # of a program, where rows are independent
+ROWS = 8  # of a program, except for sums
 
 _launches: Launches[Launch] = Launches()
 
@@ -34,7 +35,7 @@ def _take_kernel(
     rows, n, stride_sequence, stride_row, E: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (G, n, E): row table (G, n) of a sequence of source (G, length, E), times scale."""
+    """out (G, n, E) = scale · rows of source (G, length, E), chosen by table (G, n)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     present = row < rows
@@ -49,7 +50,7 @@ def _take_kernel(
 def _spread_kernel(
     y, order, index, out, rows, n, S, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out (B, n, E) in memory order: the mean over directions of each token's segment of y."""
+    """out (B, n, E) in memory order: y at the segment of each token, averaged over directions."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     present = row < rows
@@ -69,9 +70,10 @@ def _sum_segments_kernel(
     values, members, starts, out, scale: tl.constexpr,
     B, n, S, stride_direction, E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (2, B, S, E): sums over the members of each segment of values (2, B, n, E), times scale.
+    """out (2, B, S, E) = scale · sum of values (2, B, n, E) over the members of each segment.
 
-    members (2, B, n) are rows of values, segment after segment; starts (2, B, S + 1) of these.
+    members (2, B, n) lists rows of values, segment after segment. starts (2, B, S + 1) tells where
+    in members a segment begins.
     """
     sequence = (tl.program_id(0) // S).to(tl.int64)  # of both directions
     segment = tl.program_id(0) % S
@@ -88,7 +90,7 @@ def _sum_segments_kernel(
 
 
 def _blocks(E: int) -> tuple[int, int]:
-    """Channels of a program, and programs along them."""
+    """Channels of a program, and the number of programs that cover E channels."""
     block = min(CHANNELS, triton.next_power_of_2(E))
     return block, triton.cdiv(E, block)
 
@@ -129,7 +131,7 @@ def _take_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return take(dout, inverse, table, ctx.scale), None, None, None
 
 
-# (source (G, n, E), table (G, n), inverse (G, n), scale): rows in another order.
+# Reorders rows: (source (G, n, E), table (G, n), its inverse (G, n), scale) to (G, n, E).
 take = Op("fastvim::take_triton", _take, _take_fake, _take_setup_context, _take_backward)
 
 
@@ -180,13 +182,16 @@ def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _sum_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
-    table = index.flatten(0, 1)  # no permutation: without an inverse, there are no second gradients
+    # The table is no permutation and has no inverse. Second gradients, which would use one, are
+    # not supported.
+    table = index.flatten(0, 1)
     source = dout.to(ctx.dtype).flatten(0, 1)
     dvalues = take(source, table, table, ctx.scale).view(*index.shape, dout.shape[3])
     return dvalues, None, None, None, None, None
 
 
-# (values (2 or, of both directions, 1, B, n, E), index, members, starts, scale, dtype of the sums).
+# Sums segments: (values (2, B, n, E), index, members, starts, scale, dtype of the sums) to
+# (2, B, S, E). Values of shape (1, B, n, E) serve both directions.
 sum_segments = Op(
     "fastvim::sum_segments_triton", _sum, _sum_fake, _sum_setup_context, _sum_backward
 )
@@ -227,7 +232,7 @@ def _spread_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dy, None, None, None, None
 
 
-# (y (2, B, S, E), order, index, tokens, starts): the scan of each token, (B, n, E), in float32.
+# Copies to tokens: (y (2, B, S, E), order, index, tokens, starts) to (B, n, E) in float32.
 spread = Op(
     "fastvim::spread_triton", _spread, _spread_fake, _spread_setup_context, _spread_backward
 )
@@ -243,7 +248,7 @@ def conv_pool_masked(
     pooling: Pooling = "mean",
     pool_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`fastvim.ops.conv_pool` for GPU tensors of at most 32 bits, under a mask."""
+    """`fastvim.ops.conv_pool` for masked GPU tensors of at most 32 bits."""
     if pooling == "max" and segments.pools:
         options: dict[str, Any] = {"pooling": pooling, "pool_scale": pool_scale}
         return conv_pool_reference(x, weight, bias, D, segments, **options)
@@ -251,9 +256,8 @@ def conv_pool_masked(
     assert masked is not None
     path = take(x, masked.order, masked.ids_restore, 1.0)
     scale, dtype = (1.0, torch.float32) if segments.pools else (pool_scale, x.dtype)
-    values, skip = conv_pool_triton(
-        path, weight, bias, D, _line(x), pool_scale=scale, dtype=dtype
-    )  # not rounded before they are summed
+    # Values that are summed afterwards stay in float32 until then.
+    values, skip = conv_pool_triton(path, weight, bias, D, _line(x), pool_scale=scale, dtype=dtype)
     if segments.pools:
         mean = pool_scale / segments.segment_size
         tables = (masked.index, masked.members, masked.starts)
@@ -271,7 +275,7 @@ def expand_gate_masked(
     *,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`fastvim.ops.expand_gate` for GPU tensors of at most 32 bits, under a mask."""
+    """`fastvim.ops.expand_gate` for masked GPU tensors of at most 32 bits."""
     masked = segments.masked
     assert masked is not None
     scanned = spread(y, masked.order, masked.index, masked.tokens, masked.starts)
@@ -279,5 +283,5 @@ def expand_gate_masked(
 
 
 def _line(x: Tensor) -> Segments:
-    """The walk over tokens (B, n, E) as they lie, without pooling."""
+    """The walk over tokens (B, n, E) in memory order, without pooling."""
     return Segments((x.shape[1],), (1,), (False,))

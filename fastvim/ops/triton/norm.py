@@ -1,8 +1,8 @@
-"""add_norm on GPUs: residual sum and norm in one pass, and their gradients in one.
+"""add_norm on GPUs: residual sum and norm in one pass, their gradients in another.
 
 M  rows (batch x tokens), d  model width
-The backward pass starts from the sum, which the forward pass gives anyway. Gradients of the weights
-are summed over the rows of each program first, then over the programs.
+The backward pass starts from the sum, which is an output of the forward pass. Gradients of weight
+and bias are summed over the rows of each program first, then over the programs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from fastvim.ops.reference import NormKind
 from fastvim.ops.triton.launch import Launch, Launches, Op, multiprocessors
 from fastvim.ops.triton.sums import sum_parts
 
-TILE = 1024  # values of a program
+TILE = 1024  # values that a program holds
 WARPS = 4
-# Most programs of the backward pass, for each multiprocessor: every program has a row of sums.
-PROGRAMS = 4
+PROGRAMS = 4  # most of the backward pass, for each multiprocessor
 
 _launches: Launches[Launch] = Launches()
 _backward_launches: Launches[Launch] = Launches()
@@ -61,7 +60,7 @@ def _add_norm_backward_kernel(
     HAS_DTOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, RMS: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dresidual is the gradient of the sum; dhidden the same in another dtype (APART)."""
+    """dresidual is the gradient of the sum. APART: dhidden is the same in another dtype."""
     columns = tl.arange(0, BLOCK)
     b_weight = tl.load(weight + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
     sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -120,7 +119,7 @@ def _run(
 
 
 def _rows(hidden: Tensor) -> dict[str, int]:
-    """Sizes of both kernels: rows of width d, and the tile of a program."""
+    """Parameters of both kernels: M rows of width d, and the tile of a program."""
     d = int(hidden.shape[-1])
     block = triton.next_power_of_2(d)
     return {"M": hidden.numel() // d, "d": d, "ROWS": max(1, TILE // block), "BLOCK": block}
@@ -150,7 +149,7 @@ def _run_backward(
     rms: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the sum in float32 and in the dtype of `dnormed`, of the weight and the bias."""
+    """Gradients of the sum, in float32 and in the dtype of `dnormed`, of weight and of bias."""
     total, weight, dnormed = total.contiguous(), weight.contiguous(), dnormed.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     rows = _rows(total)

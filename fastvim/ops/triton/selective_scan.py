@@ -1,4 +1,4 @@
-"""selective_scan on GPUs: the op over its kernels (`selective_scan_kernels`, `…_backward`)."""
+"""selective_scan on GPUs: the registered op. Its kernels are in `selective_scan_kernels`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Gradients of selective_scan on GPUs: the op over its kernels.
+"""Gradients of selective_scan on GPUs: launches and the registered op.
 
-G  2 x batch sequences (directions outer), S  steps, E  inner width, N  state size, R  rank of dt
-NP  N filled up to a power of two
-Nothing but the inputs is kept from the forward pass. Chunks are those of the forward pass; what
-flows back from the chunks that follow is found as their states are, in reverse.
+Letters as in `selective_scan_kernels`. Only the inputs are saved by the forward pass. Chunks are
+those of the forward pass. The gradient that flows into a chunk from the following ones is found as
+the states are, in reverse.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from fastvim.ops.triton.sums import sum_parts
 
 SPLIT = 4  # lanes that share the states of a channel
 V = 2  # channels of a lane
-STEPS = 5  # scanned at a time
-ROWS = 16  # steps of a program that gives gradients of what the projections take,
-WEIGHT_ROWS = 32  # and of their weights
-SPLIT_ROWS = 32  # of the partial sums of these weights
-WEIGHT_CHANNELS = 64  # at most, of a program that gives gradients of weights: more spill
-# Of products, for each dtype of u: their precision, and the channels taken at a time. TF32 cuts
-# numbers off after 11 bits, as many as float16 has. Where both factors are float32 it would do so
-# twice: such products take three even in bfloat16.
+STEPS = 5  # steps whose states stay in registers
+ROWS = 16  # steps of a program of `select_backward_kernel`
+WEIGHT_ROWS = 32  # steps of a program of `weights_backward_kernel`, at a time
+WEIGHT_CHANNELS = 64  # most channels of such a program; more would spill registers
+SPLIT_ROWS = 32  # rows that `sum_parts` adds at a time
+# Precision of the matrix products, and the channels taken at a time, for each dtype of u. TF32
+# cuts a float32 factor to 11 bits. That is precise enough beside bfloat16 (8 bits), but not beside
+# float16 (11 bits), which takes three products (tf32x3).
 PRODUCTS = {
     torch.float32: ("ieee", EXACT_DEPTH),
     torch.float16: ("tf32x3", 64),
@@ -49,7 +48,7 @@ PRODUCTS = {
 
 
 class _ScanBackward:
-    """The launches for one kind of input."""
+    """The launches for one kind of input, on top of those of the forward pass."""
 
     def __init__(
         self,
@@ -112,8 +111,11 @@ class _ScanBackward:
         A_log: Tensor,
         dy: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient of u, those of the projections (2, 2·R_BLOCK + 2·NP + 1, E) as the kernel has
-        them, and of A_log (2, NP, E)."""
+        """Gradients of u, of the projections, and of A_log (2, NP, E).
+
+        Those of the projections are one tensor (2, 2·R_BLOCK + 2·NP + 1, E), laid out as in
+        `weights_backward_kernel`.
+        """
         G, chunks, NP, E = self.scan.states
 
         def empty(*shape: int) -> Tensor:
@@ -158,7 +160,7 @@ def _run(
     if u.numel() == 0:
         zeros = [torch.zeros_like(t) for t in (u, x_proj, dt_proj, dt_bias, A_log)]
         return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4]
-    # One gradient for both directions is common; of each sequence the steps lie together.
+    # Directions and sequences may have any stride: dy is often one tensor for both directions.
     if dy.stride(3) != 1 or dy.stride(2) != dy.shape[3]:
         dy = dy.contiguous()
     launch = _launches.get((*inputs, dy), None, lambda: _ScanBackward(*inputs, dy))
@@ -182,5 +184,5 @@ def _fake(
     return u.new_empty(u.shape), x, dt, bias, A
 
 
-# Opaque: torch 2.11 compiles it for one size, but fails where sizes may change.
+# Opaque: torch.compile of torch 2.11 fails on it if sizes are dynamic.
 selective_scan_backward = Op("fastvim::selective_scan_triton_backward", _run, _fake, opaque=True)

@@ -1,11 +1,10 @@
 """Kernels of the gradients of selective_scan.
 
-G  2 x batch sequences (directions outer), S  steps, E  inner width, N  state size, R  rank of dt
-NP  N filled up to a power of two
-A program scans its chunk again, leaving the states before every STEPS-th step in memory, then walks
-back: STEPS steps at a time are scanned once more from such a state, held in registers, and used in
-reverse. SPLIT lanes share the states of a channel, and a lane has those of V channels, so that sums
-over states and sums over channels both take few exchanges between lanes.
+Letters as in `selective_scan_kernels`; V  channels of a lane
+A program scans its chunk again and saves the state before every STEPS-th step. Then it walks back:
+it scans STEPS steps once more from a saved state, keeps their states in registers, and uses them in
+reverse. SPLIT lanes share the states of a channel, and each lane serves V channels, so that sums
+over states and sums over channels both need few exchanges between lanes.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ def flow_back_kernel(
     G, S, E, chunk, chunks, dy_direction, dy_sequence,
     NP: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the gradients of a chunk's own outputs give to the state before it, and the sum of its
-    step sizes; flows (G, chunks, NP, E), sums (G, chunks, E)."""
+    """Gradient of the state before each chunk from the chunk's own outputs.
+
+    flows (G, chunks, NP, E): these gradients. sums (G, chunks, E): the chunk's step sizes, summed.
+    """
     g = tl.program_id(0).to(tl.int64)
     k = tl.program_id(2)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -168,7 +169,7 @@ def scan_backward_kernel(
     for turn in range(last):
         group = last - 1 - turn
         first = begin + group * STEPS
-        path = h  # the states before each step of the group, and after it
+        path = h  # states before each step of the group and after the last
         now = _load_steps(
             u, delta, slopes, p_dy, p_pairs, g, direction, first, end, S, E,
             columns, lane, True, J, NP, V, BLOCK, STEPS,
@@ -241,7 +242,7 @@ def select_backward_kernel(
 ):  # fmt: skip
     """Gradients of the projected values, dprojected (2, M, R_BLOCK + 2·NP), and of u.
 
-    A program has every `parts`-th block of channels of its steps, and projects for itself.
+    A program takes every `parts`-th block of channels of its steps. It projects for itself.
     """
     direction = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -265,7 +266,7 @@ def select_backward_kernel(
         p_weight = dt_proj + (direction * E + k + depth[:, None]) * R + ranks[None, :]
         mask = inside[:, None] & (ranks < R)[None, :]
         weight = tl.load(p_weight, mask=mask, other=0.0).to(tl.float32)
-        # Sums of sums, as in the forward pass.
+        # Each block is summed apart, as in `_select_kernel`.
         ddt += tl.dot(b_draw, weight, 0.0 * ddt, input_precision=PRECISION)
     if tl.program_id(2) == 0:
         p_out = dprojected + places * (R_BLOCK + 2 * NP)
@@ -292,8 +293,11 @@ def weights_backward_kernel(
     R_BLOCK: tl.constexpr, NP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x_proj, dt_proj and dt_bias from every `splits`-th block of steps; partial
-    (splits, 2, 2·R_BLOCK + 2·NP + 1, E): the rows of x_proj, columns of dt_proj, and the bias."""
+    """Gradients of x_proj, dt_proj and dt_bias, each program from every `splits`-th block of steps.
+
+    partial (splits, 2, 2·R_BLOCK + 2·NP + 1, E): rows of x_proj (R_BLOCK of dt, NP of B, NP of C),
+    columns of dt_proj (R_BLOCK), and the bias.
+    """
     direction = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * DEPTH + tl.arange(0, DEPTH)
     ranks = tl.arange(0, R_BLOCK)
@@ -302,7 +306,8 @@ def weights_backward_kernel(
     of_states = tl.zeros((2 * NP, DEPTH), tl.float32)
     of_ranks = tl.zeros((R_BLOCK, DEPTH), tl.float32)
     of_bias = tl.zeros((ROWS, DEPTH), tl.float32)
-    # Elsewhere one factor has the dtype of u, which TF32 leaves as it is if that is bfloat16.
+    # b_dt and b_draw are both float32, so TF32 would round both: this product always takes three.
+    # In the others one factor has the dtype of u, which TF32 does not round.
     both: tl.constexpr = "tf32x3" if PRECISION == "tf32" else PRECISION
     for first in range(tl.program_id(2) * ROWS, M, splits * ROWS):
         rows = first + tl.arange(0, ROWS)

@@ -1,11 +1,15 @@
-"""Kernels of selective_scan: two matrix products select, lanes walk the steps of a channel.
+"""Kernels of selective_scan and their launches.
 
-G  2 x batch sequences (directions outer), S  steps, E  inner width, N  state size, R  rank of dt
-NP  N filled up to a power of two
-Where there are few sequences, several lanes share a channel's states; where these are long too,
-each is cut into chunks so that the GPU is full. A first launch then finds what every chunk but the
-last adds to a state of 0, a second one carries the states from chunk to chunk, and the last one
-scans every chunk from its true state.
+G  2 x batch sequences (directions outer), S  steps, M  batch · S, E  inner width, N  state size
+NP  N filled up to a power of two, R  rank of the step size dt, R_BLOCK  R filled up likewise
+B, C  the input and output projections of the states, as in the paper
+
+`_select_kernel` computes step sizes, B and C with matrix products. `_scan_kernel` then walks the
+steps, with the states of a channel in the registers of one lane. If there are few sequences,
+several lanes share the states of a channel. If the sequences are long as well, each is cut into
+chunks, to fill the GPU. Chunks take three launches: `_scan_kernel` finds the state that each chunk
+gives from a state of 0, `carry_kernel` carries states from chunk to chunk, and `_scan_kernel` scans
+each chunk from its true state.
 """
 
 from __future__ import annotations
@@ -19,19 +23,24 @@ from fastvim.ops.triton.common import INTERPRETED, exp, exp2, softplus
 from fastvim.ops.triton.launch import Launch, is_traced, multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Lanes that share the states of a channel, channels of a program (one warp), steps that it loads
-# ahead. Chosen: the first with
+# Each walk: lanes that share the states of a channel, channels of a program (one warp), and steps
+# that are loaded before they are used. The first walk that gives ENOUGH programs is taken.
 WALKS = ((1, 64, 1), (1, 32, 2), (2, 16, 4), (4, 8, 8))
-ENOUGH = 1024  # programs. Where none has, long sequences are cut, others take the last.
-LONG = 512  # steps from which on a sequence is cut, into
-FULL = 2048  # programs at most,
-SHORTEST = 64  # of so many steps at least
-LANES = 32
-ROWS = 32  # steps of a program of the projection
-SPARSE_ROWS = 16  # where there are fewer steps than
+ENOUGH = 1024
+# If no walk gives enough programs, a sequence of LONG steps or more is cut into chunks. Shorter
+# sequences take the last walk.
+LONG = 512
+FULL = 2048  # most programs that chunks may make
+SHORTEST = 64  # fewest steps of a chunk
+LANES = 32  # of a warp
+# Steps of a program of the projection: ROWS if there are MANY steps, else SPARSE_ROWS.
 MANY = 16384
-SPREAD = 2  # programs of the projection at least, for each multiprocessor
-DEPTH = 128  # channels summed at a time; in float32 fewer, as long chains lose accuracy:
+ROWS = 32
+SPARSE_ROWS = 16
+SPREAD = 2  # fewest programs of the projection, for each multiprocessor
+# Channels that the projection multiplies at a time. Fewer in float32, where long sums would lose
+# accuracy.
+DEPTH = 128
 EXACT_DEPTH = 32
 SELECT_WARPS = 4
 SELECT_STAGES = 3
@@ -44,11 +53,15 @@ def _select_kernel(
     R_BLOCK: tl.constexpr, NP: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Step sizes (2, M, E) of the M steps of each direction, B beside C (2, M, 2·NP), and what a
-    step size is multiplied by to base 2, rates (2, NP, E). From N on the states are 0. KEEP: also
-    what a step size is projected from, dt (2, M, R_BLOCK), and the slopes of softplus (2, M, E).
+    """What is selected for the M steps of each direction.
 
-    A program has every `parts`-th block of channels of its steps, and projects dt for itself.
+    delta (2, M, E): step sizes.
+    BC (2, M, 2·NP): B beside C. States from N on are 0.
+    rates (2, NP, E): A · log2(e). The decay of a state is 2**(step size · rate).
+    KEEP, for the backward pass: dt_saved (2, M, R_BLOCK), which the step sizes are projected from,
+    and slopes (2, M, E) of softplus.
+
+    A program takes every `parts`-th block of channels of its steps. It projects dt for itself.
     """
     direction = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -73,8 +86,8 @@ def _select_kernel(
         mask = inside[:, None] & is_state[None, :]
         b_states = tl.load(p_states + k, mask=mask, other=0.0)
         if EXACT:
-            # Sums of sums: float32 would lose more in one long chain, which the compiler makes of
-            # a product that starts from a constant 0.
+            # Each block is summed apart: one long float32 sum would lose accuracy. 0.0 * dt keeps
+            # the compiler from merging the sums, as it does with a constant 0.
             dt += tl.dot(b_u, b_ranks, 0.0 * dt, input_precision=precision)
             bc += tl.dot(b_u, b_states, 0.0 * bc, input_precision=precision)
         else:
@@ -85,7 +98,7 @@ def _select_kernel(
         if KEEP:
             tl.store(dt_saved + places * R_BLOCK + ranks[None, :], dt, mask=present)
 
-    # Rounding dt would cost accuracy: its rest goes through a second product.
+    # Rounding dt would cost accuracy: what it cuts off goes through a second product.
     high = dt.to(u.dtype.element_ty)
     low = (dt - high.to(tl.float32)).to(u.dtype.element_ty)
     for k in range(tl.program_id(2) * DEPTH, E, parts * DEPTH):
@@ -115,11 +128,11 @@ def _select_kernel(
 
 @triton.jit
 def load_states(p_pairs, lane, WHICH: tl.constexpr, J: tl.constexpr, NP: tl.constexpr):
-    """Of one step, J states of B (WHICH 0) or C (1) for each lane: two at a load."""
+    """J values of B (WHICH 0) or C (WHICH 1) of one step for each lane, two at a load."""
     values = ()
     p_pairs += WHICH * (NP // 2)
     for j in tl.static_range(J // 2):
-        # All states are the same for all lanes; of tensors of one element the compiler takes ages.
+        # With J = NP all lanes load the same scalars: one-element tensors compile very slowly.
         pair = tl.load(p_pairs + lane * (J // 2) + j) if J < NP else tl.load(p_pairs + j)
         values = values + ((pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True),)
         values = values + ((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
@@ -131,7 +144,7 @@ def _load_step(
     p_u, p_delta, p_pairs, lane, mask, i, end, WRITE: tl.constexpr, J: tl.constexpr,
     NP: tl.constexpr,
 ):  # fmt: skip
-    """Step size, input, and the states of B and C of step i, which has size 0 from `end` on."""
+    """Step size, input, B and C of step i. From `end` on the step size is 0."""
     b_delta = tl.load(p_delta, mask=mask & (i < end), other=0.0)
     b_u = tl.load(p_u, mask=mask, other=0.0)
     b = load_states(p_pairs, lane, 0, J, NP)
@@ -146,9 +159,12 @@ def _scan_kernel(
     WRITE: tl.constexpr, CARRY: tl.constexpr, NP: tl.constexpr, FAST: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of BLOCK channels, the states of each split over SPLIT lanes. WRITE: give y, from
-    `states` if CARRY. Else: give the chunk's own end in `states` and the sum of its step sizes in
-    `sums`. states (G, chunks, NP, E), sums (G, chunks, E)."""
+    """Scan one chunk of BLOCK channels. SPLIT lanes share the states of a channel.
+
+    WRITE: give y. With CARRY the scan starts from `states`, else from 0.
+    Not WRITE: give the last state in `states`, and the sum of the step sizes in `sums`.
+    states (G, chunks, NP, E), sums (G, chunks, E).
+    """
     J: tl.constexpr = NP // SPLIT
     g = tl.program_id(0).to(tl.int64)
     k = tl.program_id(2)
@@ -177,7 +193,7 @@ def _scan_kernel(
     if WRITE:
         p_y = y + row * E + columns
     p_pairs = BC.to(tl.pointer_type(tl.int64)) + row * NP
-    # Each step's values are loaded AHEAD steps before; behind the end those of the last.
+    # The values of a step are loaded AHEAD steps early. Past the end those of the last are loaded.
     loaded = ()
     for t in tl.static_range(AHEAD):
         loaded = loaded + (
@@ -225,7 +241,7 @@ def _scan_kernel(
 def carry_kernel(
     rates, states, sums, G, E, chunks, NP: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
 ):
-    """Replace what each chunk adds by the state that it starts from; LAST: from the last one on."""
+    """Replace the state that each chunk adds by the state that it starts from. LAST: in reverse."""
     g = tl.program_id(0).to(tl.int64)
     n = tl.program_id(2)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -236,7 +252,7 @@ def carry_kernel(
     for k in range(chunks):
         row = g * chunks + (chunks - 1 - k if LAST else k)
         p_state = states + (row * NP + n) * E + columns
-        inside = mask & (k < chunks - 1)  # nothing starts from the end
+        inside = mask & (k < chunks - 1)  # no chunk follows the last
         added = tl.load(p_state, mask=inside, other=0.0)
         step = tl.load(sums + row * E + columns, mask=inside, other=0.0)
         tl.store(p_state, h, mask=mask)
@@ -246,9 +262,9 @@ def carry_kernel(
 def prepared(
     u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The inputs as the kernels ask for them, contiguous.
+    """Contiguous inputs, as the kernels expect them.
 
-    The matrix units take operands of one dtype: parameters of another are rounded to u's.
+    The matrix units take operands of one dtype, so the projections are rounded to u's.
     """
     return (
         u.contiguous(),
@@ -260,7 +276,7 @@ def prepared(
 
 
 def choose_walk(sequences: int, steps: int, width: int) -> tuple[tuple[int, int, int], int]:
-    """One of `WALKS`, and chunks that a sequence is cut into."""
+    """One of `WALKS`, and the number of chunks of a sequence."""
     for walk in WALKS:
         if sequences * triton.cdiv(width, walk[1]) >= ENOUGH:
             return walk, 1
@@ -280,7 +296,10 @@ def carry_launch(device: torch.device, states: tuple[int, int, int, int], last: 
 
 
 class Scan:
-    """The launches for one kind of input: one scan of whole sequences, or three over chunks."""
+    """The launches for one kind of input: one scan of whole sequences, or three over chunks.
+
+    The backward pass has launches of its own on top of these (`selective_scan_backward`).
+    """
 
     def __init__(
         self, u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
@@ -292,8 +311,9 @@ class Scan:
         (split, block, ahead), chunks = choose_walk(G, S, E)
         chunk = triton.cdiv(S, chunks)
         chunks = triton.cdiv(S, chunk)
-        if not is_traced(u):  # a constant that depends on a size would tie the trace to it
-            ahead = triton.cdiv(chunk, triton.cdiv(chunk, ahead))  # the last ones not for nothing
+        if not is_traced(u):  # in a trace this constant would fix the number of steps
+            # As few as still give the same number of turns: less is loaded past the end.
+            ahead = triton.cdiv(chunk, triton.cdiv(chunk, ahead))
         self.states = (G, chunks, NP, E)
 
         rows = ROWS if batch * S >= MANY else SPARSE_ROWS
@@ -335,8 +355,8 @@ class Scan:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes (2, B, S, E), B beside C (2, B, S, 2·NP), and rates (2, NP, E).
 
-        Fills the tensors to keep, if they are given: dt (2, B, S, R filled up) and softplus' slopes
-        (2, B, S, E).
+        `kept` are tensors to fill for the backward pass: dt (2, B, S, R_BLOCK) and the slopes of
+        softplus (2, B, S, E).
         """
         _, _, NP, E = self.states
         delta = torch.empty(u.shape, dtype=torch.float32, device=u.device)
@@ -351,7 +371,7 @@ class Scan:
         return delta, BC, rates
 
     def starts(self, u: Tensor, delta: Tensor, BC: Tensor, rates: Tensor) -> Tensor | None:
-        """The state that each chunk starts from, (G, chunks, NP, E); None: one chunk, from 0."""
+        """The state before each chunk, (G, chunks, NP, E). None: a single chunk, from 0."""
         G, chunks, _, E = self.states
         if chunks == 1:
             return None

@@ -1,7 +1,9 @@
-"""Sums over programs: the second stage of every gradient that many programs add to.
+"""Sums over programs, the second stage of every gradient to which many programs contribute.
 
-A fixed order and no atomics, so that two runs give the same bits. Torch's own sum takes 10 µs for
-tensors as tall and narrow as these.
+The order is fixed and there are no atomics, so two runs give the same bits. Torch's own sum takes
+10 µs for tensors as tall and narrow as these.
+
+A  sums, P  programs, M  values of each
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fastvim.ops.triton.launch import Launch, Launches
 
-TILE = 2048  # values of a program at a time
+TILE = 2048  # values that a program loads at a time
 
 _launches: Launches[Launch] = Launches()
 
@@ -33,7 +35,7 @@ def _sum_kernel(parts, out, P, M, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def sum_parts(parts: Tensor, rows: int = 128) -> Tensor:
-    """(A, P, ...) in float32 to (A, ...), the sums over P; `rows` of them at a time."""
+    """Sum float32 parts (A, P, ...) over P to (A, ...). A program adds `rows` of them at a time."""
     A, P = parts.shape[:2]
     M = parts.shape[2:].numel()
     out = torch.empty((A, *parts.shape[2:]), dtype=torch.float32, device=parts.device)

@@ -1,6 +1,6 @@
-"""What a walk and the four ops compute, as slow and obvious numpy in float64.
+"""Walks and the four ops as slow and obvious numpy in float64, for tests to compare with.
 
-Written from the models' description alone, for tests to compare with; nothing here is fastvim's.
+Written from docs/architecture.md alone; nothing is imported from fastvim.
 
 B  batch, L  tokens, n  tokens present, E  inner width, K  taps, S  segments, N  state size
 """
@@ -33,7 +33,7 @@ class Walk(NamedTuple):
 def walk(
     path: str, pool: str, grid: dict[str, int], kept: list[int] | None = None, mirror: str = ""
 ) -> Walk:
-    """Walk the axes of `path`, slowest first, over a grid whose axes lie in the order given."""
+    """Walk the axes of `path`, slowest first, over a grid; `grid` lists axes in memory order."""
     axes, pooled = path.split(), pool.split()
     met: dict[tuple[int, ...], int] = {}
     cells = []
@@ -56,8 +56,8 @@ def walk(
     forward = [segment for _, segment in cells]
     backward = forward
     if mirror == "published":
-        # Position j of the reversed sequence uses the segment of kept token j, and its segments
-        # are scanned in ascending order: counted from the other end, in descending order.
+        # Position j of the reversed sequence uses the segment of kept token j, and the segments are
+        # scanned in ascending order. Counted from the other end that order is descending.
         backward = [len(met) - 1 - segment for segment in forward][::-1]
     return Walk(order, (forward, backward), len(met), size)
 
