@@ -12,7 +12,10 @@ from fastvim.ops import (
     selective_scan,
     use_engine,
 )
+from fastvim.ops.dispatch import ENGINES as SERVED
+from fastvim.ops.dispatch import resolve
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton engine; CPU: interpreted
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ENGINES = ["reference", "numba"]
 WALKS = [("h w", "w"), ("w h", "h"), ("h w", "")]
@@ -143,3 +146,22 @@ def cases(dtype: torch.dtype = torch.float32, batch: int = 2):
         op: (f, dict(zip(names, to(tensors, dtype), strict=True)))
         for op, (f, names, tensors) in named.items()
     }
+
+
+def on_device(op: str, dtype: torch.dtype = torch.float32):
+    """`cases` on the GPU, if there is one."""
+    function, inputs = cases(dtype)[op]
+    return function, {name: t.to(DEVICE) for name, t in inputs.items()}
+
+
+def engine_of(op: str):
+    """The Triton engine's function for an op."""
+    engine = next(engine for engine in SERVED[op] if engine.name == "triton")
+    return resolve(engine.function)
+
+
+def call_of(op: str, tensors: list) -> list:
+    """The arguments of the op, with the traversal that `cases` uses."""
+    grid = Traversal("w h", "h").over({"h": 3, "w": 5})
+    place = {"conv_pool": 4, "expand_gate": 3}.get(op)
+    return tensors if place is None else [*tensors[:place], grid, *tensors[place:]]

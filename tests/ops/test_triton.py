@@ -10,19 +10,22 @@ import torch
 pytest.importorskip("triton")
 
 from inputs import (
+    DEVICE,
     DTYPES,
+    call_of,
     cases,
     conv_inputs,
+    engine_of,
     error,
     gate_inputs,
     normal,
+    on_device,
     outputs_of,
     probe_backward,
     run_with_gradients,
     scan_inputs,
     to,
 )
-from torch.library import opcheck
 
 from fastvim.ops import (
     Traversal,
@@ -33,22 +36,18 @@ from fastvim.ops import (
     selective_scan,
     use_engine,
 )
-from fastvim.ops.dispatch import ENGINES, OPS, resolve
+from fastvim.ops.dispatch import OPS
 from fastvim.ops.triton import selective_scan_kernels
 from fastvim.ops.triton.conv_pool import conv_pool_triton
 from fastvim.ops.triton.expand_gate import expand_gate_triton
 from fastvim.ops.triton.masked import (
     conv_pool_masked,
     expand_gate_masked,
-    spread,
-    sum_segments,
-    take,
 )
 from fastvim.ops.triton.norm import add_norm_triton
 from fastvim.ops.triton.selective_scan import selective_scan_triton
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
+ON_GPU = DEVICE == "cuda"
 WALKS = [
     ("h w", "w"),
     ("w h", "h"),
@@ -165,7 +164,7 @@ def test_selective_scan(steps, width, dtype):
 @each_dtype
 @pytest.mark.parametrize("walk", selective_scan_kernels.WALKS[::3], ids=str)
 def test_chunks_of_a_sequence(walk, dtype, monkeypatch, forget_launches):
-    """17 steps in chunks of 5 and a remainder; lanes that hold all states of a channel, or a part."""
+    """17 steps in chunks of 5 and a remainder. A lane holds all states of a channel, or a part."""
     monkeypatch.setattr(selective_scan_kernels, "WALKS", (walk,))
     monkeypatch.setattr(selective_scan_kernels, "LONG", 8)
     monkeypatch.setattr(selective_scan_kernels, "SHORTEST", 4)
@@ -194,39 +193,6 @@ def test_kept_cells(path, pool, mirror, dtype):
         gate_inputs(2, 5, segments.num_segments, 136),
         dtype,
     )
-
-
-def test_kept_cells_compiled_whole():
-    """The tables are made inside, as in a model that gets the mask with each call."""
-    x, weight, bias, D = (t.to(DEVICE) for t in to(conv_inputs(2, 5, 8), torch.float32))
-
-    def layer(x, kept):
-        segments = Traversal("w h", "h").over({"h": 4, "w": 3}, kept)
-        pooled, skip = conv_pool_masked(x, weight, bias, D, segments)
-        return expand_gate_masked(skip, x, pooled, segments).square().mean()
-
-    backend = "inductor" if ON_GPU else "aot_eager"
-    kept = torch.tensor(KEPT, device=DEVICE)
-    results = []
-    for run in (torch.compile(layer, fullgraph=True, backend=backend), layer):
-        leaf = x.clone().requires_grad_()
-        value = run(leaf, kept)
-        value.backward()
-        results.append((value.detach(), leaf.grad))
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_registration_of_moves(grad):
-    segments = Traversal("w h", "h").over({"h": 4, "w": 3}, torch.tensor(KEPT, device=DEVICE))
-    masked = segments.masked
-    (x,) = (t.to(DEVICE).requires_grad_(grad) for t in to([normal(2, 5, 8)], torch.float32))
-    values, y = (t.detach().clone().requires_grad_(grad) for t in (x.expand(2, -1, -1, -1),) * 2)
-    opcheck(take.registered, (x, masked.order, masked.ids_restore, 0.5))
-    tables = (masked.index, masked.members, masked.starts)
-    opcheck(sum_segments.registered, (values, *tables, 0.5, x.dtype))
-    y = y[:, :, : segments.num_segments]
-    opcheck(spread.registered, (y, masked.order, masked.index, masked.tokens, masked.starts))
 
 
 @pytest.mark.parametrize("scattered", [("h w c", "w"), ("h w c", "w c"), ("c h w", "w")])
@@ -300,16 +266,6 @@ def test_strides_do_not_matter(dtype):
             assert torch.equal(actual, wanted)
 
 
-def on_device(op: str, dtype: torch.dtype = torch.float32):
-    function, inputs = cases(dtype)[op]
-    return function, {name: t.to(DEVICE) for name, t in inputs.items()}
-
-
-def engine_of(op: str):
-    engine = next(engine for engine in ENGINES[op] if engine.name == "triton")
-    return resolve(engine.function)
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_two_runs_give_the_same_bits(op):
     _, inputs = on_device(op)
@@ -320,74 +276,6 @@ def test_two_runs_give_the_same_bits(op):
     )
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-
-
-def call_of(op: str, tensors: list) -> list:
-    """The arguments of the op, with the traversal that `cases` uses."""
-    grid = Traversal("w h", "h").over({"h": 3, "w": 5})
-    place = {"conv_pool": 4, "expand_gate": 3}.get(op)
-    return tensors if place is None else [*tensors[:place], grid, *tensors[place:]]
-
-
-SCHEMAS = {
-    "add_norm": lambda t: (*t, True, 1e-5),
-    "conv_pool": lambda t: (*t, [5, 3, 1, 5, 0, 1], "mean", 0.5, torch.float32),
-    "selective_scan": lambda t: tuple(t),
-    "expand_gate": lambda t: (*t[:3], [5, 3, 1, 5, 0, 1], *t[3:], 1e-5),
-}
-
-
-REGISTERED = {
-    "add_norm": lambda: torch.ops.fastvim.add_norm_triton,
-    "conv_pool": lambda: torch.ops.fastvim.conv_pool_triton,
-    "selective_scan": lambda: torch.ops.fastvim.selective_scan_triton,
-    "expand_gate": lambda: torch.ops.fastvim.expand_gate_triton,
-}
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("op", OPS)
-def test_registration(op, grad):
-    engine_of(op)
-    _, inputs = on_device(op)
-    inputs = to(inputs.values(), torch.float32, grad)
-    opcheck(REGISTERED[op]().default, SCHEMAS[op](inputs))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("op", OPS)
-def test_compiled_whole(op, dynamic):
-    _, inputs = on_device(op)
-    engine = engine_of(op)
-    backend = "inductor" if ON_GPU else "aot_eager"
-    compiled = torch.compile(engine, fullgraph=True, dynamic=dynamic, backend=backend)
-
-    def run(function):
-        def with_walk(*tensors):
-            return function(*call_of(op, list(tensors)))
-
-        return run_with_gradients(with_walk, inputs.values(), torch.float32)
-
-    for actual, expected in zip(run(compiled), run(engine), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("path", "pool", "pooling"), [("w h", "h", "max"), ("w h", "w", "mean"), ("h w", "", "max")]
-)
-def test_gradients_by_the_reference_compiled_whole(path, pool, pooling):
-    """Maxima, and segments that are not rows of the path."""
-    segments = Traversal(path, pool).over({"h": 3, "w": 5})
-    inputs = [t.to(DEVICE) for t in conv_inputs(2, 15, 8)]
-
-    def layer(*tensors):
-        return conv_pool_triton(*tensors, segments, pooling=pooling)
-
-    backend = "inductor" if ON_GPU else "aot_eager"
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    results = (run_with_gradients(f, inputs, torch.float32) for f in (compiled, layer))
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("op", "wanted"), [(op, name) for op in OPS for name in cases()[op][1]])

@@ -9,9 +9,9 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from inputs import DEVICE
 
 from fastvim.ops.triton.common import exp, exp2, softplus
-from tests.ops.test_triton import DEVICE
 
 COUNT = 1 << 14
 UNIT = 2.0**-24  # half of the last place of a float32 just above a power of two

@@ -11,7 +11,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from inputs import conv_inputs, gate_inputs, normal, outputs_of, probe_backward, scan_inputs, to
+from inputs import (
+    DEVICE,
+    conv_inputs,
+    gate_inputs,
+    normal,
+    outputs_of,
+    probe_backward,
+    scan_inputs,
+    to,
+)
 
 import fastvim.ops.triton
 from fastvim.ops import Traversal
@@ -23,7 +32,6 @@ from fastvim.ops.triton.masked import conv_pool_masked, expand_gate_masked
 from fastvim.ops.triton.norm import add_norm_triton
 from fastvim.ops.triton.selective_scan import selective_scan_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH = 16
 IDS_KEEP = [[0, 1, 5, 6, 10, 11], [2, 3, 4, 5, 7, 8]]  # of 4 x 3 cells
 

@@ -64,7 +64,10 @@ def exp2(x):  # type: ignore[no-untyped-def]
 
 @jit
 def scan_forward(first, last, u, delta, rate, B, C, y, starts):  # type: ignore[no-untyped-def]
-    """Fill y (G, S, E), and the states after each chunk in starts (G, S // CHUNK, N, E) or (G, 0, …)."""
+    """Fill y (G, S, E), and starts (G, S // CHUNK, N, E) with the states after chunks.
+
+    starts may be empty: (G, 0, N, E).
+    """
     G, S, E = u.shape
     N = rate.shape[1]
     blocks = (E + BLOCK - 1) // BLOCK

@@ -1,7 +1,8 @@
 """What the Triton kernels share: device functions, and traversals as integers.
 
 Path axes are numbered from the slowest to the fastest: n0, n1, n2 are their sizes, and m0, m1, m2
-their strides in memory, in tokens. Axes that a walk lacks have size 1 and stride 0, on the slow side.
+their strides in memory, in tokens. A walk of fewer axes is filled up on the slow side, with size 1
+and stride 0.
 """
 
 from __future__ import annotations
