@@ -73,7 +73,7 @@ CASES = {
     "channels": lambda: conv_pool("h w c", "w", h=2, w=3, c=3),
     "cells": lambda: conv_pool("h w c", "w", h=2, w=3, c=2),
     "gate": expand_gate,
-    "scan": lambda: run(selective_scan_triton, scan_inputs(1, 9, WIDTH)),
+    "scan": lambda: run(selective_scan_triton, scan_inputs(1, 6, WIDTH)),
     "masked": masked,
 }
 
@@ -113,8 +113,8 @@ def name_of(kernel) -> str:
 
 @pytest.fixture
 def small_chunks(monkeypatch, forget_launches):
-    """9 steps of a scan are cut into chunks, and outputs that no kernel writes are NaN."""
-    monkeypatch.setattr(selective_scan_kernels, "LONG", 8)
+    """6 steps of a scan are cut into chunks, and outputs that no kernel writes are NaN."""
+    monkeypatch.setattr(selective_scan_kernels, "LONG", 4)
     monkeypatch.setattr(selective_scan_kernels, "SHORTEST", 2)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
