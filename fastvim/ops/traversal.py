@@ -9,6 +9,7 @@ It states how it walks them (`path`) and which axes it pools (`pool`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -172,10 +173,8 @@ class Segments:
 
     @staticmethod
     def unflatten(walk: Sequence[int]) -> Segments:
-        """The walk that `flatten` gave."""
-        axes = len(walk) // 3
-        pooled = tuple(bool(pool) for pool in walk[2 * axes :])
-        return Segments(tuple(walk[:axes]), tuple(walk[axes : 2 * axes]), pooled)
+        """The walk that `flatten` gave. Eager calls pass the same tuple again and again."""
+        return _cached_walk(walk) if isinstance(walk, tuple) else _walk(walk)
 
     def keep(self, ids_keep: Tensor, mirror: Mirror = "published") -> Segments:
         """The same walk over the cells of a mask (see `Traversal.over`).
@@ -272,3 +271,12 @@ class Segments:
         ]
         grid: Tensor = y.unflatten(2, sizes)
         return grid.expand(*y.shape[:2], *self.sizes, y.shape[-1]).flatten(2, -2)
+
+
+def _walk(walk: Sequence[int]) -> Segments:
+    axes = len(walk) // 3
+    pooled = tuple(bool(pool) for pool in walk[2 * axes :])
+    return Segments(tuple(walk[:axes]), tuple(walk[axes : 2 * axes]), pooled)
+
+
+_cached_walk = functools.lru_cache(maxsize=4096)(_walk)

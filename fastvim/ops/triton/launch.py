@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -79,10 +78,10 @@ class Launch:
         if self._run is None:
             self._first(tensors)
         elif torch.cuda.current_device() == self.device.index:
-            self._run(*self._ordered(tensors), *self._values)
+            self._run(*tensors.values(), *self._values)
         else:
             with torch.cuda.device(self.device):
-                self._run(*self._ordered(tensors), *self._values)
+                self._run(*tensors.values(), *self._values)
 
     def _first(self, tensors: dict[str, Tensor | None]) -> None:
         """Check and order the names, launch through Triton and keep what it compiled."""
@@ -94,10 +93,10 @@ class Launch:
                 f"unknown {sorted({*tensors, *self.meta} - {*names})}, "
                 f"given twice {sorted({*tensors} & {*self.meta})}"
             )
-        assert {*names[: len(tensors)]} == {*tensors}, "tensors come first"
-        self._ordered = itemgetter(*names[: len(tensors)])
+        # Every call comes from one place in the code, so this holds for the calls that follow.
+        assert [*tensors] == names[: len(tensors)], "tensors come first, in the kernel's order"
         self._values = tuple(self.meta[name] for name in names[len(tensors) :])
-        arguments = (*self._ordered(tensors), *self._values)
+        arguments = (*tensors.values(), *self._values)
         if INTERPRETED:
             self.kernel[self.grid](*arguments, **self.options)
         elif is_traced(arguments[0]):
