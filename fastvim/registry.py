@@ -82,8 +82,10 @@ _SMALL = {"embed_dim": 384, "depth": 24}
 _BASE = {"embed_dim": 768, "depth": 24}
 _LARGE = {"embed_dim": 1024, "depth": 48}
 _HUGE = {"embed_dim": 1280, "depth": 64, "patch_size": 14}
-_VIM_ENCODER = {"pooling": "none", "class_token": True}
-_VIM = {**_VIM_ENCODER, "global_pool": "token"}
+_MAE_TINY = {**_TINY, "decoder_embed_dim": 192}
+_MAE_SMALL = {**_SMALL, "decoder_embed_dim": 384}
+_MAE_VIM = {"pooling": "none", "class_token": True}
+_VIM = {**_MAE_VIM, "global_pool": "token"}
 
 
 def _create(
@@ -196,7 +198,7 @@ def channelvim_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> Fast
     return _create_channel("channelvim_small_patch8_224", pretrained, defaults, **kwargs)
 
 
-def _create_masked(
+def _mae(
     variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any
 ) -> MaskedAutoencoder:
     if kwargs.pop("features_only", False):
@@ -213,70 +215,52 @@ def _create_masked(
 @register_model
 def mae_fastvim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
     """Masked autoencoder of FastVim-T; its decoder is as wide as its encoder."""
-    return _create_masked(
-        "mae_fastvim_tiny_patch16_224", pretrained, {**_TINY, "decoder_embed_dim": 192}, **kwargs
-    )
+    return _mae("mae_fastvim_tiny_patch16_224", pretrained, _MAE_TINY, **kwargs)
 
 
 @register_model
 def mae_fastvim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
     """Masked autoencoder of FastVim-S; its decoder is as wide as its encoder."""
-    return _create_masked(
-        "mae_fastvim_small_patch16_224", pretrained, {**_SMALL, "decoder_embed_dim": 384}, **kwargs
-    )
+    return _mae("mae_fastvim_small_patch16_224", pretrained, _MAE_SMALL, **kwargs)
 
 
 @register_model
 def mae_fastvim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
     """Masked autoencoder of FastVim-B; its decoder is 512 wide."""
-    return _create_masked("mae_fastvim_base_patch16_224", pretrained, _BASE, **kwargs)
+    return _mae("mae_fastvim_base_patch16_224", pretrained, _BASE, **kwargs)
 
 
 @register_model
 def mae_fastvim_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
     """Masked autoencoder of FastVim-L; its decoder is 512 wide."""
-    return _create_masked("mae_fastvim_large_patch16_224", pretrained, _LARGE, **kwargs)
+    return _mae("mae_fastvim_large_patch16_224", pretrained, _LARGE, **kwargs)
 
 
 @register_model
 def mae_fastvim_huge_patch14_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
     """Masked autoencoder of FastVim-H; its decoder is 512 wide."""
-    return _create_masked("mae_fastvim_huge_patch14_224", pretrained, _HUGE, **kwargs)
+    return _mae("mae_fastvim_huge_patch14_224", pretrained, _HUGE, **kwargs)
 
 
 @register_model
 def mae_vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
     """Masked autoencoder of Vim-T; its decoder is as wide as its encoder."""
-    return _create_masked(
-        "mae_vim_tiny_patch16_224",
-        pretrained,
-        {**_TINY, **_VIM_ENCODER, "decoder_embed_dim": 192},
-        **kwargs,
-    )
+    return _mae("mae_vim_tiny_patch16_224", pretrained, {**_MAE_TINY, **_MAE_VIM}, **kwargs)
 
 
 @register_model
 def mae_vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
     """Masked autoencoder of Vim-S; its decoder is as wide as its encoder."""
-    return _create_masked(
-        "mae_vim_small_patch16_224",
-        pretrained,
-        {**_SMALL, **_VIM_ENCODER, "decoder_embed_dim": 384},
-        **kwargs,
-    )
+    return _mae("mae_vim_small_patch16_224", pretrained, {**_MAE_SMALL, **_MAE_VIM}, **kwargs)
 
 
 @register_model
 def mae_vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
     """Masked autoencoder of Vim-B; its decoder is 512 wide."""
-    return _create_masked(
-        "mae_vim_base_patch16_224", pretrained, {**_BASE, **_VIM_ENCODER}, **kwargs
-    )
+    return _mae("mae_vim_base_patch16_224", pretrained, {**_BASE, **_MAE_VIM}, **kwargs)
 
 
 @register_model
 def mae_vim_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
     """Masked autoencoder of Vim-L; its decoder is 512 wide."""
-    return _create_masked(
-        "mae_vim_large_patch16_224", pretrained, {**_LARGE, **_VIM_ENCODER}, **kwargs
-    )
+    return _mae("mae_vim_large_patch16_224", pretrained, {**_LARGE, **_MAE_VIM}, **kwargs)
