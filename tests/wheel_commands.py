@@ -145,7 +145,7 @@ def main() -> int:
         wheel = build(folder)
         programs = install(wheel, folder / "environment")
         say(f"{wheel.name}, {wheel.stat().st_size / 1024:.0f} KiB; installed:")
-        pip(programs / "python", "list")
+        say(call([programs / "python", "-m", "pip", "freeze"], folder).stdout)
         workplace = folder / "workplace"
         workplace.mkdir()
         made = call([programs / "python", HERE / "small_weights.py"], workplace)
