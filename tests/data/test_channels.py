@@ -383,7 +383,9 @@ def test_odd_tables(root: Path, name: str, content: bytes, message: str) -> None
 
 def test_a_missing_package(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(UserError, match=r'need pandas: needs pip install "fastvim\[microscopy\]"'):
+    with pytest.raises(
+        UserError, match=r'pandas is not installed: needs pip install "fastvim\[microscopy\]"'
+    ):
         open_data(root)
 
 
