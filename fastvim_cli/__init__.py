@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from fastvim_cli.arguments import UsageError
+
 
 class Command(NamedTuple):
     """A line of the help page, and the module here whose `run` takes the command's arguments."""
@@ -86,7 +88,7 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     library = sys.modules.get("fastvim.errors")  # imported, if it raised the error
-    mistakes = (argparse.ArgumentError, FileNotFoundError)
+    mistakes = (UsageError, argparse.ArgumentError, FileNotFoundError)
     if isinstance(error, mistakes) or (library and isinstance(error, library.UserError)):
         return " ".join(str(error).split())
     return None
@@ -111,7 +113,7 @@ def _dispatch(words: list[str]) -> None:
     if name not in COMMANDS:
         matches = difflib.get_close_matches(name, COMMANDS, n=1)
         near = f" (nearest: {matches[0]})" if matches else ""
-        raise argparse.ArgumentError(None, f"unknown command '{name}'{near}; see fastvim --help")
+        raise UsageError(f"unknown command '{name}'{near}; see fastvim --help")
     module = COMMANDS[name].module
     run = importlib.import_module(f"fastvim_cli.{module}").run
     run(words if module == "train" else arguments)

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     import torch
 
 
+class UsageError(Exception):
+    """A mistake on the command line; argparse would catch an error of its own kind again."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are an exception, so that `main` prints them as all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, f"{message}; see {self.prog} --help")
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

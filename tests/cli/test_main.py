@@ -48,6 +48,7 @@ def error_of(capsys, *words: str) -> str:
     error = capsys.readouterr().err
     assert error.startswith("fastvim: error: ")
     assert error.count("\n") == 1
+    assert error.count("--help") <= 1
     return error
 
 
@@ -87,6 +88,10 @@ def test_a_command_has_its_own_help(capsys):
 
 def test_unknown_command(capsys):
     assert "'fitt' (nearest: fit" in error_of(capsys, "fitt")
+
+
+def test_missing_arguments(capsys):
+    assert "IMAGES; see fastvim predict --help\n" in error_of(capsys, "predict")
 
 
 @pytest.mark.parametrize(
