@@ -53,6 +53,8 @@ COMMANDS = {
     "validate --help": "train",
     "test --help": "train",
 }
+# Without PYTHONPATH, or pip and the commands could find the repository there.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 ASKS = re.compile(r'fastvim: error: .*pip install "fastvim\[(\w+)\]".*\n')
 
 
@@ -81,16 +83,15 @@ def install(wheel: Path, folder: Path) -> Path:
 
 def pip(python: str | Path, command: str, *words: str | Path) -> None:
     options = ["--quiet", "--disable-pip-version-check"]
-    subprocess.run([python, "-m", "pip", command, *options, *words], check=True)
+    subprocess.run([python, "-m", "pip", command, *options, *words], env=ENVIRONMENT, check=True)
 
 
 def call(words: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a program of that environment, which knows nothing of the repository."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
         words,
         cwd=folder,
-        env={**inherited, "COLUMNS": "100"},
+        env={**ENVIRONMENT, "COLUMNS": "100"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
