@@ -176,7 +176,7 @@ class TrainingLoop:
         self._graphed = GraphedModel(model) if capture else None
         self._optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=1e-4)
         self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
-        # Counted on the CPU, as in fastvim.tasks.ema: to read the count must not synchronise.
+        # Counted on the CPU, as the callback EMA does: reading the count must not synchronise.
         self._average.n_averaged = torch.tensor(1)
 
     def __call__(self) -> None:

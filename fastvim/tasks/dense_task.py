@@ -38,6 +38,7 @@ class DenseTask(Task):
     head: str  # what the head is for, in messages
     head_prefix: str  # names of weights that only a file of the whole model has
     default_no_decay = ("*pos_embed", "*cls_token", "*A_log")
+    fixed_options: tuple[str, ...] = ("warmup_epochs", "weight_decay_end", "ema_decay")
 
     def __init__(self, *args: Any, warmup_steps: int, **options: Any) -> None:
         super().__init__(*args, warmup_epochs=0, weight_decay_end=None, ema_decay=None, **options)

@@ -40,10 +40,17 @@ class Pretraining(Task):
     """
 
     monitor, monitor_mode = "val/loss", "min"
+    fixed_options = (
+        *("num_classes", "weight_decay_end"),
+        *("no_decay", "layer_decay", "blocks_per_decay"),
+    )
 
     def __init__(
         self,
-        *args: Any,
+        model: str,
+        model_args: dict[str, Any] | None = None,
+        checkpoint: str | None = None,
+        *,
         lr: float = 1.5e-4,
         lr_batch: int = 256,
         warmup_epochs: float = 40,
@@ -52,8 +59,10 @@ class Pretraining(Task):
         **options: Any,
     ) -> None:
         super().__init__(
-            *args,
+            model,
+            model_args,
             num_classes=None,
+            checkpoint=checkpoint,
             lr=lr,
             lr_batch=lr_batch,
             warmup_epochs=warmup_epochs,

@@ -44,6 +44,11 @@ class LinearProbe(Classification):
     """
 
     norm: nn.BatchNorm1d
+    fixed_options = (
+        *("weight_decay_end", "no_decay", "layer_decay", "blocks_per_decay", "betas"),
+        *("mixup", "cutmix", "switch_prob", "label_smoothing"),
+        *("ema_decay", "grad_checkpointing", "capture", "sample_channels"),
+    )
 
     def __init__(
         self,
@@ -63,8 +68,8 @@ class LinearProbe(Classification):
         super().__init__(
             model,
             model_args,
+            num_classes,
             checkpoint,
-            num_classes=num_classes,
             lr=lr,
             lr_batch=lr_batch,
             min_lr=min_lr,

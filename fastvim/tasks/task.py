@@ -37,10 +37,10 @@ class Task(L.LightningModule):
     Args:
         model: name of a timm model, e.g. `fastvim_tiny_patch16_224`.
         model_args: options of that model, e.g. `{drop_path_rate: 0.05, img_size: 224}`.
+        num_classes: width of the head; None takes the data's.
         checkpoint: file of weights to start from; None starts from random ones. Training makes
             a new head if the file has none (a masked autoencoder's, whose encoder is taken) or one
             for another number of classes. Ignored when resuming.
-        num_classes: width of the head; None takes the data's.
         lr: peak learning rate for `lr_batch` images a step. The rate used is
             `lr * global batch / lr_batch`. The global batch is images per process times
             processes times `accumulate_grad_batches`.
@@ -74,14 +74,15 @@ class Task(L.LightningModule):
     monitor: str  # the metric that the best checkpoint is chosen by
     monitor_mode: str  # "max" if higher is better, "min" if lower is
     default_no_decay: tuple[str, ...] = ()  # where `no_decay` is None
+    fixed_options: tuple[str, ...] = ()  # that the class sets itself: it does not take them
 
     def __init__(
         self,
         model: str,
         model_args: dict[str, Any] | None = None,
+        num_classes: int | None = None,
         checkpoint: str | None = None,
         *,
-        num_classes: int | None = None,
         lr: float,
         lr_batch: int,
         min_lr: float = 0.0,
@@ -98,7 +99,8 @@ class Task(L.LightningModule):
         capture: bool = True,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()  # of the subclass too: a checkpoint says what it is of
+        # Those of the subclass too, and only what it takes: they build the task again.
+        self.save_hyperparameters(ignore=self.fixed_options)
         self.model_name, self.model_args = model, model_args or {}
         self.checkpoint, self.num_classes = checkpoint, num_classes
         self.lr, self.lr_batch, self.min_lr = lr, lr_batch, min_lr

@@ -39,7 +39,17 @@ def test_inherited_options_are_offered_with_help_and_fixed_ones_are_not(task):
 
 
 @pytest.mark.parametrize("task", OPTIONS, ids=lambda task: task.__name__)
-def test_all_options_are_recorded(task):
+def test_the_recorded_options_are_those_that_a_task_takes(task):
     recorded = task("fastvim_tiny_patch16_224", lr=0.5).hparams
     assert recorded.keys() >= SHARED | OPTIONS[task]
     assert recorded["lr"] == 0.5
+    assert task(**recorded).hparams == recorded
+
+
+@pytest.mark.parametrize("task", OPTIONS, ids=lambda task: task.__name__)
+def test_the_first_options_may_be_given_by_position(task):
+    given = {"model": "a_model", "model_args": {"depth": 2}, "num_classes": 7, "checkpoint": "a"}
+    if task is Pretraining:
+        del given["num_classes"]
+    recorded = task(*given.values()).hparams
+    assert {name: recorded[name] for name in given} == given
