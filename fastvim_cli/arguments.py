@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -47,7 +48,7 @@ def usable_device(name: str | None) -> torch.device:
 
 def local_path(text: str) -> Path:
     """A path; the shell leaves the `~` of `--out=~/x` to us."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def at_least(least: int) -> Callable[[str], int]:

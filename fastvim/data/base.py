@@ -115,7 +115,7 @@ class DataModule(L.LightningDataModule):
 
     def path(self, name: str) -> Path:
         """A file or folder below the root; an absolute path stays as it is."""
-        return Path(self.directory()) / Path(name).expanduser()
+        return Path(self.directory(), os.path.expanduser(name))
 
     def _loader(
         self, role: str, make: Callable[..., DataLoader[Any]], batch_size: int

@@ -6,6 +6,7 @@ C, H, W: channels, height and width of an image
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
@@ -51,7 +52,7 @@ def find_images(
     found: dict[Path, None] = {}
     failures = []
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path = Path(os.path.expanduser(pattern))
         if path.is_dir():
             files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in endings]
             reason = "a folder without images"

@@ -50,7 +50,9 @@ def join(root: str, path: str) -> str:
     path = os.path.expanduser(path)
     if not root or os.path.isabs(path):
         return path
-    return f"{root.rstrip('/')}/{path}" if is_url(root) else str(Path(root).expanduser() / path)
+    if is_url(root):
+        return f"{root.rstrip('/')}/{path}"
+    return str(Path(os.path.expanduser(root), path))
 
 
 def read_bytes(
@@ -86,7 +88,7 @@ def read_bytes(
         try:
             if is_url(url):
                 return _fetch(url, storage_options or {})
-            return Path(url).expanduser().read_bytes()
+            return Path(os.path.expanduser(url)).read_bytes()
         except UserError:
             raise
         except Exception as error:

@@ -56,7 +56,7 @@ class SampleSet:
 def cache_directory() -> Path:
     """`$FASTVIM_CACHE`, or `$XDG_CACHE_HOME/fastvim`, or `~/.cache/fastvim`."""
     if own := os.environ.get("FASTVIM_CACHE"):
-        return Path(own).expanduser()
+        return Path(os.path.expanduser(own))
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "fastvim"
 

@@ -91,7 +91,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Checkpoint:
     Raises:
         UserError: no such file, or one that is damaged or holds no weights.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":

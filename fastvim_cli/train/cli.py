@@ -102,7 +102,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config_init.trainer
-        self.root = Path(settings.default_root_dir or self._root_of_config()).expanduser()
+        self.root = Path(os.path.expanduser(settings.default_root_dir or self._root_of_config()))
         kwargs["default_root_dir"] = str(self.root)
         kwargs["plugins"] = [AtomicCheckpointIO(), *as_list(settings.plugins)]
         own = callbacks(self.command, self.root, self.config, self.model)

@@ -293,6 +293,14 @@ def test_half_precision_survives(tmp_path):
     assert_equal(model.state_dict(), source.state_dict())
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    """In `--checkpoint=~/x` the shell leaves it as it is, and so does a recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = create()
+    save(tmp_path / "weights.safetensors", model.state_dict(), {})
+    assert_equal(read("~/weights.safetensors").state, model.state_dict())
+
+
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "ours.safetensors"
     save(path, {"a": torch.ones(2, 3).T}, {"weights": "EMA", "class_names": ["é"]})
