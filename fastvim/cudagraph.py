@@ -133,7 +133,7 @@ class GraphedModel(nn.Module):
 
     The graphs read the parameters where they are. An optimiser's steps and `load_state_dict` are
     seen; a parameter replaced by another object is not. After a change of what is trained
-    (`requires_grad`), the next batch is recorded anew. What a model does in Python (hooks, random
+    (`requires_grad`), the next batch is recorded again. What a model does in Python (hooks, random
     choices of Python or numpy) happens during the recording and not again. Each forward pass must
     be followed by its backward pass, since the graphs keep the tensors between the two.
 
@@ -297,7 +297,7 @@ class _Recorded:
     def _run(self) -> tuple[list[Tensor], Any]:
         """Outputs of an eager forward pass, flattened, and their nesting."""
         dtype = self.kind[-1]
-        # An autocast region of our own, without a cache: every replay must cast the weights anew.
+        # An autocast region of our own, without a cache: every replay must cast the weights again.
         # The caller's region frees its cache when it ends.
         region = torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=False)
         with region:

@@ -48,7 +48,7 @@ def _mae_cfg() -> dict[str, Any]:
     return _cfg(num_classes=-1, first_conv="encoder.patch_embed.proj", classifier=None)
 
 
-# No address: the published weights are CC-BY-NC-SA files, which `fastvim convert` reads.
+# Without URLs: the published weights are CC-BY-NC-SA and not hosted; `fastvim convert` reads them.
 default_cfgs = generate_default_cfgs(
     {
         "fastvim_tiny_patch16_224": _cfg(),

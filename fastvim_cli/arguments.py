@@ -17,7 +17,7 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are an exception, so that `main` prints them as all others."""
+    """argparse's parser, with mistakes as exceptions, which `main` prints in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -47,12 +47,12 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def local_path(text: str) -> Path:
-    """A path; the shell leaves the `~` of `--out=~/x` to us."""
+    """A path with its `~` expanded: in `--out=~/x` the shell does not do it."""
     return Path(os.path.expanduser(text))
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Reads a whole number that is not smaller."""
+    """Parses a whole number of at least this."""
 
     def number(text: str) -> int:
         if int(text) < least:

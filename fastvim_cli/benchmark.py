@@ -111,7 +111,8 @@ def run(argv: list[str]) -> None:
                 if not sys.stderr.isatty():  # a log file: a line for each row
                     note(f"{benchmark.describe(row)}  {benchmark.rate(row)}")
         except KeyboardInterrupt:
-            print(text(rows))
+            if rows:
+                print(text(rows))
             raise
     print(text(rows))
     for row in rows:

@@ -93,7 +93,7 @@ def _evaluate(path: str, arguments: argparse.Namespace) -> dict[Subset, float]:
 
 
 def _table(accuracies: dict[str, dict[Subset, float]]) -> str:
-    """Mean, least and best accuracy of every number of channels."""
+    """Mean, lowest and highest accuracy for each number of channels."""
     from fastvim.tasks.subsets import by_size
 
     columns = [by_size(of) for of in accuracies.values()]

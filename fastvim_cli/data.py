@@ -38,7 +38,7 @@ def _parser() -> Parser:
     add("--split", choices=("train", "val", "test", "all"), default="train", help=help)
     help = "of the permutation that divides a table without splits (default: 0)"
     add("--split-seed", type=at_least(0), default=0, metavar="N", help=help)
-    add("--images", type=at_least(1), metavar="N", help="a random choice of so many (default: all)")
+    add("--images", type=at_least(1), metavar="N", help="a random choice of N (default: all)")
     add("--skip-unreadable", action="store_true", help="leave out what cannot be read, and say so")
     add(
         "--workers",

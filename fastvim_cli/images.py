@@ -109,7 +109,7 @@ def report_failures(failures: list[Failure], *, read: int) -> None:
 
 
 def _free_stem(path: Path, taken: set[str]) -> str:
-    """A name, without ending, for what is written of a file; no other of `taken` has it."""
+    """A name without ending for a file's pictures that is not in `taken`."""
     name, number = path.stem, 1
     while name in taken:
         number += 1

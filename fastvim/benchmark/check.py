@@ -20,7 +20,7 @@ from fastvim.layers.embed import ChannelPatchEmbed, PatchEmbed
 from fastvim.ops import use_engine
 
 # The reference takes a step per token for Vim, and in training keeps the state of each. So the
-# comparison is made on a small batch of square images of at most so many tokens.
+# comparison uses a small batch of square images, of at most this number of tokens.
 IMAGES = 2
 MOST_TOKENS = {False: 1024, True: 196}
 PART = 16  # images at a time in the eager run that a captured run is compared with

@@ -220,5 +220,5 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _finite(error: float) -> float | None:
-    """None for infinity, which JSON lacks; the row's failure tells it."""
+    """None for infinity, which JSON lacks; the row's `failure` says so."""
     return error if math.isfinite(error) else None

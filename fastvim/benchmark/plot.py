@@ -68,7 +68,7 @@ def draw_rates(device: str, rows: Iterable[Row]) -> Figure:
 
 
 def _side(row: Row) -> float:
-    """Side of the square of as many pixels."""
+    """Side of the square with the same number of pixels."""
     return float(np.sqrt(row.size[0] * row.size[1]))
 
 

@@ -69,7 +69,7 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The case, by which rows are told apart."""
+        """What identifies the case."""
         case = (self.model, self.size, self.batch, self.mode, self.dtype)
         return (*case, self.train, self.channels_last)
 

@@ -47,7 +47,7 @@ def measure(
 def _groups(
     call: Callable[[], object], device: torch.device, calls: int, repeats: int
 ) -> list[float]:
-    """Seconds a call in each of `repeats` groups of so many calls."""
+    """Seconds of one call, in each of `repeats` groups of `calls` calls."""
     if device.type != "cuda":
         ends = [time.perf_counter()]
         for _ in range(repeats):
@@ -67,7 +67,7 @@ def _groups(
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to watch the memory that is in use (CUDA only)."""
+    """Reset the peak of the memory in use (CUDA only)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

@@ -34,7 +34,7 @@ class DataModule(L.LightningDataModule):
         UserError: for an argument out of range.
     """
 
-    # Roles whose batches are a pair of lists, since their samples have sizes of their own.
+    # Roles whose batches are a pair of lists, since their samples differ in size.
     list_batches: ClassVar[Collection[str]] = ()
 
     def __init__(

@@ -60,7 +60,7 @@ class Instances:
         class_names: of the categories, in the same order.
         errors: what a run would stop at.
         dropped: what training leaves out.
-        facts: counts that are no mistakes.
+        facts: counts that are not mistakes.
     """
 
     file: Path

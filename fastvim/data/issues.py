@@ -52,7 +52,7 @@ class SplitReport:
         files: the samples that are left to be read.
         errors: what a run would stop at; at first, what the lists of files tell.
         dropped: what training leaves out.
-        facts: counts that are no mistakes.
+        facts: counts that are not mistakes.
     """
 
     split: str

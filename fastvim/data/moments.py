@@ -22,7 +22,7 @@ class Moments(NamedTuple):
     """Of each channel: the number of values, their mean and the sum of squared deviations.
 
     Attributes:
-        number: of one channel; all have as many.
+        number: values per channel.
         mean: float64 (C,).
         squares: float64 (C,).
     """

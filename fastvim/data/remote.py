@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 TIMEOUT = 300.0  # seconds of one attempt at a URL
 S3 = ("s3://", "s3a://")
-RETRIED_STATUS = (408, 429)  # of HTTP, besides 500 and above
+RETRIED_STATUS = (408, 429)  # HTTP statuses, as well as 500 and above
 # Permanent errors: never retried.
 PERMANENT = (
     FileNotFoundError,

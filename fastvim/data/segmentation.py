@@ -109,7 +109,7 @@ class EvaluationTransform:
 
 
 class SegmentationFiles(Dataset[Pair]):
-    """Images, and as many PNG files with the class index of each pixel.
+    """Images, each with a PNG file of the class index of every pixel.
 
     Args:
         pairs: paths of an image and its classes.

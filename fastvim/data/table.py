@@ -92,7 +92,7 @@ def list_images(
         split_column: their splits; a permutation divides a table that lacks it.
         split: "train", "val" or "test"; None for all files.
         split_seed: of the permutation.
-        count: a random choice of so many; None for all.
+        count: size of a random choice of the files; None for all.
         reading: further arguments of `read_table`.
 
     Raises:

@@ -20,7 +20,7 @@ from fastvim.errors import UserError, nearest
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
-IMAGE_MODES = {1: "L", 3: "RGB"}  # PIL's name of an image of so many channels
+IMAGE_MODES = {1: "L", 3: "RGB"}  # PIL's mode for each number of channels
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 ERASING_MODES = ("const", "rand", "pixel")
 

@@ -26,7 +26,7 @@ class FastMaskVim(FastVim):
         **options: the rest of `FastVim`'s.
 
     Raises:
-        UserError: see `FastVim`; a width that is no multiple of 4.
+        UserError: see `FastVim`; a width that is not a multiple of 4.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ def grid_traversals(
     if class_token and pooling != "none":
         raise UserError("class_token=True needs pooling='none': it has no row and no column")
     if class_token and scan_path != "row":
-        raise UserError("class_token=True needs scan_path='row': its sequence is no grid")
+        raise UserError("class_token=True needs scan_path='row': its sequence is not a grid")
     if class_token:
         return (Traversal("l"),)
     walks = [("h w", "w"), ("w h", "h")]

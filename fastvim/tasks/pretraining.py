@@ -82,8 +82,8 @@ class Pretraining(Task):
         model = self.build_model()
         if not isinstance(model, MaskedAutoencoder):
             raise UserError(
-                f"{self.model_name} is no masked autoencoder: expected a model whose name begins "
-                "with mae_"
+                f"{self.model_name} is not a masked autoencoder: expected a model whose name "
+                "begins with mae_"
             )
         self.model = model
 

@@ -103,7 +103,7 @@ class LinearProbe(Classification):
         assert self.model is not None
         head = self.model.get_classifier()  # type: ignore[operator]
         if not isinstance(head, nn.Linear) or head.bias is None:
-            raise UserError(f"{self.model_name} cannot be probed: its head is no linear layer")
+            raise UserError(f"{self.model_name} cannot be probed: its head is not one linear layer")
         return head
 
     def train(self, mode: bool = True) -> LinearProbe:

@@ -100,7 +100,7 @@ def _fit_autoencoder(state_dict: dict[str, Tensor], model: MaskedAutoencoder) ->
 
 
 def _grid_of(cells: int, model: FastVim) -> tuple[int, int]:
-    """The grid of so many positions: the model's own if it has as many, else a square one."""
+    """The grid of this number of cells: the model's own if it fits, else a square one."""
     height, width = model.grid_size
     if cells == height * width:
         return height, width

@@ -32,7 +32,7 @@ def is_ours(state: Mapping[str, Tensor]) -> bool:
 def find_options(
     state: Mapping[str, Tensor], img_size: int | Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The options that weights tell of a FastVim, Vim, channel model or masked autoencoder.
+    """The options of a FastVim, Vim, channel model or masked autoencoder, from its weights.
 
     Some options leave no trace: `pooling`, `alternate`, `scan_path` and `pool_scale`; a channel
     model's `token_order` and `pooled_axes`; a masked autoencoder's `mask_ratio`, `norm_pix_loss`

@@ -72,12 +72,12 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
-            help="Checkpoint to go on from or to evaluate: a file, or 'last' or 'best' of the run.",
+            help="Checkpoint to resume or to evaluate: a file, or 'last' or 'best' of the run.",
         )
         parser.add_argument(
             "--checkpoint_every_n_steps",
             type=int | None,
-            help="Write last.ckpt every so many optimiser steps, besides after every epoch.",
+            help="Write last.ckpt after this many optimiser steps as well as after each epoch.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -146,7 +146,7 @@ class TrainingCLI(LightningCLI):
             raise UserError(str(error)) from error
         except SystemExit:
             if self.trainer.interrupted:  # Lightning turns Ctrl-C into an exit
-                advice = "--ckpt_path last goes on" if self.command == "fit" else ""
+                advice = "--ckpt_path last resumes" if self.command == "fit" else ""
                 raise KeyboardInterrupt(advice) from None
             raise
         if self.trainer.is_global_zero:
@@ -181,7 +181,7 @@ class TrainingCLI(LightningCLI):
 
 
 class DataCLI(TrainingCLI):
-    """Reads a configuration as `TrainingCLI` does, but makes the data module alone.
+    """Reads a configuration as `TrainingCLI` does, and makes only the data module.
 
     Args:
         args: the words after the command.
@@ -196,7 +196,7 @@ class DataCLI(TrainingCLI):
 
 
 def _class_table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """A line for each class, a column for each score; a class that is absent has none."""
+    """A line for each class, a column for each score; "-" where a class is absent."""
     rows = []
     for name in next(iter(scores.values())):
         values = (of[name] for of in scores.values())

@@ -130,6 +130,8 @@ def test_an_interruption_loses_nothing(monkeypatch, capsys):
     assert OURS in streams.out
     assert "fastvim: interrupted; the rows so far are in results.json" in streams.err
     assert [r["model"] for r in rows()] == [OURS]
+    assert benchmark(CONV, "--size", "32") == 130
+    assert capsys.readouterr() == ("", "fastvim: interrupted\n")  # nothing is measured yet
 
 
 @pytest.mark.parametrize(

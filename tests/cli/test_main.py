@@ -241,4 +241,4 @@ def test_ctrl_c_ends_in_one_line(recipe, image_folder):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "fastvim: interrupted; --ckpt_path last goes on\n"
+    assert error == "fastvim: interrupted; --ckpt_path last resumes\n"

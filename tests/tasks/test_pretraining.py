@@ -178,7 +178,7 @@ def test_training_starts_from_the_encoder(tmp_path, data):
         ),
         (
             {**PRETRAINING, "init_args": {"model": "fastvim_tiny_patch16_224"}},
-            "fastvim_tiny_patch16_224 is no masked autoencoder: expected a model whose name",
+            "fastvim_tiny_patch16_224 is not a masked autoencoder: expected a model whose name",
         ),
         (
             {**PRETRAINING, "init_args": {"model": MAE, "model_args": {"mask_ratio": 1.5}}},

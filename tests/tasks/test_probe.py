@@ -99,7 +99,11 @@ def test_what_is_written_is_an_ordinary_classifier(tmp_path, data):
     ("model", "settings", "message"),
     [
         (MODEL, {"model_args": {**MODEL_ARGS, "global_pool": "max_logit"}}, "are not pooled"),
-        ("levit_128s", {"model_args": {}}, "levit_128s cannot be probed: its head is no linear"),
+        (
+            "levit_128s",
+            {"model_args": {}},
+            "levit_128s cannot be probed: its head is not one linear",
+        ),
     ],
 )
 def test_not_every_model_can_be_probed(tmp_path, data, model, settings, message):

@@ -56,7 +56,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: folder of the checkpoints.
-        every_n_train_steps: also save every so many optimiser steps.
+        every_n_train_steps: also save after each n-th optimiser step.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int | None = None) -> None:
@@ -112,7 +112,7 @@ class FiniteLoss(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._check_losses(trainer, pl_module)
-        # The loss is of before the update. An update that overflows shows in the weights.
+        # The loss was computed before the update. An update that overflows shows in the weights.
         finite = [weight.isfinite().all() for weight in pl_module.parameters()]
         if not torch.stack(finite).all():
             raise UserError(

@@ -1,4 +1,4 @@
-"""What a test leaves behind: the metrics, and predictions with the mistakes marked.
+"""The report of a test: metrics, and predictions with the mistakes marked.
 
 C, H, W: channels, height and width of an image
 """

@@ -59,7 +59,7 @@ class RunLog(L.Callback):
             facts.append(f"peak rate {pl_module.peak_lr:.2g}")
         facts.append(f"{int(trainer.estimated_stepping_batches):,} steps")
         if trainer.global_step:
-            facts.append(f"going on after {trainer.global_step:,}")
+            facts.append(f"resumed after {trainer.global_step:,}")
         self._print("   ".join(facts))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -20,7 +20,7 @@ SMALL, LARGE = 128, 160  # longer side of an image, in pixels
 
 
 class Prediction(NamedTuple):
-    """One image, what the model said, and what is right."""
+    """One image, its predicted class and the right one."""
 
     image: Tensor  # (C, H, W), normalised
     predicted: int

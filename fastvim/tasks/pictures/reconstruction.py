@@ -10,7 +10,7 @@ from fastvim.tasks.pictures.sheet import Panel, sheet, to_image
 from fastvim.tasks.reconstruction import Reconstruction
 
 SIZE = 224  # pixels that the longer side of a panel comes closest to by whole enlargement
-STACKED = 3  # up to so many images stand below one another, more in two groups of columns
+STACKED = 3  # images in one column; more are drawn in two groups of columns
 NOTE = "brightness and contrast of each patch are the original's (norm_pix_loss)"
 
 
