@@ -184,7 +184,7 @@ class Task(L.LightningModule):
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
             raise UserError(
-                "StochasticWeightAveraging needs a schedule of PyTorch's: average with ema_decay"
+                "StochasticWeightAveraging needs one of PyTorch's schedules: use ema_decay instead"
             )
         return [] if self.ema_decay is None else [EMA(self.ema_decay)]
 
