@@ -52,8 +52,8 @@ def run(argv: list[str]) -> None:
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         record = {
-            name: [{"channels": list(subset), "accuracy": value} for subset, value in of.items()]
-            for name, of in accuracies.items()
+            name: [{"channels": list(subset), "accuracy": value} for subset, value in found.items()]
+            for name, found in accuracies.items()
         }
         (arguments.out / "channels.json").write_text(json.dumps(record, indent=1) + "\n")
         title = "the same weights on every subset of the channels"
@@ -96,12 +96,12 @@ def _table(accuracies: dict[str, dict[Subset, float]]) -> str:
     """Mean, lowest and highest accuracy for each number of channels."""
     from fastvim.tasks.subsets import by_size
 
-    columns = [by_size(of) for of in accuracies.values()]
+    columns = [by_size(found) for found in accuracies.values()]
     rows = []
-    for size, of in columns[0].items():
+    for size, subsets in columns[0].items():
         cells = []
         for values in (sizes[size] for sizes in columns):
             spread = f" ({min(values):.0%} to {max(values):.0%})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.1%}{spread}")
-        rows.append((str(size), str(len(of)), *cells))
+        rows.append((str(size), str(len(subsets)), *cells))
     return table(("channels", "subsets", *accuracies), rows, left=())

@@ -199,7 +199,7 @@ def _class_table(scores: Mapping[str, Mapping[str, float]]) -> str:
     """A line for each class, a column for each score; "-" where a class is absent."""
     rows = []
     for name in next(iter(scores.values())):
-        values = (of[name] for of in scores.values())
+        values = (by_class[name] for by_class in scores.values())
         rows.append((name, *("-" if math.isnan(value) else f"{value:.2%}" for value in values)))
     return table(("class", *scores), rows)
 
