@@ -10,7 +10,10 @@ import pytest
 
 @pytest.fixture
 def forget_launches():
-    """For a test that changes what launches are made of: none is kept before or after it."""
+    """For a test that changes what launches are made of: none is kept before or after it.
+
+    Gives the function that forgets them.
+    """
 
     def forget():
         package = importlib.import_module("fastvim.ops.triton")
@@ -21,5 +24,5 @@ def forget_launches():
                     value.clear()
 
     forget()
-    yield
+    yield forget
     forget()
