@@ -201,7 +201,10 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         steps_per_epoch, total_steps = count_steps(self.trainer, self.data)
-        warmup_steps = self._fit_warmup(steps_per_epoch, total_steps)
+        warmup_steps = 0
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._check_averaging(total_steps)
+            warmup_steps = self._fit_warmup(steps_per_epoch, total_steps)
         optimizer = self.make_optimizer()
         scheduler = self.make_scheduler(optimizer, total_steps, warmup_steps)
         if self.weight_decay_end is not None:
@@ -214,9 +217,6 @@ class Task(L.LightningModule):
 
     def _fit_warmup(self, steps_per_epoch: int, total_steps: int) -> int:
         """Steps of the warm-up; a tenth of the run where it would be as long as the run."""
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return 0
-        self._check_averaging(total_steps)
         steps, source = self.warmup(steps_per_epoch)
         if steps < total_steps:
             return steps

@@ -49,7 +49,7 @@ def create(name: str, side: int = SIDE, **options) -> nn.Module:
 
 
 def image(name: str, rows: float = SIDE, columns: float | None = None, in_chans: int = 3) -> Tensor:
-    """Two images of so many patches, whole or not, down and across."""
+    """Two images, with a given number of patches, whole or not, down and across."""
     patch = patch_of(name)
     shape = [int(patch * count) for count in (rows, rows if columns is None else columns)]
     return torch.randn(2, in_chans, *shape, generator=torch.Generator().manual_seed(1))

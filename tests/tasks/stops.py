@@ -12,7 +12,7 @@ class KillAt(L.Callback):
     """Sends this process SIGKILL: nothing is flushed, closed or saved.
 
     Args:
-        batch: as soon as so many training batches are done, counted over all epochs.
+        batch: as soon as this number of training batches is done, counted over all epochs.
         validation: instead, in the first validation after that.
     """
 
@@ -34,7 +34,7 @@ class KillAt(L.Callback):
 
 
 class StopAt(L.Callback):
-    """Raises after so many training batches, counted over all epochs."""
+    """Raises after a number of training batches, counted over all epochs."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch

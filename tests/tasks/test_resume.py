@@ -39,7 +39,7 @@ def instances(tmp_path_factory) -> Path:
 
 
 def accumulating(batches: int) -> dict:
-    """Two epochs of twelve batches, so many of them a step; a checkpoint every three steps."""
+    """Two epochs of twelve batches, a number of them a step; a checkpoint every three steps."""
     return {
         "trainer.accumulate_grad_batches": batches,
         "trainer.max_epochs": 2,
@@ -74,7 +74,7 @@ def segmentation() -> dict:
 
 
 def detection(validation: int) -> dict:
-    """Six steps of two batches, two in an epoch; a validation every so many batches."""
+    """Six steps of two batches, two in an epoch; a validation every few batches."""
     args = {**MODEL_ARGS, "img_size": 64, "norm": "layer", "drop_path_rate": 0.2}
     heads = {"channels": 16, "pad_to": 64, "proposals": 32, "hidden_dim": 16, "samples": 16}
     rates = {"lr": 1e-3, "lr_batch": 2, "warmup_steps": 2}

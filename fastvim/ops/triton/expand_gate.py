@@ -3,7 +3,7 @@
 B  batch, L  tokens, E  inner width, S  segments
 A program takes a few neighbouring tokens of the path: those of one segment find its scan in the
 cache. The norm needs whole rows of E channels, which stay in registers. Rows are held in pieces, so
-that no thread is idle where E is no power of two.
+that no thread is idle where E is not a power of two.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class Launches(Generic[_T]):
         first = tensors[0]
         assert first is not None
         if is_traced(first):
-            return plan()  # sizes may be symbols, which are no key
+            return plan()  # sizes may be symbols, which cannot be a key
         key = (
             first.device,
             options,

@@ -182,8 +182,8 @@ def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _sum_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
-    # The table is no permutation and has no inverse. Second gradients, which would use one, are
-    # not supported.
+    # The table is not a permutation, so it has no inverse. Second gradients would need one: they
+    # are not supported.
     table = index.flatten(0, 1)
     source = dout.to(ctx.dtype).flatten(0, 1)
     dvalues = take(source, table, table, ctx.scale).view(*index.shape, dout.shape[3])
