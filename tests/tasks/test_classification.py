@@ -219,7 +219,7 @@ def test_a_warm_up_as_long_as_the_run_is_shortened(
 def test_averages_that_cannot_be_kept_are_refused(tmp_path, data):
     with pytest.raises(UserError, match=r"ema_decay with trainer\.precision bf16-true"):
         trainer(tmp_path, precision="bf16-true").fit(task(ema_decay=0.9), datamodule=data)
-    with pytest.raises(UserError, match=r"StochasticWeightAveraging .*: average with ema_decay"):
+    with pytest.raises(UserError, match=r"StochasticWeightAveraging .*: use ema_decay"):
         trainer(tmp_path, StochasticWeightAveraging(1e-3)).fit(task(), datamodule=data)
 
 
