@@ -421,16 +421,16 @@ def scene(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Ten
 
 
 def test_it_learns_two_images():
-    """About 25 s on a free core: its 150 steps of three stages follow one another."""
+    """About 7 s on two free cores."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     images, targets = zip(*(scene(generator) for _ in range(2)), strict=True)
-    backbone = FastVim(img_size=64, patch_size=8, embed_dim=64, depth=2, norm="layer")
-    options = HeadOptions(hidden_dim=64, samples=48)
-    model = CascadeMaskRCNN(backbone, 2, channels=32, proposals=64, heads=options).train()
-    steps = 150
+    backbone = FastVim(img_size=64, patch_size=8, embed_dim=24, depth=2, norm="layer")
+    options = HeadOptions(hidden_dim=64, samples=32)
+    model = CascadeMaskRCNN(backbone, 2, channels=24, proposals=64, heads=options).train()
+    steps = 140
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for _ in range(steps):
         optimizer.zero_grad()
         sum(model(images, targets).values()).backward()
