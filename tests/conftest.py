@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import dataloader
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -45,6 +47,26 @@ def pytest_generate_tests(metafunc):
         files = sorted(folder.glob("*.npz"))
         assert files, f"no golden cases in {folder}"
         metafunc.parametrize("golden_file", files, ids=[f.stem for f in files])
+
+
+@pytest.fixture(autouse=True)
+def end_workers(monkeypatch):
+    """End the workers of loaders that a test left behind, for instance with an error.
+
+    Later the garbage collector would, in the middle of another test, and wait 5 s for each worker.
+    """
+    iterators = weakref.WeakSet()
+    iterator_class = dataloader._MultiProcessingDataLoaderIter
+    initialise = iterator_class.__init__
+
+    def remember(self, loader):
+        initialise(self, loader)
+        iterators.add(self)
+
+    monkeypatch.setattr(iterator_class, "__init__", remember)
+    yield
+    for iterator in iterators:
+        iterator._shutdown_workers()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -49,6 +49,7 @@ def fitted(tmp_path: Path, root: Path, **options) -> Detection:
 # Training.
 
 
+@pytest.mark.slow
 def test_it_reproduces_eight_images(tmp_path):
     """The exported file is as good. About 15 s on two free cores."""
     content = write_split(tmp_path, "train2017", 9, seed=1)  # the ninth has no objects
