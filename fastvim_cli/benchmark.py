@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastvim_cli.arguments import Parser, add_device, at_least, local_path, usable_device
 from fastvim_cli.console import note, table, track
-
-if TYPE_CHECKING:
-    from fastvim.benchmark import Row
 
 # Written out, so that the help page does not import torch. The tests compare them.
 MODES = ("eager", "compiled", "graph", "compiled-graph")
@@ -67,14 +64,12 @@ def _parser() -> Parser:
     add("--warmup", default=10, **number, help="untimed calls (default: 10)")
     add("--repeats", default=10, **number, help="timed groups of calls (default: 10)")
     add("--no-check", dest="check", action="store_false", help="time without checking")
-    help = "do not measure it"
-    add("--no-roofline", "--no-floor", dest="roofline", action="store_false", help=help)
+    add("--no-roofline", "--no-floor", dest="roofline", action="store_false", help="leave it out")
     add("--out", type=local_path, metavar="FILE.json", help="results, written after every row")
     add("--append", action="store_true", help="keep the other rows of --out")
     add("--plot", type=local_path, metavar="FILE.png", help="picture of images/s against size")
     add("--markdown", action="store_true", help="print a Markdown table")
-    help = "show these results, measure nothing"
-    add("--from", dest="source", type=local_path, metavar="FILE.json", help=help)
+    add("--from", dest="source", type=local_path, metavar="FILE.json", help="show earlier results")
     return parser
 
 
@@ -93,11 +88,11 @@ def run(argv: list[str]) -> None:
 
     from fastvim import benchmark
 
-    def text(rows: list[Row]) -> str:
+    def text() -> str:
         if as_markdown:
             return benchmark.markdown(rows).rstrip()
-        columns = benchmark.columns(rows)
-        cells = table(list(columns), zip(*columns.values(), strict=True), left=("model", "mode"))
+        names, columns = zip(*benchmark.columns(rows).items(), strict=True)
+        cells = table(names, zip(*columns, strict=True), left=("model", "mode"))
         return f"{record.device}, {benchmark.subject(rows)}\n{cells}"
 
     if source is not None:
@@ -112,12 +107,11 @@ def run(argv: list[str]) -> None:
                     note(f"{benchmark.describe(row)}  {benchmark.rate(row)}")
         except KeyboardInterrupt:
             if rows:
-                print(text(rows))
+                print(text())
             raise
-    print(text(rows))
-    for row in rows:
-        if row.failure is not None:
-            note(f"{benchmark.describe(row)}: {row.failure}")
+    print(text())
+    for row in (row for row in rows if row.failure is not None):
+        note(f"{benchmark.describe(row)}: {row.failure}")
     if picture is not None:
         benchmark.draw(record, picture)
         print(f"drawn in {picture}")
