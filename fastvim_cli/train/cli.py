@@ -94,9 +94,11 @@ class TrainingCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # jsonargparse wraps what a logger, a callback or the like raises.
+            # jsonargparse wraps what a logger, a callback or the like raises. An error of its own
+            # package speaks to the user; one of Python's, as of a bug, keeps its traceback.
             cause = first_cause(error)
-            if isinstance(cause, ModuleNotFoundError | MisconfigurationException):
+            own = type(cause).__module__ != "builtins" and not isinstance(cause, UserError)
+            if own or isinstance(cause, ModuleNotFoundError):
                 raise UserError(f"trainer: {cause}") from error
             raise
 

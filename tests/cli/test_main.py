@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 
 from fastvim_cli import COMMANDS, main
 from fastvim_cli.train import TrainingCLI
@@ -215,6 +216,21 @@ def test_a_run_has_its_files_with_any_logger_and_starts_again(recipe, image_fold
     assert (home / "run" / "curves.png").exists()
     assert not Path("~").exists()
     assert not Path("config.yaml").exists()
+
+
+class ServiceError(Exception):
+    """As packages of loggers have their own."""
+
+
+class OfflineLogger(CSVLogger):
+    def __init__(self) -> None:
+        raise ServiceError("the service is in maintenance")
+
+
+def test_a_logger_that_cannot_start_is_one_line(recipe, image_folder, capsys):
+    arguments = ["--data.root", image_folder, "--trainer.logger", f"{__name__}.OfflineLogger"]
+    line = error_of(capsys, "fit", "--config", recipe, *arguments)
+    assert "trainer: the service is in maintenance" in line
 
 
 def test_torchrun_is_told_the_mistake(tmp_path, monkeypatch):
