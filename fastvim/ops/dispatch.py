@@ -125,17 +125,21 @@ def _candidates(
     )
 
 
+# For eager calls. The compiler traces the functions themselves.
 _cached_candidates = functools.cache(_candidates)
+_cached_resolve = functools.cache(resolve)
 
 
 def implementation(
     op: str, x: Tensor, reference: Callable[_P, _T], masked: bool = False
 ) -> Callable[_P, _T]:
     """The function that serves `op` for a tensor like `x`: an engine's, or the reference."""
-    candidates = _candidates if torch.compiler.is_compiling() else _cached_candidates
+    compiling = torch.compiler.is_compiling()
+    candidates = _candidates if compiling else _cached_candidates
+    find = resolve if compiling else _cached_resolve
     for engine in candidates(ENGINES[op], _chosen, x.device.type, x.dtype, masked):
         if available(engine.package):
-            function: Callable[_P, _T] = resolve(engine.masked if masked else engine.function)
+            function: Callable[_P, _T] = find(engine.masked if masked else engine.function)
             return function
     return reference
 

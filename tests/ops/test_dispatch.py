@@ -27,7 +27,7 @@ def calls(monkeypatch):
         served.append(names.get(function, "other"))
         return resolve(function)
 
-    monkeypatch.setattr(dispatch, "resolve", watch)
+    monkeypatch.setattr(dispatch, "_cached_resolve", watch)
     return served
 
 
