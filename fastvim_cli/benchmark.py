@@ -91,8 +91,8 @@ def run(argv: list[str]) -> None:
     def text() -> str:
         if as_markdown:
             return benchmark.markdown(rows).rstrip()
-        names, columns = zip(*benchmark.columns(rows).items(), strict=True)
-        cells = table(names, zip(*columns, strict=True), left=("model", "mode"))
+        columns = benchmark.columns(rows)
+        cells = table(list(columns), zip(*columns.values(), strict=True), left=("model", "mode"))
         return f"{record.device}, {benchmark.subject(rows)}\n{cells}"
 
     if source is not None:

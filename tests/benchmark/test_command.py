@@ -31,6 +31,12 @@ def rows():
     return json.loads(Path("results.json").read_text())["rows"]
 
 
+def test_a_record_without_rows(capsys):
+    Path("results.json").write_text('{"device": "a machine", "runs": [], "rows": []}')
+    assert benchmark("--from", "results.json") == 0
+    assert capsys.readouterr().out.startswith("a machine")
+
+
 def test_table_file_and_picture(capsys):
     words = ["--size", "32", "48x40", "--batch", "3", "2", "--out", "results.json"]
     assert benchmark(OURS, *words, "--plot", "picture.png") == 0
