@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ def _read_pickled(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is damaged, or holds more than plain values: {_first_line(error)}"
+            f"{path} is damaged, or holds more than plain values: {_refused(error)}"
         ) from error
     except _DAMAGE as error:
         raise UserError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
@@ -162,6 +163,12 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
     part = path.with_name(path.name + ".part")
     yield part
     part.replace(path)
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    """What torch would not load, without its advice to execute the file."""
+    found = re.search(r"WeightsUnpickler error:\s*(.+)|(Trying to load .+)", str(error))
+    return (found[1] or found[2]).partition(". ")[0].rstrip(".") if found else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
