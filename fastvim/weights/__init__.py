@@ -16,9 +16,10 @@ A file takes one way into a model:
 from fastvim.weights.convert import convert
 from fastvim.weights.files import METADATA_KEY, Checkpoint, read, save
 from fastvim.weights.fit import checkpoint_filter_fn, load_state, load_weights
-from fastvim.weights.load import load_model, resolve
+from fastvim.weights.load import load_model
 from fastvim.weights.names import from_published, to_published
 from fastvim.weights.options import find_options
+from fastvim.weights.resolve import resolve
 
 __all__ = [
     "METADATA_KEY",

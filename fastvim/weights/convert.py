@@ -13,8 +13,8 @@ from fastvim.errors import UserError
 from fastvim.models.factory import create_model
 from fastvim.models.vision import FastVim
 from fastvim.weights.files import PICKLED, read, save, save_published
-from fastvim.weights.load import resolve
 from fastvim.weights.names import to_published
+from fastvim.weights.resolve import resolve
 
 
 def convert(

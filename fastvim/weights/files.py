@@ -72,12 +72,16 @@ class Checkpoint:
         state: tensors under the file's names, without their common prefixes.
         weights: which of the file's weights these are, "EMA" or "raw" ("only" if it has one kind).
         metadata: what this library wrote beside them; empty for a published file.
+        told: what a published file says of its model, as far as it says it: `family` ("fastvim" or
+            "vim"), `head` ("segmentation" or "detection"), `out_indices`, `img_size`, `window`,
+            `stride`, `class_names`, `reduce_zero_label`.
     """
 
     path: Path
     state: dict[str, Tensor]
     weights: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 def read(path: str | os.PathLike[str], *, ema: bool = True) -> Checkpoint:

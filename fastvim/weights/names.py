@@ -39,6 +39,7 @@ _RENAMED = (
 
 _CHANNELS, _PATCHES = "patch_embed.channel_embed.weight", "patch_embed.proj.weight"
 _ENCODER = "encoder."
+MAP_NORMS = "norms."  # of a dense model's feature maps, ours
 _DECODER = ("decoder_", "mask_token")
 
 
