@@ -14,7 +14,7 @@ from fastvim_cli.images import add_images, draw_each, load_trained
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastvim.tasks.average_precision import Result
+    from fastvim.models.heads.results import Result
 
 
 def _parser() -> Parser:
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> None:
     from fastvim.data.detection import resize
     from fastvim.data.inputs import find_images, pictures, rgb_pixels, upright
     from fastvim.models import CascadeMaskRCNN
-    from fastvim.tasks.average_precision import coco_results
+    from fastvim.models.heads.results import coco_results
     from fastvim.tasks.pictures.detections import draw_detections
 
     paths, failures = find_images(arguments.images)

@@ -1,7 +1,4 @@
-"""Average precision of boxes and masks, as COCO defines it.
-
-H, W: an image's height and width as stored; n: detections in it
-"""
+"""Average precision of boxes and masks, as COCO defines it."""
 
 from __future__ import annotations
 
@@ -10,93 +7,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from faster_coco_eval import COCO, COCOeval_faster
-from faster_coco_eval.core import mask as mask_api
-from torch import Tensor
+
+from fastvim.models.heads.results import Result
 
 # The first six of COCO's twelve numbers. The others are of recall.
 SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 KINDS = {"box": "bbox", "mask": "segm"}
-
-Result = dict[str, Any]  # "image_id", "category_id", "bbox", "segmentation", "score"
-
-
-def coco_results(
-    found: dict[str, Tensor],
-    seen: tuple[int, int],
-    size: tuple[int, int],
-    image_id: int,
-    category_ids: Sequence[int],
-) -> list[Result]:
-    """Detections of `CascadeMaskRCNN.detect` in COCO's format of results, in stored pixels.
-
-    Args:
-        found: "boxes" (n, 4), "labels" and "scores" (n,), "masks" (n, 1, 28, 28).
-        seen: height and width of the image that the model was given.
-        size: (H, W).
-        image_id: written into each.
-        category_ids: of the labels 1 to K.
-    """
-    scale = torch.tensor([size[1] / seen[1], size[0] / seen[0]] * 2)
-    boxes, masks = found["boxes"].float().cpu(), found["masks"].float().cpu()
-    results = []
-    for i, (x1, y1, x2, y2) in enumerate((boxes * scale).tolist()):
-        # One at a time: all masks of a large photograph would take gigabytes.
-        pasted = paste(masks[i, 0], boxes[i].tolist(), seen, size)
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": category_ids[int(found["labels"][i]) - 1],
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "segmentation": _encode(pasted),
-                "score": float(found["scores"][i]),
-            }
-        )
-    return results
-
-
-def paste(
-    mask: Tensor, box: Sequence[float], seen: tuple[int, int], size: tuple[int, int]
-) -> np.ndarray:
-    """A mask that fills a box as the pixels of the stored image, uint8 (H, W).
-
-    This inverts the projection that the mask head is trained on (torchvision's), where a pixel lies
-    at its index, not half a pixel further. torchvision's own pasting rounds the box, which moves
-    small objects by up to a pixel.
-
-    Args:
-        mask: probabilities, (28, 28).
-        box: x1, y1, x2, y2 in the pixels of the image that the model was given.
-        seen: its height and width.
-        size: (H, W).
-    """
-    pasted = np.zeros(size, dtype=np.uint8)
-    places, coordinates = [], []
-    for axis in (0, 1):
-        low, high = box[1 - axis], box[3 - axis]
-        ratio = seen[axis] / size[axis]
-        # Pixels with their middle in the box.
-        first = max(math.ceil(low / ratio - 0.5), 0)
-        last = min(math.floor(high / ratio - 0.5), size[axis] - 1)
-        if first > last:
-            return pasted
-        indices = (torch.arange(first, last + 1) + 0.5) * ratio - 0.5
-        coordinates.append(2 * (indices - low) / (high - low) - 1)  # -1 and 1: the box's edges
-        places.append(slice(first, last + 1))
-    rows, columns = torch.meshgrid(*coordinates, indexing="ij")
-    grid = torch.stack([columns, rows], dim=-1)[None]
-    values = F.grid_sample(mask[None, None], grid, padding_mode="border", align_corners=False)
-    pasted[tuple(places)] = (values[0, 0] > 0.5).numpy()
-    return pasted
-
-
-def _encode(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W) as compressed run lengths, in JSON's types."""
-    encoded = mask_api.encode(np.asfortranarray(mask))
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
 class Scores(NamedTuple):

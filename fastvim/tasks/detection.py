@@ -14,8 +14,9 @@ from torch import Tensor, nn, optim
 from fastvim.errors import UserError
 from fastvim.models import CascadeMaskRCNN, FastVim
 from fastvim.models.heads.cascade import build_detector
+from fastvim.models.heads.results import coco_results
 from fastvim.models.vision import Source
-from fastvim.tasks.average_precision import AveragePrecision, coco_results
+from fastvim.tasks.average_precision import AveragePrecision
 from fastvim.tasks.dense_task import DenseTask
 from fastvim.tasks.optim import warmup_steps_down
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from coco_sets import write_set
-from faster_coco_eval.core import mask as mask_api
 from PIL import Image
 
 from fastvim.data.detection import resize
 from fastvim.models import create_model
 from fastvim.models.heads.cascade import build_detector
-from fastvim.tasks.average_precision import coco_results
+from fastvim.models.heads.results import coco_results, decode, encode
 from fastvim.tasks.pictures.detections import draw_detections
 from fastvim.weights import load_model, save
 from fastvim_cli import main
@@ -81,7 +80,7 @@ def test_an_image_of_another_size(weights, tmp_path):
         assert y >= 0
         assert x + width <= 250.01
         assert y + height <= 90.01
-        assert mask_api.decode(result["segmentation"]).shape == (90, 250)
+        assert decode(result["segmentation"]).shape == (90, 250)
     with Image.open(tmp_path / "out" / "photograph_detections.png") as picture:
         assert picture.width > 2 * 4 * 250  # two panels, each pixel four of theirs
 
@@ -91,7 +90,7 @@ def test_what_is_drawn(names):
     """A tint within its mask, and a box around it; nothing changes the rest of the image."""
     mask = np.zeros((64, 64), dtype=np.uint8)
     mask[20:40, 10:40] = 1
-    encoded = mask_api.encode(np.asfortranarray(mask))
+    encoded = encode(mask)
     result = {"category_id": 7, "bbox": [8, 18, 34, 24], "segmentation": encoded, "score": 0.93}
     image = Image.new("RGB", (64, 64), (30, 30, 30))
     empty, drawn = (

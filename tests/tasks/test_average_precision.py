@@ -12,13 +12,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from coco_sets import annotation
-from faster_coco_eval.core import mask as mask_api
 from harness import PROCESSES
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 
-from fastvim.tasks.average_precision import SCORES, AveragePrecision, coco_results, paste
+from fastvim.tasks.average_precision import SCORES, AveragePrecision
 
 CATEGORIES = [3, 7, 8]
 SIZE = (160, 220)
@@ -175,60 +173,3 @@ def test_two_processes_give_the_scores_of_one():
     objects, found = scenes()
     expected = computed(targets_of(objects), found).overall
     assert [queue.get(), queue.get()] == [expected, expected]
-
-
-def test_results_are_in_stored_pixels():
-    """An image seen at half its size; the mask fills the left half of its box."""
-    mask = torch.zeros(1, 1, 28, 28)
-    mask[..., :14] = 1
-    found = {
-        "boxes": torch.tensor([[10.0, 20.0, 50.0, 60.0]]),
-        "labels": torch.tensor([2]),
-        "scores": torch.tensor([0.75]),
-        "masks": mask,
-    }
-    (one,) = coco_results(found, (80, 110), SIZE, 17, CATEGORIES)
-    assert one["bbox"] == [20.0, 40.0, 80.0, 80.0]
-    assert (one["image_id"], one["category_id"], one["score"]) == (17, 7, 0.75)
-    decoded = mask_api.decode(one["segmentation"])
-    assert decoded.shape == SIZE
-    assert decoded[45:115, 25:55].all()
-    assert int(decoded.sum()) == pytest.approx(40 * 80, rel=0.06)
-    assert isinstance(one["segmentation"]["counts"], str)
-    empty = {name: value[:0] for name, value in found.items()}
-    assert coco_results(empty, (80, 110), SIZE, 17, CATEGORIES) == []
-
-
-@pytest.mark.parametrize("factor", [1, 2])
-def test_pasting_is_the_way_back_of_the_training_projection(factor):
-    """Masks of nuclei's size, stored at the model's size or twice it, and boxes not on pixels."""
-    generator = np.random.default_rng(1)
-    seen = (64, 80)
-    size = (factor * seen[0], factor * seen[1])
-    for _ in range(20):
-        y, x = np.mgrid[: seen[0], : seen[1]]
-        centre, radii = generator.uniform(20, 44, 2), generator.uniform(7, 16, 2)
-        mask = ((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 <= 1
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        edges = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)
-        box = torch.tensor(edges + generator.uniform(-0.5, 0.5, 4).astype(np.float32))
-        stored = torch.tensor(mask.astype(np.uint8))
-        index = torch.zeros(1, dtype=torch.int64)
-        projected = project_masks_on_boxes(stored[None].float(), box[None], index, 28)[0]
-        pasted = paste(projected, box.tolist(), seen, size)
-        goal = stored.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()
-        overlap = (pasted & goal).sum() / (pasted | goal).sum()
-        assert overlap > 0.95
-        if factor == 1:
-            rounded = paste_masks_in_image(projected[None, None], box[None], seen)[0, 0] > 0.5
-            assert overlap > (rounded & (stored > 0)).sum() / (rounded | (stored > 0)).sum()
-
-
-def test_pasting_at_the_edges_of_an_image():
-    whole = paste(torch.ones(28, 28), [-4.0, -4.0, 24.0, 24.0], (20, 20), (20, 20))
-    assert whole.all()
-    corner = paste(torch.ones(28, 28), [15.0, 12.0, 20.0, 20.0], (20, 20), (40, 40))
-    assert corner[26:, 32:].all()
-    assert not corner[:23].any()
-    assert not corner[:, :29].any()
-    assert not paste(torch.ones(28, 28), [5.1, 5.0, 5.3, 9.0], (20, 20), (20, 20)).any()

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as mask_api
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from fastvim.tasks.average_precision import Result
+from fastvim.models.heads.results import Result, decode
 from fastvim.tasks.pictures.colours import INK, WHITE, Colour, class_colour
 from fastvim.tasks.pictures.overlay import overlay
 from fastvim.tasks.pictures.sheet import LARGEST, Entry, Panel, enlarge, font, sheet, shrink
@@ -67,7 +66,7 @@ def draw_detections(
 def _masks(results: Sequence[Result], size: tuple[int, int]) -> Iterator[np.ndarray]:
     """The mask of each object, bool (H, W), in an image of another size (W, H)."""
     for result in results:
-        mask = Image.fromarray(mask_api.decode(result["segmentation"]))
+        mask = Image.fromarray(decode(result["segmentation"]))
         yield np.asarray(mask.resize(size, Image.Resampling.NEAREST)) > 0
 
 
