@@ -51,7 +51,7 @@ def run(argv: list[str]) -> None:
     from fastvim.data.inputs import find_images, pictures, rgb_pixels, upright
     from fastvim.models import CascadeMaskRCNN
     from fastvim.models.heads.results import coco_results
-    from fastvim.tasks.pictures.detections import draw_detections
+    from fastvim.pictures.detections import draw_detections
 
     paths, failures = find_images(arguments.images)
     required = ("img_size", "class_names", "category_ids")

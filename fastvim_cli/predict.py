@@ -89,13 +89,8 @@ def _draw(
     settings: dict[str, Any],
     title: str,
 ) -> None:
-    try:
-        from fastvim.tasks.pictures.predictions import Prediction, draw_predictions
-    except ModuleNotFoundError as error:
-        from fastvim.extras import needed_extra
+    from fastvim.pictures.predictions import Prediction, draw_predictions
 
-        note(f"{file} is left out: {needed_extra(error)}")
-        return
     predictions = [
         Prediction(image, best["index"], None, best["probability"]) for image, best in shown
     ]

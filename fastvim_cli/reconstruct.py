@@ -49,8 +49,8 @@ def run(argv: list[str]) -> None:
     from fastvim.data.transforms import evaluation_transform
     from fastvim.errors import UserError
     from fastvim.models import MaskedAutoencoder
-    from fastvim.tasks.pictures.reconstruction import draw_reconstruction
-    from fastvim.tasks.reconstruction import reconstruct
+    from fastvim.pictures.reconstruction import draw_reconstruction
+    from fastvim.reconstruction import reconstruct
     from fastvim.weights import load_model
 
     paths, failures = find_images(arguments.images)

@@ -51,7 +51,7 @@ def run(argv: list[str]) -> None:
     from fastvim.data.segmentation import EvaluationTransform
     from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
     from fastvim.models.heads.upernet import UPerNet
-    from fastvim.tasks.pictures.segmentation import draw_classes, index_image, legend
+    from fastvim.pictures.segmentation import draw_classes, index_image, legend
 
     paths, failures = find_images(arguments.images)
     required = ("mean", "std", "base_size", "class_names")

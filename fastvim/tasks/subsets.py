@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
-from fastvim.tasks.pictures.colours import BLUE, GREEN, GREY, ORANGE, VIOLET
+from fastvim.pictures.colours import BLUE, GREEN, GREY, ORANGE, VIOLET
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY, VIOLET)
 

@@ -15,7 +15,7 @@ from fastvim.data.detection import resize
 from fastvim.models import create_model
 from fastvim.models.heads.cascade import build_detector
 from fastvim.models.heads.results import coco_results, decode, encode
-from fastvim.tasks.pictures.detections import draw_detections
+from fastvim.pictures.detections import draw_detections
 from fastvim.weights import load_model, save
 from fastvim_cli import main
 

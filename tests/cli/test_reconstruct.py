@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastvim.models import create_model
-from fastvim.tasks.pictures.sheet import GAP, MARGIN, NOTE_SIZE, TEXT_SIZE
+from fastvim.pictures.sheet import GAP, MARGIN, NOTE_SIZE, TEXT_SIZE
 from fastvim.weights import save, to_published
 from fastvim_cli import main
 

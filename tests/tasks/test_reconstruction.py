@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder
+from fastvim.pictures.reconstruction import draw_reconstruction
+from fastvim.pictures.sheet import GAP, MARGIN, NOTE_SIZE, TEXT_SIZE
+from fastvim.reconstruction import reconstruct
 from fastvim.tasks.callbacks.ema import EMA
 from fastvim.tasks.callbacks.reconstruction import ReconstructionPictures
-from fastvim.tasks.pictures.reconstruction import draw_reconstruction
-from fastvim.tasks.pictures.sheet import GAP, MARGIN, NOTE_SIZE, TEXT_SIZE
-from fastvim.tasks.reconstruction import reconstruct
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 SIZES = {"patch_size": 4, "embed_dim": 16, "depth": 1, "decoder_embed_dim": 12, "decoder_depth": 1}

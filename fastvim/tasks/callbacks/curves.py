@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastvim.tasks.pictures.colours import BLUE, GREEN, GREY, ORANGE
+from fastvim.pictures.colours import BLUE, GREEN, GREY, ORANGE
 
 Points = tuple[list[float], list[float]]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder
-from fastvim.tasks.pictures.reconstruction import draw_reconstruction
+from fastvim.pictures.reconstruction import draw_reconstruction
+from fastvim.reconstruction import reconstruct
 from fastvim.tasks.protocols import Normalised
-from fastvim.tasks.reconstruction import reconstruct
 
 
 class ReconstructionPictures(L.Callback):

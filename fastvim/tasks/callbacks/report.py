@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar
 import lightning as L
 import torch
 
-from fastvim.tasks.pictures.predictions import Prediction, draw_predictions
-from fastvim.tasks.pictures.segmentation import Labelling, draw_labellings
+from fastvim.pictures.predictions import Prediction, draw_predictions
+from fastvim.pictures.segmentation import Labelling, draw_labellings
 from fastvim.tasks.protocols import TrainedTask
 
 Item = TypeVar("Item")

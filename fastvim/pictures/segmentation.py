@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastvim.labels import IGNORE_INDEX
-from fastvim.tasks.pictures.colours import RED, Colour, palette
-from fastvim.tasks.pictures.overlay import overlay
-from fastvim.tasks.pictures.predictions import denormalise
-from fastvim.tasks.pictures.sheet import LARGEST, Entry, Panel, sheet, shrink, to_image
+from fastvim.pictures.colours import RED, Colour, palette
+from fastvim.pictures.overlay import overlay
+from fastvim.pictures.predictions import denormalise
+from fastvim.pictures.sheet import LARGEST, Entry, Panel, sheet, shrink, to_image
 
 MOST_NAMES = 24  # in a legend
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastvim.tasks.pictures.colours import GREEN, RED, SLATE, Colour
-from fastvim.tasks.pictures.sheet import Panel, sheet, to_image
+from fastvim.pictures.colours import GREEN, RED, SLATE, Colour
+from fastvim.pictures.sheet import Panel, sheet, to_image
 
 COLUMNS = 10
 SMALL, LARGE = 128, 160  # longer side of an image, in pixels

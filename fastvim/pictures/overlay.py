@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import draw_segmentation_masks
 
-from fastvim.tasks.pictures.colours import Colour
-from fastvim.tasks.pictures.sheet import to_image
+from fastvim.pictures.colours import Colour
+from fastvim.pictures.sheet import to_image
 
 OPACITY = 0.42
 

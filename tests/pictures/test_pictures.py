@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim.tasks.pictures import segmentation
-from fastvim.tasks.pictures.colours import RED, palette
-from fastvim.tasks.pictures.overlay import OPACITY, overlay
-from fastvim.tasks.pictures.sheet import GAP, MARGIN, SWATCH, TEXT_SIZE, Entry, Panel, sheet
+from fastvim.pictures import segmentation
+from fastvim.pictures.colours import RED, palette
+from fastvim.pictures.overlay import OPACITY, overlay
+from fastvim.pictures.sheet import GAP, MARGIN, SWATCH, TEXT_SIZE, Entry, Panel, font, plain, sheet
 
 NAMES = ["background", "cat", "dog"]
 
@@ -111,3 +114,27 @@ def test_large_classes_shrink_and_keep_their_lines():
     drawn = segmentation.draw_classes(grey(100, 4000), classes, NAMES)
     assert (np.asarray(drawn) == palette(NAMES)[2]).all(-1).any()
     assert drawn.width == 2 * 1024 + GAP + 2 * MARGIN
+
+
+def test_names_with_accents_are_readable():
+    assert plain("Zürich café … 93%") == "Zurich cafe … 93%"
+    missing = bytes(font(14).getmask("\uffff"))
+    assert missing not in (bytes(font(14).getmask(letter)) for letter in plain("é…ñ"))
+    plainly, accented = (
+        sheet([[Panel(grey(64, 64), name)]], [Entry(RED, name)], title=name, note=name)
+        for name in ("cafe", "café")
+    )
+    assert plainly.tobytes() == accented.tobytes()
+
+
+SCRIPT = """
+import sys
+for name in ("lightning", "rich", "matplotlib", "faster_coco_eval", "torchmetrics", "jsonargparse"):
+    sys.modules[name] = None  # importing it fails
+import fastvim.pictures.detections, fastvim.pictures.predictions, fastvim.pictures.segmentation
+import fastvim.pictures.reconstruction
+"""
+
+
+def test_the_base_install_draws():
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True)

@@ -6,8 +6,8 @@ import math
 
 from PIL import Image
 
-from fastvim.tasks.pictures.sheet import Panel, sheet, to_image
-from fastvim.tasks.reconstruction import Reconstruction
+from fastvim.pictures.sheet import Panel, sheet, to_image
+from fastvim.reconstruction import Reconstruction
 
 SIZE = 224  # pixels that the longer side of a panel comes closest to by whole enlargement
 STACKED = 3  # images in one column; more are drawn in two groups of columns

@@ -15,9 +15,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from fastvim.models.heads.results import Result, decode
-from fastvim.tasks.pictures.colours import INK, WHITE, Colour, class_colour
-from fastvim.tasks.pictures.overlay import overlay
-from fastvim.tasks.pictures.sheet import LARGEST, Entry, Panel, enlarge, font, sheet, shrink
+from fastvim.pictures.colours import INK, WHITE, Colour, class_colour
+from fastvim.pictures.overlay import overlay
+from fastvim.pictures.sheet import LARGEST, Entry, Panel, enlarge, font, plain, sheet, shrink
 
 TEXT_SIZE, PADDING = 12, 2
 LONGEST_NAME = 16
@@ -95,7 +95,7 @@ def _label(
 
     torchvision writes labels into the box, where they hide small objects.
     """
-    letters = font(TEXT_SIZE)
+    letters, text = font(TEXT_SIZE), plain(text)
     width, height = letters.getlength(text) + 2 * PADDING, TEXT_SIZE + 2 * PADDING
     x = max(0.0, min(corner[0], right - width))
     y = corner[1] - height if corner[1] >= height else corner[1]

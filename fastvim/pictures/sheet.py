@@ -5,16 +5,15 @@ C  channels, H W  pixels of an image
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastvim.tasks.pictures.colours import GREY, LINE, SLATE, WHITE, Colour
+from fastvim.pictures.colours import GREY, LINE, SLATE, WHITE, Colour
 
 PANEL, LARGEST = 448, 1024  # longer side of a panel: enlarged towards the one, at most the other
 MARGIN, GAP, SPACE = 14, 8, 12
@@ -45,9 +44,16 @@ class Entry(NamedTuple):
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of the plots, which comes with matplotlib."""
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(str(path), size)
+    """Pillow's own font, which has the letters of `plain`."""
+    loaded = ImageFont.load_default(size)
+    assert isinstance(loaded, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return loaded
+
+
+def plain(text: str) -> str:
+    """Text without accents, which Pillow's font lacks."""
+    letters = unicodedata.normalize("NFD", text)
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -96,6 +102,8 @@ def sheet(
         RGB.
     """
     rows = [[panel and _scale(panel, size, largest) for panel in row] for row in rows]
+    entries = [entry._replace(text=plain(entry.text)) for entry in entries]
+    title, note = plain(title), plain(note)
     text, small, large = font(TEXT_SIZE), font(NOTE_SIZE), font(TITLE_SIZE)
     widths = [
         max([panel.image.width, *map(text.getlength, panel.caption.split("\n"))])
@@ -140,7 +148,8 @@ def sheet(
 
 def _scale(panel: Panel, size: int, largest: int) -> Panel:
     image = shrink(panel.image, largest)
-    return panel._replace(image=enlarge(image, max(1, round(size / max(image.size)))))
+    enlarged = enlarge(image, max(1, round(size / max(image.size))))
+    return panel._replace(image=enlarged, caption=plain(panel.caption))
 
 
 def _caption_height(panel: Panel) -> int:
