@@ -6,6 +6,7 @@ H, W: an image's height and width; n: objects in it
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ class DetectionData(DataModule):
         eval_size: longer side of an image in evaluation; None for `img_size`.
         scale: range of the random factor of large-scale jitter; at 1 an image fits `img_size`.
         hflip: probability of a horizontal flip in training.
+        categories: names of the categories by their ids, in the order of a model's labels: a file
+            may have some of them. None takes the file's.
         kwargs: further arguments of `DataModule`.
 
     Raises:
@@ -184,6 +187,7 @@ class DetectionData(DataModule):
         eval_size: int | None = None,
         scale: tuple[float, float] = (0.1, 2.0),
         hflip: float = 0.5,
+        categories: dict[int, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(root, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
@@ -198,6 +202,7 @@ class DetectionData(DataModule):
         test = (test_folder, test_file) if test_folder and test_file else validation
         self._splits = {"train": (train_folder, train_file), "val": validation, "test": test}
         self._jitter = LargeScaleJitter(img_size, scale, hflip)
+        self._categories = categories
         self._category_ids: list[int] = []
 
     @property
@@ -213,6 +218,8 @@ class DetectionData(DataModule):
             raise UserError(f"{instances.file}: {instances.errors}; see fastvim data check")
         if role == "train" and instances.dropped:
             _logger.warning("%s: training leaves out %s", instances.file, instances.dropped)
+        if self._categories is not None:
+            instances = _among(instances, self._categories)
         if not self._class_names:
             self._class_names, self._category_ids = instances.class_names, instances.category_ids
         elif instances.category_ids != self._category_ids:
@@ -236,6 +243,26 @@ class DetectionData(DataModule):
 
     def _folder(self, role: str) -> Path:
         return self.path(self._splits[role][0])
+
+
+def _among(instances: Instances, categories: dict[int, str]) -> Instances:
+    """The instances with all of these categories, of which their file has some.
+
+    Raises:
+        UserError: the file has another category, or one of these under another name.
+    """
+    for number, name in zip(instances.category_ids, instances.class_names, strict=True):
+        if number not in categories:
+            raise UserError(
+                f"{instances.file}: category {number} ({name}) is none of the {len(categories)} "
+                f"expected, {first_few(list(categories.values()))}"
+            )
+        if name not in (categories[number], str(number)):  # a file may lack the names
+            raise UserError(
+                f"{instances.file}: category {number} is {name!r}; expected {categories[number]!r}"
+            )
+    names = list(categories.values())
+    return replace(instances, category_ids=list(categories), class_names=names)
 
 
 def read_image(folder: Path, record: dict[str, Any]) -> Image.Image:

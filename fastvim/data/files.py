@@ -16,7 +16,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
 from fastvim.data.transforms import Transform
-from fastvim.errors import UserError
+from fastvim.errors import UserError, first_few
 
 _logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _map_classes(own: list[str], class_names: Sequence[str], location: str) -> l
     unknown = [name for name in own if name not in index]
     if unknown:
         raise UserError(
-            f"{location}: class {unknown[0]!r} is none of the {len(class_names)} classes of the "
-            "training split"
+            f"{location}: class {unknown[0]!r} is none of the {len(class_names)} classes expected, "
+            f"{first_few(class_names)}"
         )
     return [index[name] for name in own]

@@ -53,6 +53,8 @@ class ImageData(DataModule):
         test_split: name of the test split; None for `test` if the folder has one, else `val_split`.
         train_images: number of training images, a random choice drawn with `seed`; None for all.
         num_classes: for datasets that do not name their classes (`wds/`); None to read them.
+        classes: name of the class of each folder, by the folder's name, in the order of a model's
+            outputs: a split may hold some of them. None takes the training split's folders.
         img_size: height and width in pixels, or one number for both.
         in_chans: 3 (RGB) or 1 (grey).
         mean: per channel, for values in 0..1; a single value serves every channel.
@@ -82,6 +84,7 @@ class ImageData(DataModule):
         test_split: str | None = None,
         train_images: int | None = None,
         num_classes: int | None = None,
+        classes: dict[str, str] | None = None,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
@@ -122,6 +125,8 @@ class ImageData(DataModule):
         )
         self._image_mode = IMAGE_MODES[in_chans]
         self._num_classes = num_classes
+        self._classes = classes
+        self._folders: list[str] = []  # the folder of each class
 
     def eval_transform(self) -> Transform:
         """What evaluation does to a PIL image: a function to a float32 tensor (C, H, W)."""
@@ -134,7 +139,9 @@ class ImageData(DataModule):
         transform = self._train_transform if training else self._eval_transform
         source = self._source(split, training)
         if not self._class_names:
-            self._class_names = self._find_class_names(source, training)
+            self._folders = self._find_folders(source, training)
+            names = self._classes or {}
+            self._class_names = [names.get(folder, folder) for folder in self._folders]
         if isinstance(source, IterableImageDataset):
             if training and self.train_images is not None:
                 raise UserError(f"{self.dataset}: train_images needs a dataset with a length")
@@ -146,7 +153,7 @@ class ImageData(DataModule):
             files = source
         else:
             location = f"{self.dataset}/{split}" if self.dataset else str(source.reader.root)
-            files = ImageFiles(source.reader, location, transform, self._class_names, training)
+            files = ImageFiles(source.reader, location, transform, self._folders, training)
         return self._choose(files) if training and self.train_images is not None else files
 
     def _choose(self, files: Dataset[Any]) -> Dataset[Any]:
@@ -192,8 +199,13 @@ class ImageData(DataModule):
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self.dataset}: cannot open split {split!r}: {reason}") from error
 
-    def _find_class_names(self, source: Any, training: bool) -> list[str]:
-        """The training split's class names, or without one those of the split that is opened."""
+    def _find_folders(self, source: Any, training: bool) -> list[str]:
+        """The classes as the files name them: those given, or the training split's.
+
+        Without a training split, those of the split that is opened.
+        """
+        if self._classes is not None:
+            return self._checked(list(self._classes))
         if isinstance(source, VisionDataset):
             return self._checked(torch_class_names(source))
         reader = source.reader

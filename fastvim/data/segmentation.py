@@ -188,6 +188,7 @@ class SegmentationData(DataModule):
         reduce_zero_label: a stored 0 is ignored and the classes are stored from 1, as in ADE20K.
         class_file: text file below `root` with a class name a line. Of a table with tabs, such as
             `objectInfo150.txt`, it is the last column below the header. None numbers the classes.
+        classes: names of the classes, instead of a file; one for each.
         train_split: name of the folders of the training split.
         val_split: of the validation split.
         test_split: of the test split; None for `val_split`.
@@ -216,6 +217,7 @@ class SegmentationData(DataModule):
         num_classes: int = 150,
         reduce_zero_label: bool = True,
         class_file: str | None = None,
+        classes: list[str] | None = None,
         train_split: str = "training",
         val_split: str = "validation",
         test_split: str | None = None,
@@ -240,6 +242,9 @@ class SegmentationData(DataModule):
         self._count = num_classes
         self.reduce_zero_label = reduce_zero_label
         self.class_file = class_file
+        if classes is not None and len(classes) != num_classes:
+            raise UserError(f"classes: {len(classes)} names; expected num_classes {num_classes}")
+        self._class_names = list(classes or [])
         test = val_split if test_split is None else test_split
         self._splits = {"train": train_split, "val": val_split, "test": test}
         crop = (img_size, img_size) if isinstance(img_size, int) else img_size

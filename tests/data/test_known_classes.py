@@ -1,0 +1,72 @@
+"""Classes that a model knows beforehand: by the names of folders, by COCO's ids, by number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import segmentation_sets
+import torch
+from coco_sets import write_set
+
+from fastvim.data.detection import DetectionData
+from fastvim.data.images import ImageData
+from fastvim.data.segmentation import SegmentationData
+from fastvim.errors import UserError
+
+FOLDERS = {"bee": "honey bee", "ant": "garden ant", "yak": "wild yak", "cat": "tabby cat"}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["with training", "without"])
+def test_a_split_has_some_of_the_folders(image_root: Path, tmp_path: Path, training: bool) -> None:
+    """The targets are places in the model's order, not in the folders' own."""
+    for split in ("train", "val") if training else ("val",):
+        (tmp_path / split).symlink_to(image_root / split)
+    data = ImageData(str(tmp_path), classes=FOLDERS, img_size=16, batch_size=9, num_workers=0)
+    data.setup("validate")
+    _, targets = next(iter(data.val_dataloader()))
+    assert targets.tolist() == [1, 1, 1, 0, 0, 0, 3, 3, 3]  # ant, bee, cat
+    assert data.class_names == ["honey bee", "garden ant", "wild yak", "tabby cat"]
+
+
+def test_other_folders_are_refused(image_root: Path) -> None:
+    data = ImageData(str(image_root), classes={"ant": "an ant", "bee": "a bee"}, num_workers=0)
+    with pytest.raises(UserError, match="class 'cat' is none of the 2 classes expected, ant, bee"):
+        data.setup("validate")
+
+
+def test_a_file_has_some_of_the_categories(tmp_path: Path) -> None:
+    """The set's ids are 3 and 7; labels count from 1 in the order given."""
+    write_set(tmp_path)
+    known = {9: "tree", 7: "disc", 3: "box"}
+    data = DetectionData(str(tmp_path), categories=known, img_size=64, batch_size=1, num_workers=0)
+    data.setup("fit")
+    assert (data.category_ids, data.class_names) == ([9, 7, 3], ["tree", "disc", "box"])
+    _, (objects,) = next(iter(data.train_dataloader()))
+    assert set(objects["labels"].tolist()) <= {2, 3}
+    assert len(objects["labels"])
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ({3: "box"}, r"category 7 \(disc\) is none of the 1 expected, box"),
+        ({3: "box", 7: "circle"}, "category 7 is 'disc'; expected 'circle'"),
+    ],
+)
+def test_other_categories_are_refused(tmp_path: Path, known: dict[int, str], message: str) -> None:
+    write_set(tmp_path)
+    with pytest.raises(UserError, match=message):
+        DetectionData(str(tmp_path), categories=known).setup("validate")
+
+
+def test_names_of_the_classes_of_pixels(tmp_path: Path) -> None:
+    segmentation_sets.write_set(tmp_path)
+    names = ["ground", "box", "disc"]
+    data = SegmentationData(str(tmp_path), num_classes=3, classes=names, num_workers=0)
+    data.setup("validate")
+    assert data.class_names == names
+    _, (classes,) = next(iter(data.val_dataloader()))
+    assert set(torch.unique(classes).tolist()) == {0, 1, 2, 255}
+    with pytest.raises(UserError, match="classes: 3 names; expected num_classes 4"):
+        SegmentationData(str(tmp_path), num_classes=4, classes=names)
