@@ -58,7 +58,7 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool = Fal
         for name in _HEAD:
             if name in own and (name not in state or state[name].shape != own[name].shape):
                 state = {**state, name: own[name]}
-    problems = _differences(own, state)
+    problems = differences(own, state)
     if problems:
         raise UserError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state)
@@ -127,7 +127,7 @@ def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tens
     return torch.cat([resized[:, :middle], token, resized[:, middle:]], dim=1)
 
 
-def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """What keeps a state dict from being loaded: names and shapes, in words."""
     shapes = [
         f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch import nn
 from fastvim.errors import UserError
 from fastvim.models.factory import create_model
 from fastvim.models.feature_maps import FeatureMaps
-from fastvim.models.heads.upernet import UPerNet
-from fastvim.models.vision import FastVim
+from fastvim.weights.build import build_model
 from fastvim.weights.files import read
 from fastvim.weights.fit import load_state
 from fastvim.weights.names import MAP_NORMS, is_published
@@ -56,27 +54,8 @@ def load_model(
         metadata = {"model": name, "model_args": model_args}
     else:
         raise UserError(f"{path} does not say which model it is of: expected its name as well")
-    backbone = create_model(name or metadata["model"], **metadata["model_args"])
-    model = _add_head(backbone, metadata)
+    model = build_model({**metadata, "model": name or metadata["model"]})
     if isinstance(model, FeatureMaps):
         state = {n if n.startswith(MAP_NORMS) else f"backbone.{n}": t for n, t in state.items()}
     load_state(model, replace(checkpoint, state=state))
     return model, metadata
-
-
-def _add_head(backbone: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
-    """The whole model over a backbone, as a file's metadata describe its head."""
-    heads = {"segmentation", "detection", "features"} & metadata.keys()
-    if not heads:
-        return backbone
-    assert isinstance(backbone, FastVim)
-    if head := metadata.get("segmentation"):
-        maps = FeatureMaps(backbone, head["out_indices"], head["source"])
-        sizes = {name: head[name] for name in ("num_classes", "channels", "aux_channels")}
-        return UPerNet(maps, **sizes)
-    if head := metadata.get("detection"):
-        # Imported here: torchvision's detection modules are slow to import.
-        from fastvim.models.heads.cascade import build_detector
-
-        return build_detector(backbone, **head)
-    return FeatureMaps(backbone, **metadata["features"])
