@@ -47,7 +47,7 @@ def run(argv: list[str]) -> None:
     import torch
     from PIL import Image
 
-    from fastvim.data.detection import resize
+    from fastvim.data.dense_data import prepare_objects
     from fastvim.data.inputs import find_images, pictures, rgb_pixels, upright
     from fastvim.models import CascadeMaskRCNN
     from fastvim.models.heads.results import coco_results
@@ -57,6 +57,7 @@ def run(argv: list[str]) -> None:
     required = ("img_size", "class_names", "category_ids")
     model, metadata = load_trained(arguments.checkpoint, CascadeMaskRCNN, "detection", *required)
     side = arguments.img_size or metadata.get("eval_size") or metadata["img_size"]
+    antialias = metadata.get("antialias", True)
     ids = metadata["category_ids"]
     names = dict(zip(ids, metadata["class_names"], strict=True))
     device = usable_device(arguments.device)
@@ -67,7 +68,7 @@ def run(argv: list[str]) -> None:
     @torch.inference_mode()
     def draw(path: Path, pixels: Tensor, target: Path) -> str:
         image = Image.fromarray(pixels[0].movedim(0, -1).numpy())
-        prepared = resize(image, side).to(device)
+        prepared = prepare_objects(image, side, antialias).to(device)
         (found,) = model.detect([prepared])
         seen, size = (prepared.shape[1], prepared.shape[2]), (image.height, image.width)
         results = coco_results(found, seen, size, image_ids[path], ids)

@@ -47,8 +47,8 @@ def run(argv: list[str]) -> None:
     import torch
     from PIL import Image
 
+    from fastvim.data.dense_data import prepare_scene
     from fastvim.data.inputs import find_images, pictures, rgb_pixels, upright
-    from fastvim.data.segmentation import EvaluationTransform
     from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
     from fastvim.models.heads.upernet import UPerNet
     from fastvim.pictures.segmentation import draw_classes, index_image, legend
@@ -57,7 +57,8 @@ def run(argv: list[str]) -> None:
     required = ("mean", "std", "base_size", "class_names")
     model, metadata = load_trained(arguments.checkpoint, UPerNet, "segmentation", *required)
     names = metadata["class_names"]
-    transform = EvaluationTransform(metadata["base_size"], metadata["mean"], metadata["std"])
+    settings = {name: metadata[name] for name in ("base_size", "mean", "std")}
+    settings["antialias"] = metadata.get("antialias", True)
     device = usable_device(arguments.device)
     model = model.to(device).eval()
     window, stride = _windows(arguments, metadata["segmentation"])
@@ -70,7 +71,7 @@ def run(argv: list[str]) -> None:
     @torch.inference_mode()
     def draw(path: Path, pixels: Tensor, target: Path) -> str:
         image = Image.fromarray(pixels[0].movedim(0, -1).numpy())
-        prepared = transform.prepare(image)[None].to(device)
+        prepared = prepare_scene(image, **settings)[None].to(device)
         size = (image.height, image.width)
         scores = multi_scale_flip(logits, prepared, size, arguments.scales, arguments.flip)
         classes = scores[0].argmax(dim=0).byte().cpu().numpy()

@@ -132,5 +132,21 @@ class DataModule(L.LightningDataModule):
         return loader
 
 
+class DenseDataModule(DataModule):
+    """Images of sizes of their own, with boxes and masks or with a class for every pixel.
+
+    Args:
+        root: as of `DataModule`.
+        antialias: how evaluation resizes. True averages over all pixels that a smaller image
+            covers; False takes the nearest four alone, bit for bit as OpenCV does: the published
+            segmentors and detectors are evaluated so.
+        kwargs: further arguments of `DataModule`.
+    """
+
+    def __init__(self, root: str, *, antialias: bool = True, **kwargs: Any) -> None:
+        super().__init__(root, **kwargs)
+        self.antialias = antialias
+
+
 def _collate_lists(samples: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
     return [first for first, _ in samples], [second for _, second in samples]

@@ -1,22 +1,22 @@
-"""Helpers of the segmentation and detection data: sizes, files, random numbers."""
+"""Helpers of the segmentation and detection data: files, images to evaluate, random numbers.
+
+H W  height and width of a prepared image
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
 
 from fastvim.data.files import UNREADABLE, UnreadableImageError
+from fastvim.data.resizing import fit, resize
 
 MISSING_IMAGE = "missing image file"  # a kind of `UnreadableImageError`
-
-
-def fit(size: tuple[int, int], bounds: tuple[float, float]) -> tuple[int, int]:
-    """The largest size of the same shape whose longer and shorter sides are within `bounds`."""
-    factor = min(max(bounds) / max(size), min(bounds) / min(size))
-    return max(1, math.floor(size[0] * factor + 0.5)), max(1, math.floor(size[1] * factor + 0.5))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -34,6 +34,38 @@ def open_image(path: Path) -> Image.Image:
         message = f"{path}: unreadable image ({error}); repair or delete it"
         raise UnreadableImageError(message) from error
     return image
+
+
+def prepare_scene(
+    image: Image.Image,
+    base_size: tuple[int, int] | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    antialias: bool = True,
+) -> Tensor:
+    """An RGB image as a segmentor takes it in evaluation: float32 (3, H, W), normalised.
+
+    The arguments are those of `SegmentationData`.
+    """
+    if base_size is not None:
+        image = resize(image, fit(image.size, base_size), antialias)
+    return TF.normalize(to_tensor(image), list(mean), list(std))
+
+
+def prepare_objects(image: Image.Image, longer_side: int, antialias: bool = True) -> Tensor:
+    """An RGB image as a detector takes it in evaluation: float32 (3, H, W) with values in 0 to 1.
+
+    Args:
+        image: of any size.
+        longer_side: that it is resized to, in pixels.
+        antialias: as of `DetectionData`.
+    """
+    return to_tensor(resize(image, fit(image.size, (longer_side, longer_side)), antialias))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """uint8 to float32 (3, H, W) with values in 0 to 1."""
+    return TF.to_dtype(TF.pil_to_tensor(image), scale=True)
 
 
 # These draw from torch's global generator, which `fastvim.data.sampler` seeds for each sample.

@@ -16,13 +16,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
-from torchvision.transforms.v2 import functional as TF
 
-from fastvim.data.base import DataModule
+from fastvim.data.base import DenseDataModule
 from fastvim.data.coco import DAMAGED_MASK, Instances, masks_of, read_instances
-from fastvim.data.dense_data import chance, fit, integer, open_image, uniform
+from fastvim.data.dense_data import (
+    chance,
+    integer,
+    open_image,
+    prepare_objects,
+    to_tensor,
+    uniform,
+)
 from fastvim.data.files import UnreadableImageError
 from fastvim.data.issues import SplitReport
+from fastvim.data.resizing import fit
 from fastvim.errors import UserError, first_few
 
 _logger = logging.getLogger(__name__)
@@ -81,6 +88,7 @@ class DetectionFiles(Dataset[Sample]):
         folder: of its images.
         eval_size: longer side of an image in evaluation.
         jitter: the augmentation in training; None in evaluation.
+        antialias: in evaluation, as of `DenseDataModule`.
 
     Raises:
         UnreadableImageError: when reading, naming the file: it is damaged, of another size than the
@@ -88,10 +96,15 @@ class DetectionFiles(Dataset[Sample]):
     """
 
     def __init__(
-        self, instances: Instances, folder: Path, eval_size: int, jitter: LargeScaleJitter | None
+        self,
+        instances: Instances,
+        folder: Path,
+        eval_size: int,
+        jitter: LargeScaleJitter | None,
+        antialias: bool = True,
     ) -> None:
         self.records, self.folder = instances.records, folder
-        self.eval_size, self.jitter = eval_size, jitter
+        self.eval_size, self.jitter, self.antialias = eval_size, jitter, antialias
         self._labels = {category: label for label, category in enumerate(instances.category_ids, 1)}
 
     def __len__(self) -> int:
@@ -104,7 +117,7 @@ class DetectionFiles(Dataset[Sample]):
         image = read_image(self.folder, record)
         size = {"size": (record["height"], record["width"])}
         target = {"image_id": record["id"], **size, "annotations": record["annotations"]}
-        return resize(image, self.eval_size), target
+        return prepare_objects(image, self.eval_size, self.antialias), target
 
     def read(self, index: int) -> tuple[Image.Image, list[dict[str, Any]], np.ndarray]:
         """An RGB image, the objects that training learns, and their masks, uint8 (H, W, n)."""
@@ -136,7 +149,7 @@ class DetectionFiles(Dataset[Sample]):
         }
 
 
-class DetectionData(DataModule):
+class DetectionData(DenseDataModule):
     """Images with boxes and masks of objects, in the layout of COCO.
 
     A split is a folder of images and a file that lists them and the objects in them, with masks as
@@ -163,7 +176,7 @@ class DetectionData(DataModule):
         hflip: probability of a horizontal flip in training.
         categories: names of the categories by their ids, in the order of a model's labels: a file
             may have some of them. None takes the file's.
-        kwargs: further arguments of `DataModule`.
+        kwargs: further arguments of `DenseDataModule`.
 
     Raises:
         UserError: for an argument out of range, and in `setup` for missing files and for instances
@@ -239,7 +252,8 @@ class DetectionData(DataModule):
 
     def _files(self, role: str, instances: Instances) -> DetectionFiles:
         jitter = self._jitter if role == "train" else None
-        return DetectionFiles(instances, self._folder(role), self.eval_size, jitter)
+        folder = self._folder(role)
+        return DetectionFiles(instances, folder, self.eval_size, jitter, self.antialias)
 
     def _folder(self, role: str) -> Path:
         return self.path(self._splits[role][0])
@@ -280,14 +294,3 @@ def read_image(folder: Path, record: dict[str, Any]) -> Image.Image:
             "image of another size",
         )
     return image
-
-
-def resize(image: Image.Image, longer_side: int) -> Tensor:
-    """An RGB image as a model takes it in evaluation: float32 (3, H, W) with values in 0 to 1."""
-    size = fit(image.size, (longer_side, longer_side))
-    return to_tensor(image.resize(size, Image.Resampling.BILINEAR))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """uint8 to float32 (3, H, W) with values in 0 to 1."""
-    return TF.to_dtype(TF.pil_to_tensor(image), scale=True)

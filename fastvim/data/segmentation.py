@@ -18,10 +18,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from fastvim.data.base import DataModule
-from fastvim.data.dense_data import chance, fit, integer, open_image, uniform
+from fastvim.data.base import DenseDataModule
+from fastvim.data.dense_data import (
+    chance,
+    integer,
+    open_image,
+    prepare_scene,
+    to_tensor,
+    uniform,
+)
 from fastvim.data.files import UnreadableImageError
 from fastvim.data.issues import Issues, SplitReport
+from fastvim.data.resizing import fit
 from fastvim.errors import UserError
 from fastvim.labels import IGNORE_INDEX
 
@@ -63,7 +71,7 @@ class TrainingTransform:
         image = image.resize(size, Image.Resampling.BILINEAR)
         mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         left, top, right, bottom = self._crop(mask)
-        pixels = TF.to_dtype(TF.pil_to_tensor(image.crop((left, top, right, bottom))), scale=True)
+        pixels = to_tensor(image.crop((left, top, right, bottom)))
         classes = torch.from_numpy(mask[top:bottom, left:right].astype(np.int64))
         if chance(self.hflip):
             pixels, classes = pixels.flip(-1), classes.flip(-1)
@@ -91,21 +99,19 @@ class EvaluationTransform:
     """
 
     def __init__(
-        self, base_size: tuple[int, int] | None, mean: Sequence[float], std: Sequence[float]
+        self,
+        base_size: tuple[int, int] | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        antialias: bool = True,
     ) -> None:
-        self.base_size = base_size
-        self.mean, self.std = list(mean), list(std)
+        self.base_size, self.mean, self.std = base_size, mean, std
+        self.antialias = antialias
 
     def __call__(self, image: Image.Image, mask: np.ndarray) -> Pair:
         """An RGB image and its classes, uint8 (H, W); the sizes of the pair may differ."""
-        return self.prepare(image), torch.from_numpy(mask.astype(np.int64))
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        """An RGB image alone."""
-        if self.base_size is not None:
-            image = image.resize(fit(image.size, self.base_size), Image.Resampling.BILINEAR)
-        pixels = TF.to_dtype(TF.pil_to_tensor(image), scale=True)
-        return TF.normalize(pixels, self.mean, self.std)
+        pixels = prepare_scene(image, self.base_size, self.mean, self.std, self.antialias)
+        return pixels, torch.from_numpy(mask.astype(np.int64))
 
 
 class SegmentationFiles(Dataset[Pair]):
@@ -171,7 +177,7 @@ class SegmentationFiles(Dataset[Pair]):
         return mask.astype(np.uint8)
 
 
-class SegmentationData(DataModule):
+class SegmentationData(DenseDataModule):
     """Images and the class of each pixel, in the layout of ADE20K (ADEChallengeData2016).
 
     The images are `root/images/{training,validation}/NAME.jpg` (.jpeg, .png), their classes
@@ -202,7 +208,7 @@ class SegmentationData(DataModule):
         distortion: probability of each change of brightness, contrast, saturation and hue.
         mean: per channel, for values in 0..1.
         std: as `mean`.
-        kwargs: further arguments of `DataModule`.
+        kwargs: further arguments of `DenseDataModule`.
 
     Raises:
         UserError: for an argument out of range, and in `setup` for missing files;
@@ -251,7 +257,7 @@ class SegmentationData(DataModule):
         self._train_transform = TrainingTransform(
             crop, base_size, ratio, max_share, hflip, distortion, mean, std
         )
-        self._eval_transform = EvaluationTransform(base_size, mean, std)
+        self._eval_transform = EvaluationTransform(base_size, mean, std, self.antialias)
 
     def open(self, role: str) -> SegmentationFiles:
         if not self._class_names:

@@ -11,7 +11,7 @@ import torch
 from coco_sets import write_set
 from PIL import Image
 
-from fastvim.data.detection import resize
+from fastvim.data.dense_data import prepare_objects
 from fastvim.models import create_model
 from fastvim.models.heads.cascade import build_detector
 from fastvim.models.heads.results import coco_results, decode, encode
@@ -51,7 +51,7 @@ def test_results_are_the_models(weights, images, tmp_path, capsys):
     assert {result["image_id"] for result in results} == {0, 1, 2, 3, 4}  # as the files are called
     model, _ = load_model(path=weights)
     with Image.open(images / "2.png") as image, torch.inference_mode():
-        (found,) = model.eval().detect([resize(image, 64)])
+        (found,) = model.eval().detect([prepare_objects(image, 64)])
     expected = coco_results(found, (64, 64), (64, 64), 2, [3, 7])
     own = [result for result in results if result["image_id"] == 2]
     assert {result.pop("file_name") for result in own} == {str(images / "2.png")}

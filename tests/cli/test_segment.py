@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastvim.data.segmentation import EvaluationTransform
+from fastvim.data.dense_data import prepare_scene
 from fastvim.models import FastVim, FeatureMaps, create_model
 from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
 from fastvim.models.heads.upernet import UPerNet
@@ -37,7 +37,7 @@ def write(path, **metadata) -> None:
     maps = FeatureMaps(backbone, HEAD["out_indices"])
     model = UPerNet(maps, num_classes=3, channels=12, aux_channels=8)
     nn.init.normal_(model.head.classifier.weight, std=1.0)
-    prepared = EvaluationTransform(None, IMAGES["mean"], IMAGES["std"]).prepare(blocks())
+    prepared = prepare_scene(blocks(), None, IMAGES["mean"], IMAGES["std"])
     with torch.no_grad():
         model.head.classifier.bias -= model.eval()(prepared[None]).mean((0, 2, 3))
     told = {"model": MODEL, "model_args": ARGS, "segmentation": HEAD, "class_names": NAMES}
@@ -72,7 +72,7 @@ def expected(weights, photo, base_size, **options) -> np.ndarray:
     model, _ = load_model(path=weights)
     model.eval()
     image = Image.open(photo)
-    prepared = EvaluationTransform(base_size, [0.5] * 3, [0.2] * 3).prepare(image)[None]
+    prepared = prepare_scene(image, base_size, [0.5] * 3, [0.2] * 3)[None]
 
     def windows(version):
         return sliding_window(model, version, options.get("window", 32), options.get("stride", 24))

@@ -16,6 +16,7 @@ from PIL import Image
 from fastvim.data.coco import Records, masks_of
 from fastvim.data.detection import DetectionData, LargeScaleJitter
 from fastvim.data.files import UnreadableImageError
+from fastvim.data.resizing import linear
 from fastvim.data.sampler import seeded
 from fastvim.errors import UserError
 
@@ -112,6 +113,14 @@ def test_evaluation_keeps_the_shape(root):
     images, (target,) = next(iter(fitted(root, img_size=100).val_dataloader()))
     assert images[0].shape == (3, 40, 100)
     assert target["size"] == (20, 50)
+
+
+def test_evaluation_can_resize_as_opencv_does(root):
+    images, _ = next(iter(fitted(root, img_size=40, antialias=False).val_dataloader()))
+    stored = sorted((root / "val2017").iterdir())[0]
+    expected = linear(np.asarray(Image.open(stored).convert("RGB")), (40, 40))
+    pixels = (255 * images[0].permute(1, 2, 0)).round().byte()
+    np.testing.assert_array_equal(pixels, expected)
 
 
 def test_as_stored(root):

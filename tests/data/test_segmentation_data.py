@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvim.data.dense_data import fit
 from fastvim.data.files import UnreadableImageError
+from fastvim.data.resizing import fit, linear
 from fastvim.data.sampler import seeded
 from fastvim.data.segmentation import (
     IGNORE_INDEX,
@@ -170,6 +170,18 @@ def test_evaluation_keeps_the_classes_as_stored():
     pixels, classes = EvaluationTransform((256, 96), **PLAIN)(image, mask)
     assert pixels.shape == (3, 96, 160)
     np.testing.assert_array_equal(classes, mask)
+
+
+def test_evaluation_can_resize_as_opencv_does(root):
+    images, _ = next(
+        iter(fitted(root, base_size=(60, 30), antialias=False, **PLAIN).val_dataloader())
+    )
+    with Image.open(root / "images" / "validation" / "v0.jpg") as stored:
+        expected = linear(np.asarray(stored), (48, 30))
+    pixels = (255 * images[0].permute(1, 2, 0)).round().byte()
+    np.testing.assert_array_equal(pixels, expected)
+    smoothed, _ = next(iter(fitted(root, base_size=(60, 30), **PLAIN).val_dataloader()))
+    assert not torch.equal(smoothed[0], images[0])
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def test_the_report_names_the_classes(write_recipe, shapes, capsys):
     """A table of the IoU of each class, the same in metrics.json, and a picture."""
     (shapes / "names.txt").write_text("noise\nsquare\ndisc\nunicorn\n")
     module = {"root": str(shapes), "num_classes": 4, "class_file": "names.txt", "img_size": 32}
+    loading = {"base_size": [64, 40], "antialias": False, "batch_size": 4, "num_workers": 0}
     recipe = {
         "model": {
             "class_path": "fastvim.tasks.segmentation.Segmentation",
@@ -146,7 +147,7 @@ def test_the_report_names_the_classes(write_recipe, shapes, capsys):
         },
         "data": {
             "class_path": "fastvim.data.segmentation.SegmentationData",
-            "init_args": {**module, "base_size": [64, 40], "batch_size": 4, "num_workers": 0},
+            "init_args": {**module, **loading},
         },
         "trainer.max_epochs": 1,
     }
@@ -167,6 +168,7 @@ def test_the_report_names_the_classes(write_recipe, shapes, capsys):
         (line,) = (line for line in lines if line.split()[:1] == [name])
         assert line.split()[1] == ("-" if value is None else f"{value:.2%}")
     # Its weights are all that another image needs.
+    assert read(folder / "model.safetensors").metadata["antialias"] is False
     photo = shapes / "images" / "validation" / "0.png"
     words = ["segment", str(folder / "model.safetensors"), str(photo), "--out", str(folder)]
     assert main(words) == 0
