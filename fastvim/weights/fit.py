@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvim.errors import UserError, first_few
 from fastvim.layers import resize_grid
+from fastvim.models.heads.earlier import fit_mask_heads
 from fastvim.models.masked import MaskedAutoencoder
 from fastvim.models.vision import FastVim
 from fastvim.weights.files import Checkpoint, read
@@ -54,6 +55,7 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool = Fal
     if isinstance(model, FastVim | MaskedAutoencoder):
         state = checkpoint_filter_fn(state, model)
     own = model.state_dict()
+    state = fit_mask_heads(state, own)
     if new_head:
         for name in _HEAD:
             if name in own and (name not in state or state[name].shape != own[name].shape):

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN: each stage against cases by hand, images of any size, and learning."""
+"""Cascade Mask R-CNN: the stages together, images of any size, and learning."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tiny_detector import SMALL, STAGES, target_of, tiny
 from torch import nn
 from torchvision.ops import box_iou
 
@@ -14,38 +15,10 @@ from fastvim.models import FeatureMaps
 from fastvim.models.heads.cascade import CascadeMaskRCNN
 from fastvim.models.heads.cascade_heads import (
     BOX_STDS,
-    IOU_THRESHOLDS,
-    LOSS_WEIGHTS,
-    BoxStage,
     CascadeHeads,
     HeadOptions,
-    Samples,
 )
 from fastvim.models.heads.pyramid import LEVELS
-
-SMALL = HeadOptions(hidden_dim=16, samples=16)
-STAGES = range(3)
-
-
-def stage_of(index: int, num_classes: int = 3) -> BoxStage:
-    return BoxStage(8, num_classes, IOU_THRESHOLDS[index], BOX_STDS[index], SMALL)
-
-
-def tiny(patch_size: int = 8, channels: int = 16, **options) -> CascadeMaskRCNN:
-    backbone = FastVim(img_size=64, patch_size=patch_size, embed_dim=32, depth=2, norm="layer")
-    options = {"proposals": 50, "heads": SMALL, **options}
-    return CascadeMaskRCNN(backbone, 2, channels=channels, **options)
-
-
-def target_of(boxes, labels, size) -> dict[str, torch.Tensor]:
-    masks = torch.zeros(len(boxes), *size, dtype=torch.uint8)
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
-        mask[y1:y2, x1:x2] = 1
-    return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor(labels, dtype=torch.int64),
-        "masks": masks,
-    }
 
 
 def answer(module: nn.Module, *outputs) -> None:
@@ -53,105 +26,7 @@ def answer(module: nn.Module, *outputs) -> None:
     module.forward = lambda *inputs: outputs
 
 
-# One stage.
-
-
-def test_constants_of_the_stages():
-    assert IOU_THRESHOLDS == (0.5, 0.6, 0.7)
-    assert LOSS_WEIGHTS == (1.0, 0.5, 0.25)
-    assert BOX_STDS[0] == (0.1, 0.1, 0.2, 0.2)
-    assert BOX_STDS[1] == (0.05, 0.05, 0.1, 0.1)
-    assert BOX_STDS[2] == (0.033, 0.033, 0.067, 0.067)
-
-
-@pytest.mark.parametrize("index", STAGES)
-def test_box_coding(index):
-    coder = stage_of(index).box_coder
-    # A tenth of the width to the right, and e times as high about the same centre.
-    box = torch.tensor([[10.0, 20.0, 30.0, 60.0]])
-    half = 20 * math.e
-    moved = torch.tensor([[12.0, 40 - half, 32.0, 40 + half]])
-    std = BOX_STDS[index]
-    offsets = torch.tensor([[0.1 / std[0], 0.0, 0.0, 1 / std[3]]])
-    torch.testing.assert_close(coder.encode_single(moved, box), offsets, atol=1e-4, rtol=1e-5)
-
-    corners = torch.rand(50, 2) * 100
-    boxes, goals = (torch.cat([corners, corners + 5 + 50 * torch.rand(50, 2)], 1) for _ in range(2))
-    found = coder.decode_single(coder.encode_single(goals, boxes), boxes)
-    torch.testing.assert_close(found, goals, atol=1e-3, rtol=1e-5)
-
-
-@pytest.mark.parametrize("index", STAGES)
-def test_matching(index):
-    """Boxes over 45 to 75 % of an object: objects from the stage's threshold on."""
-    targets = [target_of([(0, 0, 100, 100)], [2], (100, 100))]
-    boxes = torch.tensor([[0.0, 0.0, 100.0, height] for height in (45, 55, 65, 75)])
-    samples = stage_of(index).sample([boxes], targets)
-    labels = [0, 2, 2, 2, 2]  # the object's own box is the last
-    labels[: index + 1] = [0] * (index + 1)
-    assert samples.labels[0].tolist() == labels
-    assert samples.boxes[0].tolist() == [*boxes.tolist(), [0.0, 0.0, 100.0, 100.0]]
-    # From three quarters to the full height: the centre moves by a sixth of it, towards the end.
-    std = BOX_STDS[index]
-    expected = [0.0, (12.5 / 75) / std[1], 0.0, math.log(100 / 75) / std[3]]
-    torch.testing.assert_close(samples.offsets[0][3], torch.tensor(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_sampling_takes_a_quarter_of_objects():
-    corner = torch.rand(200, 1)
-    objects = torch.cat([corner, corner, 50 + corner, 50 + corner], dim=1)
-    elsewhere = objects + 200
-    targets = [target_of([(0, 0, 50, 50)], [1], (300, 300))]
-    samples = stage_of(0).sample([torch.cat([objects, elsewhere])], targets)
-    assert len(samples.labels[0]) == SMALL.samples
-    assert int((samples.labels[0] > 0).sum()) == SMALL.samples // 4
-
-
-def test_losses_of_a_stage():
-    samples = Samples(
-        boxes=[torch.zeros(1, 4), torch.zeros(1, 4)],
-        matched=[torch.zeros(1, dtype=torch.int64)] * 2,
-        labels=[torch.tensor([2]), torch.tensor([0])],
-        offsets=[torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.full((1, 4), -torch.inf)],
-    )
-    logits = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]).log()
-    offsets = torch.zeros(2, 12)
-    offsets[0, 8:] = torch.tensor([1.0, 2.5, 3.0, 3.0])  # class 2: 0.5 and 1 away
-    offsets[0, 4:8] = 100.0  # another class is not asked
-    offsets.requires_grad_()
-    classifier, box = stage_of(0).losses(logits, offsets, samples)
-    assert float(classifier) == pytest.approx(-(math.log(0.7) + math.log(0.5)) / 2)
-    assert box.item() == pytest.approx(1.5 / 2)
-    box.backward()
-    assert offsets.grad[1].tolist() == [0.0] * 12
-
-
-def test_refined_boxes():
-    """Objects move by their label's offsets, background by those of the most likely class."""
-    stage = stage_of(0)
-    boxes = [torch.tensor([[10.0, 10.0, 20.0, 20.0], [30.0, 30.0, 40.0, 40.0]])]
-    logits = torch.tensor([[9.0, 0.0, 1.0]] * 2)
-    offsets = torch.zeros(2, 3, 4)
-    offsets[:, 0] = 100.0  # background's are never trained
-    offsets[:, 1, 0] = 5.0  # half a width to the right
-    offsets[:, 2, 1] = -5.0  # half a height up
-    given = (logits, offsets.flatten(1), boxes, [(45, 45)])
-    refined, origins = stage.refine(*given, labels=[torch.tensor([1, 0])])
-    expected = torch.tensor([[15.0, 10.0, 25.0, 20.0], [30.0, 25.0, 40.0, 35.0]])
-    torch.testing.assert_close(refined[0], expected)
-    assert origins[0].tolist() == [0, 1]
-    refined, _ = stage.refine(*given)
-    expected[0] = torch.tensor([10.0, 5.0, 20.0, 15.0])
-    torch.testing.assert_close(refined[0], expected)
-    # Out of an image 25 pixels high and 32 wide: one is cut, the other vanishes.
-    refined, origins = stage.refine(*given[:3], [(25, 32)], labels=[torch.tensor([1, 0])])
-    assert origins[0].tolist() == [0]
-    assert refined[0].tolist() == [[15.0, 10.0, 25.0, 20.0]]
-    refined, _ = stage.refine(*given[:3], [(45, 22)], labels=[torch.tensor([1, 0])])
-    assert refined[0].tolist() == [[15.0, 10.0, 22.0, 20.0]]
-
-
-# The cascade.
+# The stages.
 
 
 def pyramid_of(side: int = 64, batch: int = 1) -> dict[str, torch.Tensor]:
@@ -159,31 +34,36 @@ def pyramid_of(side: int = 64, batch: int = 1) -> dict[str, torch.Tensor]:
     return {n: torch.randn(batch, 8, g, g) for n, g in zip(LEVELS, grids, strict=True)}
 
 
-def test_scores_are_averaged_and_the_lesser_boxes_go():
+def test_logits_are_averaged_and_the_lesser_boxes_go():
     heads = CascadeHeads(8, 3, SMALL).eval()
     boxes = torch.tensor(
         [
-            [70.0, 0.0, 80.0, 10.0],  # out of the image: it goes after the first stage
-            [0.0, 0.0, 20.0, 20.0],  # class 1, mean 0.7
-            [0.0, 0.0, 20.0, 18.0],  # class 1, mean 0.6: over 90 % of the first
-            [0.0, 0.0, 20.0, 19.0],  # class 2, mean 0.5: as near, but another class
-            [40.0, 40.0, 60.0, 60.0],  # class 1, mean 0.3
+            [0.0, 0.0, 20.0, 20.0],  # class 1 at 0.7
+            [0.0, 0.0, 20.0, 18.0],  # class 1 at 0.6: over 90 % of the first
+            [0.0, 0.0, 20.0, 19.0],  # class 2 at 0.5: as near, but another class
+            [40.0, 40.0, 60.0, 60.0],  # class 1 at 0.3
+            [70.0, 0.0, 80.0, 10.0],  # out of the image, class 2 at 0.2: a box without area
         ]
     )
-    means = [(0.0, 1.0, 0.0), (0.27, 0.7, 0.03), (0.37, 0.6, 0.03)]
-    means += [(0.47, 0.03, 0.5), (0.69, 0.3, 0.01)]
-    spread = torch.tensor([0.1, -0.1, 0.0])
-    zero, moved = torch.zeros(5, 12), torch.zeros(4, 12)
+    probabilities = [(0.27, 0.7, 0.03), (0.37, 0.6, 0.03), (0.47, 0.03, 0.5), (0.69, 0.3, 0.01)]
+    probabilities = torch.tensor([*probabilities, (0.79, 0.01, 0.2)])
+    # The stages disagree: of the logits the mean is these probabilities', of the scores it is not.
+    spread = torch.tensor([2.0, -2.0, 0.0])
+    zero, moved = torch.zeros(5, 12), torch.zeros(5, 12)
     moved[:, 4] = 0.1 / BOX_STDS[2][0]  # in the last stage class 1 goes a tenth to the right
-    for i, (stage, shift) in enumerate(zip(heads.stages, (-0.2, 0.0, 0.2), strict=True)):
-        probabilities = torch.tensor(means[0 if i == 0 else 1 :]) + shift * spread
-        answer(stage, probabilities.clamp(min=0).log(), (zero, zero[:4], moved)[i])
-    (found,) = heads.detect(pyramid_of(), [boxes], [(64, 64)], [(64, 64)])
-    assert found["labels"].tolist() == [1, 2, 1]
-    torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.5, 0.3]))
-    expected = torch.tensor([[2.0, 0, 22, 20], [0, 0, 20, 19], [42, 40, 62, 60]])
+    for i, (stage, shift) in enumerate(zip(heads.stages, (-1, 0, 1), strict=True)):
+        answer(stage, probabilities.log() + shift * spread, (zero, zero, moved)[i])
+    for i, masks in enumerate(heads.mask_stages):
+        masks.forward = lambda features, boxes, padded, logit=(-2.0, 0.0, 3.0)[i]: torch.full(
+            (len(boxes[0]), 3, 28, 28), logit
+        )
+    (found,) = heads.detect(pyramid_of(), [boxes], (64, 64))
+    assert found["labels"].tolist() == [1, 2, 1, 2]
+    torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.5, 0.3, 0.2]))
+    expected = torch.tensor([[2.0, 0, 22, 20], [0, 0, 20, 19], [42, 40, 62, 60], [64, 0, 64, 10]])
     torch.testing.assert_close(found["boxes"], expected)
-    assert found["masks"].shape == (3, 1, 28, 28)
+    mean = torch.tensor([-2.0, 0.0, 3.0]).sigmoid().mean()
+    torch.testing.assert_close(found["masks"], mean.expand(4, 1, 28, 28))
 
 
 def test_losses_are_weighted_and_stages_pass_boxes_on():
@@ -200,9 +80,9 @@ def test_losses_are_weighted_and_stages_pass_boxes_on():
 
         stage.forward = forward
     proposals = [torch.tensor([[40.0, 40.0, 60.0, 60.0]])]
-    losses = heads.losses(pyramid_of(), proposals, [(64, 64)], [(64, 64)], targets)
-    names = {f"loss_{kind}_{i}" for kind in ("classifier", "box_reg") for i in STAGES}
-    assert losses.keys() == names | {"loss_mask"}
+    losses = heads.losses(pyramid_of(), proposals, (64, 64), targets)
+    names = {f"loss_{kind}_{i}" for kind in ("classifier", "box_reg", "mask") for i in STAGES}
+    assert losses.keys() == names
     for i, weight in enumerate((1.0, 0.5, 0.25)):
         assert float(losses[f"loss_classifier_{i}"]) == pytest.approx(weight * math.log(3))
     # In the first stage only the object's own box is an object: four offsets 0.5 away, two boxes.
@@ -228,7 +108,7 @@ def test_an_image_without_objects_trains():
     losses = model([torch.rand(3, 48, 64)], [target_of([], [], (48, 64))])
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert all(float(losses[f"loss_box_reg_{i}"].detach()) == 0 for i in STAGES)
-    assert float(losses["loss_mask"].detach()) == 0
+    assert all(float(losses[f"loss_mask_{i}"].detach()) == 0 for i in STAGES)
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -257,6 +137,7 @@ def test_images_of_any_size(patch_size):
     with torch.inference_mode():
         found = model([torch.rand(3, *size) for size in sizes])
         assert model([torch.rand(3, 20, 70)])[0]["masks"].shape[1:] == (1, 20, 70)
+    padded = torch.tensor({8: [112, 144], 16: [128, 160]}[patch_size] * 2)  # width, height
     for (height, width), one in zip(sizes, found, strict=True):
         count = len(one["boxes"])
         assert 0 < count <= SMALL.detections
@@ -265,26 +146,26 @@ def test_images_of_any_size(patch_size):
         assert set(one["labels"].tolist()) <= {1, 2}
         assert (one["scores"].diff() <= 0).all()
         assert (one["boxes"] >= 0).all()
-        assert (one["boxes"] <= torch.tensor([width, height, width, height])).all()
-    strides = [patch_size * factor for factor in (1 / 4, 1 / 2, 1, 2)]
-    for pool in (model.heads.mask_roi_pool, *(s.box_roi_pool for s in model.heads.stages)):
-        assert [1 / scale for scale in pool.scales] == strides
+        assert (one["boxes"] <= padded).all()
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (70, 33)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (70, 33), (160, 90)])
 def test_anchors_lie_at_the_strides(height, width):
     model = tiny(16)
-    batch, _ = model.transform([torch.rand(3, height, width)])
-    maps = list(model.features(batch.tensors).values())
+    batch, padded, features = model._pyramid([torch.rand(3, height, width)])
+    maps = list(features.values())
     (anchors,) = model.rpn.anchor_generator(batch, maps)
     start = 0
     for x, stride in zip(maps, (4, 8, 16, 32, 64), strict=True):
         rows, columns = x.shape[-2:]
-        assert (rows * stride, columns * stride) == batch.tensors.shape[-2:]
+        assert (rows, columns) == tuple(-(-side // stride) for side in padded)
         level = anchors[start : start + 3 * rows * columns].reshape(rows, columns, 3, 4)
-        square = level[rows - 1, columns - 1, 1]
         centre = torch.tensor([(columns - 1) * stride, (rows - 1) * stride] * 2)
-        assert torch.equal(square - centre, torch.tensor([-4.0, -4, 4, 4]) * stride)
+        flat, square, tall = (level[rows - 1, columns - 1] - centre) / stride
+        assert torch.equal(square, torch.tensor([-4.0, -4, 4, 4]))
+        longer, shorter = 4 * math.sqrt(2), 4 / math.sqrt(2)
+        torch.testing.assert_close(flat, torch.tensor([-longer, -shorter, longer, shorter]))
+        torch.testing.assert_close(tall, torch.tensor([-shorter, -longer, shorter, longer]))
         start += 3 * rows * columns
     assert start == len(anchors)
 
@@ -293,7 +174,7 @@ def test_an_image_is_found_the_same_in_a_batch():
     torch.manual_seed(0)
     model = tiny(pad_to=100).eval()
     image, other = torch.rand(3, 40, 60), torch.rand(3, 90, 90)
-    assert model.transform([image])[0].tensors.shape == (1, 3, 128, 128)
+    assert model.transform([image]).shape == (1, 3, 112, 112)
     with torch.inference_mode():
         alone, (_, beside) = model([image]), model([other, image])
     for name, value in alone[0].items():
@@ -332,8 +213,9 @@ def test_names_of_the_weights():
     stage = [f"box_head.{i}.{part}" for i in range(4) for part in (0, 1)]
     stage += ["box_head.5", "box_predictor.cls_score", "box_predictor.bbox_pred"]
     expected = {f"heads.stages.{i}.{name}" for i in STAGES for name in stage}
-    expected |= {f"heads.mask_head.{i}.{part}" for i in range(4) for part in (0, 1)}
-    expected |= {f"heads.mask_predictor.{name}" for name in ("conv5_mask", "mask_fcn_logits")}
+    masks = [f"head.{i}.{part}" for i in range(4) for part in (0, 1)]
+    masks += ["predictor.conv5_mask", "predictor.mask_fcn_logits"]
+    expected |= {f"heads.mask_stages.{i}.{name}" for i in STAGES for name in masks}
     expected |= {f"rpn.head.{name}" for name in ("conv.0.0", "conv.1.0", "cls_logits", "bbox_pred")}
     expected |= {f"pyramid.levels.{level}.{part}" for level in range(4) for part in range(1, 5)}
     expected |= {"pyramid.levels.0.0.0", "pyramid.levels.0.0.1", "pyramid.levels.0.0.3"}
@@ -347,8 +229,9 @@ def test_sizes_by_default():
     stage = heads.stages[2]
     assert stage.box_head[5].weight.shape == (1024, 256 * 7 * 7)
     assert stage.box_predictor.bbox_pred.out_features == 4 * 81
-    assert heads.mask_predictor.mask_fcn_logits.weight.shape == (81, 256, 1, 1)
-    assert len(heads.mask_head) == 4
+    masks = heads.mask_stages[2]
+    assert masks.predictor.mask_fcn_logits.weight.shape == (81, 256, 1, 1)
+    assert len(masks.head) == 4
     sampler = stage.fg_bg_sampler
     assert (sampler.batch_size_per_image, sampler.positive_fraction) == (512, 0.25)
     assert (stage.score_thresh, stage.nms_thresh, stage.detections_per_img) == (0.05, 0.5, 100)

@@ -189,7 +189,7 @@ def test_what_does_not_decay():
         "rpn.head.bbox_pred.bias",
     ):
         assert decay[name] == 0, name
-    for name in (f"{block}.mixer.in_proj", "heads.mask_head.0.0", "pyramid.levels.0.1"):
+    for name in (f"{block}.mixer.in_proj", "heads.mask_stages.2.head.0.0", "pyramid.levels.0.1"):
         assert decay[f"{name}.weight"] == 0.05, name
 
 

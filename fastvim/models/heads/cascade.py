@@ -16,52 +16,45 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.image_list import ImageList
 
 from fastvim.errors import UserError
 from fastvim.models.feature_maps import FeatureMaps
-from fastvim.models.heads.cascade_heads import CascadeHeads, HeadOptions, Target, full_precision
-from fastvim.models.heads.pyramid import LEVELS, SimpleFeaturePyramid
+from fastvim.models.heads.cascade_heads import CascadeHeads, HeadOptions, Target
+from fastvim.models.heads.proposals import proposal_network
+from fastvim.models.heads.pyramid import SimpleFeaturePyramid
+from fastvim.models.heads.regions import Size, full_precision
+from fastvim.models.heads.results import paste_probabilities
 from fastvim.models.vision import FastVim, Source
 
+GREY = 114 / 255  # of the padding, before normalising
 
-class PadImages(GeneralizedRCNNTransform):
-    """Normalise images and pad them at the bottom and right to one size; nothing is resized.
+
+class PadImages(nn.Module):
+    """Pad images at the bottom and right to one size, with grey, and normalise them.
 
     Args:
         mean, std: of each channel.
-        multiple: padded sides are multiples of this, so that every level's stride is exact.
+        multiple: padded sides are multiples of this, so that the levels' strides are exact.
         least: minimum of the padded sides.
     """
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], multiple: int, least: int
     ) -> None:
-        super().__init__(least, least, list(mean), list(std), size_divisible=multiple)
-        self.least = least
+        super().__init__()
+        self.mean, self.std = list(mean), list(std)
+        self.multiple, self.least = multiple, least
 
-    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        """Leave the images as they are: the data decides their size."""
-        return image, target
-
-    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
-        """(B, in_chans, height, width), zero where an image ends."""
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        """(in_chans, H, W) each to (B, in_chans, height, width)."""
         sides = [max(self.least, *(image.shape[axis] for image in images)) for axis in (1, 2)]
-        height, width = (-(-side // size_divisible) * size_divisible for side in sides)
-        return torch.stack(
-            [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images]
+        height, width = (-(-side // self.multiple) * self.multiple for side in sides)
+        batch = torch.stack(
+            [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1]), value=GREY) for x in images]
         )
-
-
-class ProposalHead(RPNHead):
-    """torchvision's, with float32 outputs: boxes are decoded in the dtype of the offsets."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each level's map (B, C, h, w): logits (B, 3, h, w) and offsets (B, 12, h, w)."""
-        logits, offsets = super().forward(x)
-        return [full_precision(t) for t in logits], [full_precision(t) for t in offsets]
+        mean, std = (batch.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (batch - mean) / std
 
 
 class CascadeMaskRCNN(nn.Module):
@@ -72,7 +65,7 @@ class CascadeMaskRCNN(nn.Module):
             (B, in_chans, H, W) to one map (B, d, H / stride, W / stride), alone or in a list.
         num_classes: classes of objects; their labels are 1 to `num_classes`.
         embed_dim: d; known for a `FastVim` and for `FeatureMaps`.
-        stride: pixels between the map's cells, a power of two from 4 on; likewise known.
+        stride: pixels between the map's cells, a multiple of 4; likewise known.
         channels: C.
         pad_to: images are padded to at least this height and width; 0: no more than necessary.
         image_mean, image_std: of each channel, for images with values in 0 to 1.
@@ -111,14 +104,13 @@ class CascadeMaskRCNN(nn.Module):
             )
         if num_classes < 1:
             raise UserError(f"num_classes={num_classes}: expected 1 or more")
-        # torchvision's pooling rounds a level's stride to a power of two.
-        if stride < 4 or stride & (stride - 1):
-            raise UserError(f"stride={stride}: expected a power of two, 4 or more")
+        if stride < 4 or stride % 4:
+            raise UserError(f"stride={stride}: expected a multiple of 4, the finest level's cells")
         self.num_classes = num_classes
-        self.transform = PadImages(image_mean, image_std, 4 * stride, pad_to)
+        self.transform = PadImages(image_mean, image_std, 2 * stride, pad_to)
         self.backbone = backbone
         self.pyramid = SimpleFeaturePyramid(embed_dim, channels)
-        self.rpn = _proposal_network(channels, stride, proposals)
+        self.rpn = proposal_network(channels, stride // 4, proposals)
         self.heads = CascadeHeads(channels, num_classes + 1, heads)
 
     def forward(
@@ -142,7 +134,7 @@ class CascadeMaskRCNN(nn.Module):
         """
         sizes = self._sizes(images)
         if not self.training:
-            return self.transform.postprocess(self.detect(images), sizes, sizes)
+            return [_pasted(*each) for each in zip(self.detect(images), sizes, strict=True)]
         if targets is None or len(targets) != len(images):
             count = "None" if targets is None else len(targets)
             raise UserError(f"targets of {count} images: expected {len(images)}, in training")
@@ -150,19 +142,23 @@ class CascadeMaskRCNN(nn.Module):
             _check(target, size, self.num_classes)
         dtype = torch.promote_types(images[0].dtype, torch.float32)
         targets = [{**target, "boxes": target["boxes"].to(dtype)} for target in targets]
-        batch, targets = self.transform(list(images), targets)
-        features = self.features(batch.tensors)
+        batch, padded, features = self._pyramid(images)
         proposals, losses = self.rpn(batch, features, targets)
-        padded = _padded(batch.tensors)
-        return {**losses, **self.heads.losses(features, proposals, sizes, padded, targets)}
+        return {**losses, **self.heads.losses(features, proposals, padded, targets)}
 
     def detect(self, images: Sequence[Tensor]) -> list[Target]:
         """As `forward` in evaluation, but with "masks" (n, 1, 28, 28) that fill the boxes."""
-        sizes = self._sizes(images)
-        batch, _ = self.transform(list(images))
-        features = self.features(batch.tensors)
+        self._sizes(images)
+        batch, padded, features = self._pyramid(images)
         proposals, _ = self.rpn(batch, features)
-        return self.heads.detect(features, proposals, sizes, _padded(batch.tensors))
+        return self.heads.detect(features, proposals, padded)
+
+    def _pyramid(self, images: Sequence[Tensor]) -> tuple[ImageList, Size, dict[str, Tensor]]:
+        """The padded batch, its height and width, and its maps."""
+        batch = self.transform(images)
+        padded = (int(batch.shape[-2]), int(batch.shape[-1]))
+        # Regions may reach into the padding: to all that follows, it is a part of the image.
+        return ImageList(batch, [padded] * len(images)), padded, self.features(batch)
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's vectors of both directions, stacked to two dimensions."""
@@ -180,13 +176,15 @@ class CascadeMaskRCNN(nn.Module):
     def _sizes(self, images: Sequence[Tensor]) -> list[tuple[int, int]]:
         if not images:
             raise UserError("no images: expected one or more")
-        channels = len(self.transform.image_mean)
+        channels = len(self.transform.mean)
         for image in images:
             if image.ndim != 3 or len(image) != channels:
                 raise UserError(
                     f"an image of shape {tuple(image.shape)}: expected ({channels}, H, W), a mean "
                     "and a deviation per channel"
                 )
+            if not image.is_floating_point():
+                raise UserError(f"an image of {image.dtype}: expected values in 0 to 1, floating")
         return [(int(image.shape[1]), int(image.shape[2])) for image in images]
 
     def features(self, images: Tensor) -> OrderedDict[str, Tensor]:
@@ -220,28 +218,12 @@ def build_detector(
     return CascadeMaskRCNN(maps, num_classes, heads=HeadOptions(**heads or {}), **options)
 
 
-def _proposal_network(channels: int, stride: int, proposals: int) -> RegionProposalNetwork:
-    """Two convolutions; per cell three anchors, of 8 times the level's stride (ViTDet: 32 to 512).
-
-    IoU thresholds, sampling and the number of proposals before NMS are Faster R-CNN's.
-    """
-    sides = tuple((2 * stride * 2**i,) for i in range(len(LEVELS)))
-    return RegionProposalNetwork(
-        AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(LEVELS)),
-        ProposalHead(channels, 3, conv_depth=2),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=256,
-        positive_fraction=0.5,
-        pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
-        post_nms_top_n={"training": proposals, "testing": proposals},
-        nms_thresh=0.7,
-    )
-
-
-def _padded(batch: Tensor) -> list[tuple[int, int]]:
-    """Height and width of a padded batch, as torchvision takes them."""
-    return [(int(batch.shape[-2]), int(batch.shape[-1]))]
+def _pasted(found: Target, size: Size) -> Target:
+    """Detections with masks (n, 1, H, W) instead of those that fill the boxes."""
+    pasted = found["masks"].new_zeros(len(found["boxes"]), 1, *size)
+    for i, (mask, box) in enumerate(zip(found["masks"], found["boxes"].tolist(), strict=True)):
+        pasted[i, 0] = paste_probabilities(mask[0], box, size)
+    return {**found, "masks": pasted}
 
 
 def _check(target: Target, size: tuple[int, int], num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""The heads of Cascade Mask R-CNN: three box stages and a mask head, of torchvision's parts.
+"""The heads of Cascade Mask R-CNN: three stages of boxes and of masks, of torchvision's parts.
 
 N  regions of a batch, image by image; K  classes with the background, which is class 0;
 C  channels of the pyramid. Boxes are (x1, y1, x2, y2) in pixels of the padded batch.
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
-from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, remove_small_boxes
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
-from fastvim.models.heads.pyramid import LEVELS, ChannelNorm
+from fastvim.models.heads.pyramid import ChannelNorm
+from fastvim.models.heads.regions import OffsetCoder, RegionPooling, Size, full_precision
 
-Sizes = Sequence[tuple[int, int]]
 Target = dict[str, Tensor]
 
 # Of each stage (arXiv 1712.00726): the IoU from which a region counts as an object, the standard
@@ -27,7 +27,7 @@ Target = dict[str, Tensor]
 IOU_THRESHOLDS = (0.5, 0.6, 0.7)
 BOX_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 LOSS_WEIGHTS = (1.0, 0.5, 0.25)
-_MIN_SIDE = 1e-2  # pixels; boxes with a shorter side are dropped
+MASK_SIDE = 28  # rows and columns of a predicted mask
 
 
 class HeadOptions(NamedTuple):
@@ -60,11 +60,6 @@ class Samples(NamedTuple):
     offsets: list[Tensor]
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """Half precision to float32: bfloat16 has only 8 bits for a coordinate."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class BoxStage(RoIHeads):
     """One stage: pooled regions to class logits and to a box for each class.
 
@@ -87,7 +82,7 @@ class BoxStage(RoIHeads):
         options: HeadOptions,
     ) -> None:
         super().__init__(
-            box_roi_pool=MultiScaleRoIAlign(LEVELS[:4], output_size=7, sampling_ratio=0),
+            box_roi_pool=RegionPooling(7),
             box_head=FastRCNNConvFCHead(
                 (channels, 7, 7), [channels] * 4, [options.hidden_dim], ChannelNorm
             ),
@@ -96,11 +91,12 @@ class BoxStage(RoIHeads):
             bg_iou_thresh=iou,
             batch_size_per_image=options.samples,
             positive_fraction=0.25,
-            bbox_reg_weights=tuple(1 / std for std in stds),
+            bbox_reg_weights=None,
             score_thresh=options.score_thresh,
             nms_thresh=options.nms_thresh,
             detections_per_img=options.detections,
         )
+        self.box_coder = OffsetCoder(stds)
         # As in Fast R-CNN (arXiv 1504.08083): an untrained stage hardly moves its boxes.
         nn.init.normal_(self.box_predictor.cls_score.weight, std=0.01)
         nn.init.normal_(self.box_predictor.bbox_pred.weight, std=0.001)
@@ -108,7 +104,7 @@ class BoxStage(RoIHeads):
         nn.init.zeros_(self.box_predictor.bbox_pred.bias)
 
     def forward(
-        self, features: Mapping[str, Tensor], boxes: list[Tensor], padded: Sizes
+        self, features: Mapping[str, Tensor], boxes: list[Tensor], padded: Size
     ) -> tuple[Tensor, Tensor]:
         """Class logits (N, K) and box offsets (N, 4K); `padded`: the batch's height and width."""
         logits, offsets = self.box_predictor(
@@ -138,18 +134,14 @@ class BoxStage(RoIHeads):
         logits: Tensor,
         offsets: Tensor,
         boxes: list[Tensor],
-        sizes: Sizes,
+        padded: Size,
         labels: list[Tensor] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The boxes of the next stage: each box moved by the offsets of one class.
+    ) -> list[Tensor]:
+        """The boxes of the next stage: each box moved by the offsets of one class, and clipped.
 
         For an object in training that class is its label: only the label's offsets are trained on
         it. For background in training, and for every box in a test (`labels` is None), it is the
         most likely class other than the background, whose offsets are never trained.
-
-        Returns:
-            Per image the boxes, clipped to the image, and the indices of the boxes that they come
-            from. Boxes that vanish are dropped.
         """
         classes = logits[:, 1:].argmax(dim=1) + 1
         if labels is not None:
@@ -158,21 +150,92 @@ class BoxStage(RoIHeads):
         own = offsets.unflatten(1, (-1, 4))[
             torch.arange(len(classes), device=classes.device), classes
         ]
-        moved = self.box_coder.decode_single(own, torch.cat(boxes))
-        refined, origins = [], []
-        for one, size in zip(moved.split([len(b) for b in boxes]), sizes, strict=True):
-            one = clip_boxes_to_image(one, size)
-            origin = remove_small_boxes(one, _MIN_SIDE)
-            refined.append(one[origin])
-            origins.append(origin)
-        return refined, origins
+        moved = clip_boxes_to_image(self.box_coder.decode_single(own, torch.cat(boxes)), padded)
+        return list(moved.split([len(box) for box in boxes]))
+
+    def select(
+        self, logits: Tensor, offsets: Tensor, boxes: list[Tensor], padded: Size
+    ) -> list[Target]:
+        """Per image "boxes" (n, 4), "labels" and "scores" (n,), the best first.
+
+        Each region may be found once for each class.
+        """
+        moved = self.box_coder.decode(offsets, boxes).reshape(len(offsets), -1, 4)
+        moved = clip_boxes_to_image(moved[:, 1:], padded)
+        counts = [len(box) for box in boxes]
+        selected = []
+        for candidates, scores in zip(
+            moved.split(counts), logits.softmax(dim=1)[:, 1:].split(counts), strict=True
+        ):
+            regions, classes = torch.where(scores > self.score_thresh)
+            found, values = candidates[regions, classes], scores[regions, classes]
+            best = batched_nms(found, values, classes, self.nms_thresh)[: self.detections_per_img]
+            selected.append(
+                {"boxes": found[best], "labels": classes[best] + 1, "scores": values[best]}
+            )
+        return selected
+
+
+class MaskStage(nn.Module):
+    """Pooled regions to a mask for each class.
+
+    Args:
+        channels: C.
+        num_classes: K.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.pool = RegionPooling(MASK_SIDE // 2)
+        self.head = MaskRCNNHeads(channels, [channels] * 4, 1, ChannelNorm)
+        self.predictor = MaskRCNNPredictor(channels, channels, num_classes)
+
+    def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor], padded: Size) -> Tensor:
+        """Logits (N, K, 28, 28) of the masks in boxes."""
+        return full_precision(self.predictor(self.head(self.pool(features, boxes, padded))))
+
+    def loss(
+        self,
+        features: Mapping[str, Tensor],
+        samples: Samples,
+        padded: Size,
+        targets: Sequence[Target],
+    ) -> Tensor:
+        """Binary cross-entropy of the mask of each object's class, the mean over 28 x 28 cells."""
+        objects = [labels > 0 for labels in samples.labels]
+        boxes = [box[mine] for box, mine in zip(samples.boxes, objects, strict=True)]
+        labels = torch.cat([own[mine] for own, mine in zip(samples.labels, objects, strict=True)])
+        logits = self(features, boxes, padded)
+        if not len(labels):
+            return logits.sum() * 0
+        wanted = [
+            mask_targets(target["masks"], matched[mine], box, padded)
+            for target, matched, mine, box in zip(
+                targets, samples.matched, objects, boxes, strict=True
+            )
+        ]
+        own = logits[torch.arange(len(labels), device=labels.device), labels]
+        return F.binary_cross_entropy_with_logits(own, torch.cat(wanted).to(own.dtype))
+
+
+def mask_targets(masks: Tensor, matched: Tensor, boxes: Tensor, padded: Size) -> Tensor:
+    """What the masks in boxes should be: bool (n, 28, 28), where at least half is the object's.
+
+    Args:
+        masks: of an image's objects, (objects, H, W) of 0 and 1.
+        matched: each box's object, (n,).
+        boxes: (n, 4).
+        padded: the batch's height and width.
+    """
+    height, width = masks.shape[1:]
+    inside = F.pad(masks[:, None], (0, padded[1] - width, 0, padded[0] - height)).to(boxes.dtype)
+    regions = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
+    shares = roi_align(inside, regions, MASK_SIDE, sampling_ratio=0, aligned=True)
+    return shares[:, 0] >= 0.5
 
 
 class CascadeHeads(nn.Module):
-    """Three box stages, each starting from the boxes of the one before, and one mask head.
-
-    As in ViTDet the mask head is trained on the objects among the first stage's regions, which are
-    the region proposals, and applied to the last stage's boxes in a test.
+    """Three stages, each starting from the boxes of the one before; each learns masks as well.
 
     Args:
         channels: C.
@@ -187,86 +250,55 @@ class CascadeHeads(nn.Module):
             BoxStage(channels, num_classes, iou, stds, options)
             for iou, stds in zip(IOU_THRESHOLDS, BOX_STDS, strict=True)
         )
-        self.mask_roi_pool = MultiScaleRoIAlign(LEVELS[:4], output_size=14, sampling_ratio=0)
-        self.mask_head = MaskRCNNHeads(channels, [channels] * 4, 1, ChannelNorm)
-        self.mask_predictor = MaskRCNNPredictor(channels, channels, num_classes)
+        self.mask_stages = nn.ModuleList(MaskStage(channels, num_classes) for _ in self.stages)
 
     def losses(
         self,
         features: Mapping[str, Tensor],
         proposals: list[Tensor],
-        sizes: Sizes,
-        padded: Sizes,
+        padded: Size,
         targets: Sequence[Target],
     ) -> dict[str, Tensor]:
-        """The weighted losses of each stage, and of the masks."""
+        """The weighted losses of each stage: of classes, boxes, and the masks of its objects."""
         losses = {}
         boxes = proposals
-        for i, (stage, weight) in enumerate(zip(self._stages(), LOSS_WEIGHTS, strict=True)):
+        for i, (stage, masks) in enumerate(self._stages()):
             samples = stage.sample(boxes, targets)
             logits, offsets = stage(features, samples.boxes, padded)
             classifier, box = stage.losses(logits, offsets, samples)
+            weight = LOSS_WEIGHTS[i]
             losses[f"loss_classifier_{i}"] = weight * classifier
             losses[f"loss_box_reg_{i}"] = weight * box
-            if i == 0:
-                losses["loss_mask"] = self._mask_loss(features, samples, padded, targets)
+            losses[f"loss_mask_{i}"] = weight * masks.loss(features, samples, padded, targets)
             if i + 1 < len(self.stages):
-                boxes, _ = stage.refine(logits, offsets, samples.boxes, sizes, samples.labels)
+                boxes = stage.refine(logits, offsets, samples.boxes, padded, samples.labels)
         return losses
 
     def detect(
-        self,
-        features: Mapping[str, Tensor],
-        proposals: list[Tensor],
-        sizes: Sizes,
-        padded: Sizes,
+        self, features: Mapping[str, Tensor], proposals: list[Tensor], padded: Size
     ) -> list[Target]:
         """Per image the boxes (n, 4), labels (n,), scores (n,) and masks (n, 1, 28, 28) in them.
 
-        A region's scores are the mean of the three stages' scores; its boxes are the last stage's.
+        The mean of the stages' logits gives the scores, the last stage the boxes. Masks are the
+        mean of the three heads' probabilities.
         """
         boxes = proposals
-        scores = [proposals[0].new_zeros(())] * len(proposals)
+        all_logits = []
         stages = self._stages()
-        last = len(stages) - 1
-        for i, stage in enumerate(stages):
+        for i, (stage, _) in enumerate(stages):
             logits, offsets = stage(features, boxes, padded)
-            each = logits.softmax(dim=1).split([len(b) for b in boxes])
-            scores = [total + one / (last + 1) for total, one in zip(scores, each, strict=True)]
-            if i < last:
-                boxes, origins = stage.refine(logits, offsets, boxes, sizes)
-                scores = [s[origin] for s, origin in zip(scores, origins, strict=True)]
-        # It takes logits; the log of the mean probabilities serves, since they add up to 1.
-        found, values, labels = stages[last].postprocess_detections(
-            torch.cat(scores).log(), offsets, boxes, sizes
-        )
-        masks = maskrcnn_inference(self._mask_logits(features, found, padded), labels)
-        return [
-            {"boxes": b, "labels": n, "scores": s, "masks": m}
-            for b, n, s, m in zip(found, labels, values, masks, strict=True)
-        ]
+            all_logits.append(logits)
+            if i + 1 < len(stages):
+                boxes = stage.refine(logits, offsets, boxes, padded)
+        found = stage.select(torch.stack(all_logits).mean(dim=0), offsets, boxes, padded)
+        boxes = [one["boxes"] for one in found]
+        labels = torch.cat([one["labels"] for one in found])
+        masks = torch.stack([head(features, boxes, padded).sigmoid() for _, head in stages])
+        own = masks.mean(dim=0)[torch.arange(len(labels), device=labels.device), labels]
+        for one, mask in zip(found, own[:, None].split([len(box) for box in boxes]), strict=True):
+            one["masks"] = mask
+        return found
 
-    def _stages(self) -> list[BoxStage]:
-        return cast("list[BoxStage]", list(self.stages))
-
-    def _mask_logits(
-        self, features: Mapping[str, Tensor], boxes: list[Tensor], padded: Sizes
-    ) -> Tensor:
-        """Logits (N, K, 28, 28) of the masks in boxes."""
-        regions = self.mask_roi_pool(features, boxes, padded)
-        return full_precision(self.mask_predictor(self.mask_head(regions)))
-
-    def _mask_loss(
-        self,
-        features: Mapping[str, Tensor],
-        samples: Samples,
-        padded: Sizes,
-        targets: Sequence[Target],
-    ) -> Tensor:
-        """Binary cross-entropy of the mask of each object's class, the mean over 28 x 28 cells."""
-        objects = [labels > 0 for labels in samples.labels]
-        boxes = [b[mine] for b, mine in zip(samples.boxes, objects, strict=True)]
-        matched = [m[mine] for m, mine in zip(samples.matched, objects, strict=True)]
-        logits = self._mask_logits(features, boxes, padded)
-        masks, labels = [t["masks"] for t in targets], [t["labels"] for t in targets]
-        return maskrcnn_loss(logits, boxes, masks, labels, matched)
+    def _stages(self) -> list[tuple[BoxStage, MaskStage]]:
+        stages = zip(self.stages, self.mask_stages, strict=True)
+        return cast("list[tuple[BoxStage, MaskStage]]", list(stages))

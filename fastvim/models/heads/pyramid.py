@@ -8,11 +8,18 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d as ChannelNorm
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 # As torchvision's detectors name the levels, from the finest to the coarsest.
 LEVELS = ("0", "1", "2", "3", "pool")
+
+
+class ChannelNorm(LayerNorm2d):
+    """Layer norm of the channels at each place, with the eps of the published detectors."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-5)
 
 
 class SimpleFeaturePyramid(nn.Module):
@@ -21,8 +28,8 @@ class SimpleFeaturePyramid(nn.Module):
     Strides 4, 8, 16, 32 and 64 for a backbone with patches of 16 pixels. Each of the first four
     comes from the one map on its own: by two transposed convolutions with a norm and GELU between
     them, by one transposed convolution, unchanged, and by a 2 x 2 maximum. A 1 x 1 and a 3 x 3
-    convolution follow. The fifth is every second cell of the fourth. An odd last row or column is
-    pooled on its own.
+    convolution follow. The fifth is every second cell of the fourth. The maximum drops an odd last
+    row or column.
 
     Args:
         embed_dim: d, divisible by 4.
@@ -41,7 +48,7 @@ class SimpleFeaturePyramid(nn.Module):
             ),
             "1": nn.ConvTranspose2d(embed_dim, half, 2, stride=2),
             "2": nn.Identity(),
-            "3": nn.MaxPool2d(2, ceil_mode=True),
+            "3": nn.MaxPool2d(2),
         }
         widths = {"0": quarter, "1": half, "2": embed_dim, "3": embed_dim}
         self.levels = nn.ModuleDict(

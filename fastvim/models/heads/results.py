@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Size = tuple[int, int]
 Result = dict[str, Any]  # "image_id", "category_id", "bbox", "segmentation", "score"
 
 
 def coco_results(
     found: dict[str, Tensor],
-    seen: tuple[int, int],
-    size: tuple[int, int],
+    seen: Size,
+    size: Size,
     image_id: int,
     category_ids: Sequence[int],
 ) -> list[Result]:
@@ -52,11 +53,8 @@ def coco_results(
     return results
 
 
-def paste(mask: Tensor, box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
+def paste(mask: Tensor, box: Sequence[float], size: Size) -> np.ndarray:
     """A mask that fills a box as the pixels of an image, uint8 (H, W): 1 from 0.5 on.
-
-    Each pixel takes the bilinear value at its middle; outside of the mask's cells there is 0. A box
-    without a pixel's middle in it, or outside of the image, gives an empty mask.
 
     Args:
         mask: probabilities, (28, 28).
@@ -64,22 +62,40 @@ def paste(mask: Tensor, box: Sequence[float], size: tuple[int, int]) -> np.ndarr
         size: (H, W).
     """
     pasted = np.zeros(size, dtype=np.uint8)
+    place, values = _sample(mask, box, size)
+    pasted[place] = (values >= 0.5).numpy()
+    return pasted
+
+
+def paste_probabilities(mask: Tensor, box: Sequence[float], size: Size) -> Tensor:
+    """As `paste`, but the probabilities themselves, (H, W)."""
+    pasted = mask.new_zeros(size)
+    place, values = _sample(mask, box, size)
+    pasted[place] = values
+    return pasted
+
+
+def _sample(mask: Tensor, box: Sequence[float], size: Size) -> tuple[tuple[slice, slice], Tensor]:
+    """The rows and columns of an image that a mask reaches, and its bilinear values there.
+
+    A pixel takes the value at its middle. Outside of the mask's cells there is 0, so that a value
+    fades out half a cell beyond the box. A box without area, or outside of the image, reaches none.
+    """
     places, coordinates = [], []
     for axis in (0, 1):
         low, high = box[1 - axis], box[3 - axis]
-        # Beyond the box a value is below half of the outermost cell's: such pixels are 0.
-        first = max(math.ceil(low - 0.5), 0)
-        last = min(math.floor(high - 0.5), size[axis] - 1)
+        margin = (high - low) / (2 * mask.shape[axis])
+        first = max(math.ceil(low - margin - 0.5), 0)
+        last = min(math.floor(high + margin - 0.5), size[axis] - 1)
         if first > last or low >= high:
-            return pasted
-        middles = torch.arange(first, last + 1) + 0.5
+            return (slice(0), slice(0)), mask.new_zeros(0, 0)
+        middles = torch.arange(first, last + 1, device=mask.device) + 0.5
         coordinates.append(2 * (middles - low) / (high - low) - 1)  # -1 and 1: the box's edges
         places.append(slice(first, last + 1))
     rows, columns = torch.meshgrid(*coordinates, indexing="ij")
-    grid = torch.stack([columns, rows], dim=-1)[None]
+    grid = torch.stack([columns, rows], dim=-1)[None].to(mask.dtype)
     values = F.grid_sample(mask[None, None], grid, padding_mode="zeros", align_corners=False)
-    pasted[tuple(places)] = (values[0, 0] >= 0.5).numpy()
-    return pasted
+    return (places[0], places[1]), values[0, 0]
 
 
 # COCO's compressed run lengths. Pixels are counted down the columns; the first run is of pixels
