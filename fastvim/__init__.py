@@ -8,6 +8,7 @@ from fastvim import models, registry
 from fastvim.errors import UserError
 from fastvim.models import FastVim, FeatureMaps, MaskedAutoencoder
 from fastvim.ops import use_engine
+from fastvim.weights import load_model
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "MaskedAutoencoder",
     "UserError",
     "__version__",
+    "load_model",
     "models",
     "registry",
     "use_engine",

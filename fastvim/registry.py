@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
 
 from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
-from fastvim.errors import UserError
+from fastvim.errors import UserError, first_few
 from fastvim.models.channel import FastChannelVim
 from fastvim.models.masked import MaskedAutoencoder
 from fastvim.models.vision import FastVim
 from fastvim.weights.fit import checkpoint_filter_fn
+from fastvim.weights.published import published_file
+from fastvim.weights.table import ENTRIES, Entry, find_entry
+
+_logger = logging.getLogger(__name__)
+_CHANNELS = "patch_embed.channel_embed.weight"
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -48,34 +55,55 @@ def _mae_cfg() -> dict[str, Any]:
     return _cfg(num_classes=-1, first_conv="encoder.patch_embed.proj", classifier=None)
 
 
-# Without URLs: the published weights are CC-BY-NC-SA and not hosted; `fastvim convert` reads them.
-default_cfgs = generate_default_cfgs(
-    {
-        "fastvim_tiny_patch16_224": _cfg(),
-        "fastvim_small_patch16_224": _cfg(),
-        "fastvim_base_patch16_224": _cfg(),
-        "fastvim_large_patch16_224": _cfg(),
-        "fastvim_huge_patch14_224": _cfg(),
-        "fastvim_huge_patch14_448": _cfg(input_size=(3, 448, 448)),
-        "vim_tiny_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
-        "vim_small_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
-        "vim_base_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
-        "vim_large_patch16_224": _cfg(paper_ids="arXiv:2401.09417"),
-        "fastchannelvim_small_patch16_224": _channel_cfg(),
-        "fastchannelvim_small_patch8_224": _channel_cfg(),
-        "channelvim_small_patch16_224": _channel_cfg(),
-        "channelvim_small_patch8_224": _channel_cfg(),
-        "mae_fastvim_tiny_patch16_224": _mae_cfg(),
-        "mae_fastvim_small_patch16_224": _mae_cfg(),
-        "mae_fastvim_base_patch16_224": _mae_cfg(),
-        "mae_fastvim_large_patch16_224": _mae_cfg(),
-        "mae_fastvim_huge_patch14_224": _mae_cfg(),
-        "mae_vim_tiny_patch16_224": _mae_cfg(),
-        "mae_vim_small_patch16_224": _mae_cfg(),
-        "mae_vim_base_patch16_224": _mae_cfg(),
-        "mae_vim_large_patch16_224": _mae_cfg(),
+def _published(entry: Entry) -> dict[str, Any]:
+    """What timm shall know of published weights beside the model's own configuration."""
+    images = entry.images
+    found = {
+        "url": entry.url,
+        "license": entry.licence.lower(),
+        "input_size": (images["in_chans"], images["img_size"], images["img_size"]),
     }
-)
+    if "num_classes" in entry.model_args:
+        found["num_classes"] = entry.model_args["num_classes"]
+    return found
+
+
+_VIM_PAPER = {"paper_ids": "arXiv:2401.09417"}
+_CFGS = {
+    "fastvim_tiny_patch16_224": _cfg(),
+    "fastvim_small_patch16_224": _cfg(),
+    "fastvim_base_patch16_224": _cfg(),
+    "fastvim_large_patch16_224": _cfg(),
+    "fastvim_huge_patch14_224": _cfg(),
+    "fastvim_huge_patch14_448": _cfg(input_size=(3, 448, 448)),
+    "vim_tiny_patch16_224": _cfg(**_VIM_PAPER),
+    "vim_tiny_patch16_stride8_224": _cfg(**_VIM_PAPER),
+    "vim_small_patch16_224": _cfg(**_VIM_PAPER),
+    "vim_small_patch16_stride8_224": _cfg(**_VIM_PAPER),
+    "vim_base_patch16_224": _cfg(**_VIM_PAPER),
+    "vim_large_patch16_224": _cfg(**_VIM_PAPER),
+    "fastchannelvim_small_patch16_224": _channel_cfg(),
+    "fastchannelvim_small_patch8_224": _channel_cfg(),
+    "channelvim_small_patch16_224": _channel_cfg(),
+    "channelvim_small_patch8_224": _channel_cfg(),
+    "mae_fastvim_tiny_patch16_224": _mae_cfg(),
+    "mae_fastvim_small_patch16_224": _mae_cfg(),
+    "mae_fastvim_base_patch16_224": _mae_cfg(),
+    "mae_fastvim_large_patch16_224": _mae_cfg(),
+    "mae_fastvim_huge_patch14_224": _mae_cfg(),
+    "mae_vim_tiny_patch16_224": _mae_cfg(),
+    "mae_vim_small_patch16_224": _mae_cfg(),
+    "mae_vim_base_patch16_224": _mae_cfg(),
+    "mae_vim_large_patch16_224": _mae_cfg(),
+}
+_TAGGED = {
+    entry.name: {**_CFGS[entry.backbone], **_published(entry)}
+    for entry in ENTRIES.values()
+    if not entry.head
+}
+_UNTAGGED = _CFGS.keys() - {name.partition(".")[0] for name in _TAGGED}
+# The first tag of a model is timm's default one.
+default_cfgs = generate_default_cfgs({**_TAGGED, **{name: _CFGS[name] for name in _UNTAGGED}})
 
 _TINY = {"embed_dim": 192, "depth": 24}
 _SMALL = {"embed_dim": 384, "depth": 24}
@@ -88,20 +116,97 @@ _MAE_VIM = {"pooling": "none", "class_token": True}
 _VIM = {**_MAE_VIM, "global_pool": "token"}
 
 
+def _build(
+    model: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    defaults: dict[str, Any],
+    given: dict[str, Any],
+    **building: Any,
+) -> Any:
+    """As timm builds it. A tag of the table chooses options; published weights are converted.
+
+    Args:
+        model: the class.
+        variant: registered name.
+        pretrained: load weights; without a tag or a source of weights, those of the first tag.
+        defaults: the variant's options; a tag's come over them.
+        given: the caller's options, over both, beside what `timm.create_model` passes on.
+        **building: more for `build_model_with_cfg`.
+    """
+    cfg = given.pop("pretrained_cfg", None)
+    overlay = dict(given.pop("pretrained_cfg_overlay", None) or {})
+    entry = _chosen(variant, pretrained and not _has_source(overlay), cfg)
+    fetched = pretrained and entry is not None and not _has_source(overlay)
+    if entry is None:
+        cfg = cfg or {**_CFGS[variant], "architecture": variant}
+    else:
+        defaults = {**defaults, **entry.model_args}
+        cfg = cfg or entry.tag
+        overlay = {**_published(entry), **overlay}
+        if fetched:
+            overlay["file"] = str(published_file(entry.name))
+    try:
+        built: Any = build_model_with_cfg(
+            model,
+            variant,
+            pretrained,
+            pretrained_cfg=cfg,
+            pretrained_cfg_overlay=overlay,
+            **building,
+            **{**defaults, **given},
+        )
+    except RuntimeError as error:
+        if entry is None or "loading state_dict" not in str(error):
+            raise
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        what = f"the weights of {entry.name} do not fit these options"
+        raise UserError(f"{what}: {first_few(problems, 2)}") from error
+    if fetched:  # the address and the tag stay, the place on this machine does not
+        for each in (built, getattr(built, "model", None)):  # with features_only, and inside
+            if each is not None:
+                each.pretrained_cfg.pop("file", None)
+    return built
+
+
+def _chosen(variant: str, fetch: bool, cfg: Any) -> Entry | None:
+    """The published weights whose options are meant; None without a tag of the table.
+
+    Args:
+        variant: registered name.
+        fetch: the weights of the first tag are meant where no tag and no source is named.
+        cfg: tag, timm's configuration, or None.
+    """
+    if isinstance(cfg, str):
+        return find_entry(f"{variant}.{cfg}")
+    if cfg:
+        told = cfg if isinstance(cfg, dict) else cfg.to_dict()
+        entry = ENTRIES.get(f"{variant}.{told.get('tag')}")
+        known = entry is not None and told.get("url") == entry.url
+        return entry if known and not told.get("file") else None
+    return find_entry(variant) if fetch else None
+
+
+def _has_source(overlay: dict[str, Any]) -> bool:
+    return any(overlay.get(key) for key in ("url", "file", "state_dict", "hf_hub_id"))
+
+
 def _create(
     variant: str,
     pretrained: bool,
     defaults: dict[str, Any],
     model: type[FastVim] = FastVim,
-    **kwargs: Any,
+    filter_fn: Any = checkpoint_filter_fn,
+    **given: Any,
 ) -> FastVim:
-    return build_model_with_cfg(
+    return _build(
         model,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        defaults,
+        given,
+        pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **{**defaults, **kwargs},
     )
 
 
@@ -148,9 +253,23 @@ def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
 
 
 @register_model
+def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """Vim-T whose patches of 16 pixels begin every 8 pixels."""
+    defaults = {**_TINY, **_VIM, "patch_stride": 8}
+    return _create("vim_tiny_patch16_stride8_224", pretrained, defaults, **kwargs)
+
+
+@register_model
 def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
     """Vim-S with the norm after the scan: width 384, 24 blocks, class token in the middle."""
     return _create("vim_small_patch16_224", pretrained, {**_SMALL, **_VIM}, **kwargs)
+
+
+@register_model
+def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
+    """Vim-S whose patches of 16 pixels begin every 8 pixels."""
+    defaults = {**_SMALL, **_VIM, "patch_stride": 8}
+    return _create("vim_small_patch16_stride8_224", pretrained, defaults, **kwargs)
 
 
 @register_model
@@ -169,7 +288,19 @@ def _create_channel(
     variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any
 ) -> FastVim:
     sizes = {**_SMALL, "num_classes": 161, **defaults}
-    return _create(variant, pretrained, sizes, FastChannelVim, **kwargs)
+    return _create(variant, pretrained, sizes, FastChannelVim, _channel_filter, **kwargs)
+
+
+def _channel_filter(state_dict: dict[str, Tensor], model: FastVim) -> dict[str, Tensor]:
+    """Weights for a model of fewer channels: the vectors of the first ones."""
+    state_dict = checkpoint_filter_fn(state_dict, model)
+    vectors = state_dict[_CHANNELS]
+    known, wanted = len(vectors), model.in_chans
+    if wanted > known:
+        raise UserError(f"in_chans={wanted}: the weights know {known} channels")
+    if wanted < known:
+        _logger.warning("the vectors of the first %d of %d channels are taken", wanted, known)
+    return {**state_dict, _CHANNELS: vectors[:wanted]}
 
 
 @register_model
@@ -203,12 +334,13 @@ def _mae(
 ) -> MaskedAutoencoder:
     if kwargs.pop("features_only", False):
         raise UserError(f"{variant} has no features_only: load its encoder into {variant[4:]}")
-    return build_model_with_cfg(
+    return _build(
         MaskedAutoencoder,
         variant,
         pretrained,
+        defaults,
+        kwargs,
         pretrained_filter_fn=checkpoint_filter_fn,
-        **{**defaults, **kwargs},
     )
 
 

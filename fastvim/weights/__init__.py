@@ -9,6 +9,7 @@ A file takes one way into a model:
 5. `fit.checkpoint_filter_fn` fits the weights to a given model: its grid, its kind.
 6. `fit.load_state` loads them: nothing may be missing, nothing left over.
 
+`published` finds a file by name: `table` says where it is, `fetch` brings it here.
 `load_model` goes all the way. `load_weights` starts from a model that exists: it leaves out step 4.
 `convert` goes from file to file: it leaves out steps 5 and 6.
 """
@@ -19,6 +20,7 @@ from fastvim.weights.fit import checkpoint_filter_fn, load_state, load_weights
 from fastvim.weights.load import load_model
 from fastvim.weights.names import from_published, to_published
 from fastvim.weights.options import find_options
+from fastvim.weights.published import find, is_file_name, published_file
 from fastvim.weights.resolve import resolve
 
 __all__ = [
@@ -26,11 +28,14 @@ __all__ = [
     "Checkpoint",
     "checkpoint_filter_fn",
     "convert",
+    "find",
     "find_options",
     "from_published",
+    "is_file_name",
     "load_model",
     "load_state",
     "load_weights",
+    "published_file",
     "read",
     "resolve",
     "save",

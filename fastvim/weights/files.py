@@ -164,9 +164,12 @@ def save_published(path: Path, state: Mapping[str, Tensor]) -> None:
 def _complete_or_absent(path: Path) -> Iterator[Path]:
     """A name to write to, which is renamed to `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    yield part
-    part.replace(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _refused(error: pickle.UnpicklingError) -> str:

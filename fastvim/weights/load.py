@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from typing import Any
 
+import timm
 from torch import nn
 
-from fastvim.errors import UserError
+from fastvim.errors import UserError, nearest
 from fastvim.models.factory import create_model
 from fastvim.models.feature_maps import FeatureMaps
 from fastvim.weights.build import build_model
@@ -16,7 +18,11 @@ from fastvim.weights.files import read
 from fastvim.weights.fit import load_state
 from fastvim.weights.names import MAP_NORMS, is_published
 from fastvim.weights.options import is_ours
+from fastvim.weights.published import published_file, read_metadata
 from fastvim.weights.resolve import resolve
+from fastvim.weights.table import ENTRIES, find_entry, has_published
+
+_logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -26,15 +32,17 @@ def load_model(
     ema: bool = True,
     **model_args: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with a file's weights, built as the file says, and the file's metadata.
+    """A model with published weights or a file's, built as they say, and their metadata.
 
     A file of the segmentation task gives the whole `UPerNet`, one of the detection task the whole
     `CascadeMaskRCNN`, one of a published segmentor's or detector's backbone `FeatureMaps`.
 
     Args:
-        name: timm name; None for the one that the file names.
-        path: weights; None for the initial ones.
-        ema: take the averaged weights where the file has them.
+        name: timm name or published name; None for the one that the file names.
+        path: weights; None for the published ones of the name, with or without its tag; for the
+            initial ones, with a warning, where none are published.
+        ema: take the averaged weights where the file has them; by name, those that the published
+            number belongs to. False for the weights that are not averaged.
         **model_args: options of the model, over those of the file.
 
     Raises:
@@ -43,10 +51,10 @@ def load_model(
     if path is None:
         if name is None:
             raise UserError("expected the name of a model, or a checkpoint that holds one")
-        return create_model(name, **model_args), {"model": name, "model_args": model_args}
+        return _by_name(name, ema, model_args)
     checkpoint = read(path, ema=ema)
     state, written = checkpoint.state, checkpoint.metadata.get("model")
-    if name is not None and written not in (None, name):
+    if name is not None and written not in (None, name.partition(".")[0]):
         raise UserError(f"{path} holds weights of {written}, not of {name}")
     if written is not None or is_published(state) or is_ours(state):
         state, metadata = resolve(checkpoint, model_args)
@@ -58,4 +66,26 @@ def load_model(
     if isinstance(model, FeatureMaps):
         state = {n if n.startswith(MAP_NORMS) else f"backbone.{n}": t for n, t in state.items()}
     load_state(model, replace(checkpoint, state=state))
+    return model, metadata
+
+
+def _by_name(name: str, ema: bool, model_args: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The published weights of a name, in a model that timm adapts; initial ones without any."""
+    if not has_published(name):
+        if not timm.is_model(name):
+            raise UserError(f"no model {name!r}{nearest(name, [*ENTRIES, *timm.list_models()])}")
+        model = create_model(name, **model_args)
+        _logger.warning("%s has no published weights: its weights are the initial ones", name)
+        return model, {"model": name, "model_args": model_args}
+    entry = find_entry(name)
+    file = published_file(entry.name, ema=None if ema else False)
+    if entry.head:
+        return load_model(path=file, **model_args)
+    overlay = {} if ema else {"file": str(file)}
+    model = create_model(entry.name, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
+    metadata = read_metadata(file)
+    metadata["model_args"] |= model_args
+    metadata |= {name: model_args[name] for name in ("img_size", "in_chans") if name in model_args}
+    if getattr(model, "num_classes", 0) != len(metadata.get("class_names", ())):
+        metadata.pop("class_names", None)  # another head
     return model, metadata

@@ -310,16 +310,28 @@ _ALL = (
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ALL}
 
 
+def has_published(name: str) -> bool:
+    """Whether the model of this name, with or without a tag, has published weights."""
+    model = name.partition(".")[0]
+    return any(entry.name.partition(".")[0] == model for entry in ENTRIES.values())
+
+
 def find_entry(name: str) -> Entry:
     """The entry of a name with its tag, or of a name whose first published weights are meant.
 
     Raises:
-        UserError: no such entry; with the nearest names.
+        UserError: no such entry; with the tags that the model has, or the nearest names.
     """
-    entry = ENTRIES.get(name) or next((e for e in _ALL if e.name.startswith(f"{name}.")), None)
-    if entry is None:
-        raise UserError(f"no published weights {name!r}{nearest(name, ENTRIES)}")
-    return entry
+    model = name.partition(".")[0]
+    entries = [entry for entry in ENTRIES.values() if entry.name.startswith(f"{model}.")]
+    if name == model and entries:
+        return entries[0]
+    if name in ENTRIES:
+        return ENTRIES[name]
+    if entries:
+        tags = ", ".join(entry.tag for entry in entries)
+        raise UserError(f"no published weights {name!r}: {model} has the tags {tags}")
+    raise UserError(f"no published weights {name!r}{nearest(name, ENTRIES)}")
 
 
 def of_file(file: str) -> Entry | None:

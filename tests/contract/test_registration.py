@@ -84,7 +84,8 @@ def assert_same(model: nn.Module, twin: nn.Module, x: torch.Tensor) -> None:
 def test_in_small_it_is_its_familys_model(name, tmp_path):
     """Whether its weights are drawn, or read through timm's `pretrained`."""
     patch, x = patch_of(name), image(name)
-    twin = create(OF_FAMILY[name], patch_size=patch, img_size=SIDE * patch)
+    stride = {"patch_stride": 8} if "stride8" in name else {}
+    twin = create(OF_FAMILY[name], patch_size=patch, img_size=SIDE * patch, **stride)
     assert_same(create(name), twin, x)
     for parameter in twin.parameters():
         if parameter.requires_grad:
