@@ -134,9 +134,9 @@ def test_the_rest_is_predicted(weights, image_folder, tmp_path, capsys):
         (["--model", "fastvim_tinny_patch16_224", "a.png"], "nearest: fastvim_tiny"),
         (["a.png"], "name of a model"),
         (["--checkpoint", "none.safetensors", "a.png"], "no checkpoint at none.safetensors"),
-        (["--model", MODEL, "none.png"], "no image among 1 files"),
+        (["--model", "resnet10t", "none.png"], "no image among 1 files"),
         (["--model", MODEL, "--batch-size", "0", "a.png"], "--batch-size: 0"),
-        (["--model", MODEL, "--device", "gpu", "a.png"], "--device gpu"),
+        (["--model", "resnet10t", "--device", "gpu", "a.png"], "--device gpu"),
         (["--model", MODEL], "IMAGES"),
     ],
 )
