@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import Parser, add_device, at_least, local_path, usable_device
 from fastvim_cli.console import table, track
+from fastvim_cli.weights import add_options, load_named
 
 if TYPE_CHECKING:
     from fastvim.tasks.subsets import Subset
@@ -21,7 +22,8 @@ Accuracy of the same weights on all channels of a table's images, and on every s
 def _parser() -> Parser:
     parser = Parser(prog="fastvim channels", description=DESCRIPTION)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="weights written by fastvim fit")
+    help = "weights: files, or published ones by name (fastvim models --pretrained)"
+    add("checkpoints", nargs="+", metavar="NAME_OR_FILE", help=help)
     add("--root", required=True, metavar="DIR", help="of the images, as in the training's data")
     add("--table", default="table.csv", metavar="TABLE", help="default: table.csv")
     add("--split", choices=("val", "test"), default="val", help="default: val")
@@ -29,6 +31,7 @@ def _parser() -> Parser:
     add("--most", type=at_least(1), metavar="N", help="subsets of each size at most (default: all)")
     add("--batch-size", type=at_least(1), default=128, metavar="N")
     add("--num-workers", type=at_least(0), default=0, metavar="N")
+    add_options(parser)
     add_device(parser)
     add("--out", type=local_path, metavar="DIR", help="writes channels.json and channels.png here")
     return parser
@@ -40,8 +43,12 @@ def run(argv: list[str]) -> None:
 
     from fastvim.errors import UserError
     from fastvim.tasks.subsets import draw_subsets
+    from fastvim.weights import is_file_name
 
-    names = arguments.names or [Path(path).resolve().parent.name for path in arguments.checkpoints]
+    names = arguments.names or [
+        Path(each).resolve().parent.name if is_file_name(each) else each
+        for each in arguments.checkpoints
+    ]
     if len(set(names)) != len(arguments.checkpoints):
         raise UserError(f"--names {' '.join(names)}: expected a different one for each checkpoint")
     accuracies = {
@@ -67,10 +74,9 @@ def _evaluate(path: str, arguments: argparse.Namespace) -> dict[Subset, float]:
     from fastvim.errors import UserError
     from fastvim.models import FastChannelVim
     from fastvim.tasks.subsets import channel_subsets, subset_accuracies
-    from fastvim_cli.images import load_trained
 
-    required = ("mean", "std", "img_size", "class_names")
-    model, metadata = load_trained(path, FastChannelVim, "channel", *required)
+    model, metadata = load_named(path, arguments, "channels", "mean", "std", "img_size")
+    assert isinstance(model, FastChannelVim)
     data = ChannelData(
         arguments.root,
         model.in_chans,
@@ -83,7 +89,8 @@ def _evaluate(path: str, arguments: argparse.Namespace) -> dict[Subset, float]:
         augment={"dropout": 0.0},  # whose holes may be larger than the images, unused here
     )
     data.setup("validate" if arguments.split == "val" else "test")
-    if data.class_names != metadata["class_names"]:
+    known = metadata.get("class_names")  # none are published for JUMP-CP
+    if data.num_classes != model.num_classes or known not in (None, data.class_names):
         raise UserError(f"{path}: trained on other classes than the table has")
     loader = data.val_dataloader() if arguments.split == "val" else data.test_dataloader()
     subsets = channel_subsets(model.in_chans, arguments.most)

@@ -9,24 +9,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.images import add_images, draw_each, load_trained
+from fastvim_cli.images import add_images, chosen_images, draw_each
+from fastvim_cli.weights import add_model, first_word_as_model, load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fastvim.models.heads.results import Result
 
+DEFAULT = "cascade_mask_rcnn_fastvim_small_patch16_1024.coco"
+
 
 def _parser() -> Parser:
     parser = Parser(
         prog="fastvim detect",
-        description="Find the objects in image files of any size, as the test of a trained model "
-        "does. NAME_detections.png shows boxes, masks, classes and scores; detections.json holds "
-        "all results in COCO's format, in the pixels of the images, and the name of each file.",
+        description="Find the objects in image files of any size, as the test of a detector does. "
+        "NAME_detections.png shows boxes, masks, classes and scores; detections.json holds all "
+        "results in COCO's format, in the pixels of the images, and the name of each file. A "
+        "first word that is a file of weights is taken for --model.",
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="weights of a detection model of fastvim fit")
     add_images(parser, "detections", "the pictures and the results")
+    add_model(parser, DEFAULT)
     help = "draw and count what has at least this score (default: 0.5); the results hold all"
     add("--score", type=_score, default=0.5, metavar="SCORE", help=help)
     help = "longer side that an image is resized to (default: the evaluation's)"
@@ -42,25 +46,26 @@ def _score(text: str) -> float:
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim detect --help`."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
+    first_word_as_model(arguments)
 
     import torch
     from PIL import Image
 
     from fastvim.data.dense_data import prepare_objects
-    from fastvim.data.inputs import find_images, pictures, rgb_pixels, upright
+    from fastvim.data.inputs import pictures, rgb_pixels, upright
     from fastvim.models import CascadeMaskRCNN
     from fastvim.models.heads.results import coco_results
     from fastvim.pictures.detections import draw_detections
 
-    paths, failures = find_images(arguments.images)
-    required = ("img_size", "class_names", "category_ids")
-    model, metadata = load_trained(arguments.checkpoint, CascadeMaskRCNN, "detection", *required)
+    paths, failures = chosen_images(arguments)
+    device = usable_device(arguments.device)
+    model, metadata = load(arguments, "detect", "img_size", "class_names", "category_ids")
+    assert isinstance(model, CascadeMaskRCNN)
     side = arguments.img_size or metadata.get("eval_size") or metadata["img_size"]
     antialias = metadata.get("antialias", True)
     ids = metadata["category_ids"]
     names = dict(zip(ids, metadata["class_names"], strict=True))
-    device = usable_device(arguments.device)
     model = model.to(device).eval()
     image_ids = _image_ids(paths)
     everything: list[Result] = []

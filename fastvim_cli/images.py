@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import add_device, local_path
 from fastvim_cli.console import note, track
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from fastvim.data.inputs import Failure, Read
-
-    _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def add_images(parser: argparse.ArgumentParser, out: str | None, writes: str) -> None:
@@ -33,31 +31,20 @@ def add_images(parser: argparse.ArgumentParser, out: str | None, writes: str) ->
     add_device(parser)
 
 
-def load_trained(
-    path: str, kind: type[_Model], task: str, *required: str
-) -> tuple[_Model, dict[str, Any]]:
-    """A model that a task has trained, and the metadata of its file.
-
-    Args:
-        path: of the weights.
-        kind: class of the model.
-        task: such as "segmentation", for the message.
-        required: keys of the metadata.
+def chosen_images(
+    arguments: argparse.Namespace, endings: Collection[str] | None = None
+) -> tuple[list[Path], list[Failure]]:
+    """The files that IMAGES name, and the names without one; see `find_images`.
 
     Raises:
-        UserError: weights of something else.
+        UserError: there is no file at all.
     """
-    from fastvim.errors import UserError
-    from fastvim.weights import load_model
+    from fastvim.data.inputs import find_images
 
-    model, metadata = load_model(path=path)
-    if not isinstance(model, kind):
-        raise UserError(
-            f"{path} holds {metadata['model']}: expected a {task} model as fastvim fit writes it"
-        )
-    if missing := [name for name in required if name not in metadata]:
-        raise UserError(f"{path} does not say {missing[0]}: expected weights of fastvim fit")
-    return model, metadata
+    paths, failures = find_images(arguments.images, endings)
+    if not paths:
+        report_failures(failures, read=0)
+    return paths, failures
 
 
 def draw_each(

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.console import note, table, track
-from fastvim_cli.images import add_images, report_failures
+from fastvim_cli.console import table, track
+from fastvim_cli.images import add_images, chosen_images, report_failures
+from fastvim_cli.weights import add_model, load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DEFAULT = "fastvim_small_patch16_224.in1k"
 SHEET_IMAGES = 100  # pictures on the contact sheet at most
 TOP = 5  # classes written for each image
 
@@ -23,8 +25,7 @@ TOP = 5  # classes written for each image
 def _parser() -> Parser:
     parser = Parser(prog="fastvim predict", description="Classify image files.")
     add = parser.add_argument
-    add("--model", metavar="NAME", help="default: the one the checkpoint names")
-    add("--checkpoint", metavar="FILE", help="weights: of this library, or published ones")
+    add_model(parser, DEFAULT, checkpoint=True)
     add("--batch-size", type=at_least(1), default=32, metavar="N", help="default: 32")
     add_images(parser, None, "predictions.jsonl and predictions.png")
     return parser
@@ -32,21 +33,19 @@ def _parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim predict --help`."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
 
     import torch
 
-    from fastvim.data.inputs import class_names, find_images, image_settings, read_batches, reader
-    from fastvim.weights import load_model
+    from fastvim.data.inputs import ALL_ENDINGS, class_names, image_settings, read_batches, reader
 
-    model, metadata = load_model(arguments.model, arguments.checkpoint)
+    chosen_images(arguments, ALL_ENDINGS)  # without any, no weights are fetched
+    device, size = usable_device(arguments.device), arguments.batch_size
+    model, metadata = load(arguments, "predict")
     names = class_names(model, metadata)
-    if arguments.checkpoint is None:
-        note("no --checkpoint: the weights are the initial ones, the classes are random")
     settings = image_settings(model, metadata)
     read, endings = reader(model, settings)
-    paths, failures = find_images(arguments.images, endings)
-    device, size = usable_device(arguments.device), arguments.batch_size
+    paths, failures = chosen_images(arguments, endings)
     model = model.to(device).eval()
 
     lines: list[dict[str, Any]] = []

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.images import add_images, draw_each
+from fastvim_cli.images import add_images, chosen_images, draw_each
+from fastvim_cli.weights import add_model, load
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DEFAULT = "mae_fastvim_base_patch16_224.in1k"
 
 
 def _parser() -> Parser:
@@ -22,9 +25,7 @@ def _parser() -> Parser:
         "brightness and contrast are taken from the original.",
     )
     add = parser.add_argument
-    help = "weights of a masked autoencoder: of this library, or published ones"
-    add("--checkpoint", required=True, metavar="FILE", help=help)
-    add("--model", metavar="NAME", help="default: the one the checkpoint names")
+    add_model(parser, DEFAULT, checkpoint=True)
     help = "hidden part (default: the model's, 0.75)"
     add("--mask-ratio", type=_part, metavar="PART", help=help)
     help = "of the mask, the same for every image (default: 0)"
@@ -43,28 +44,23 @@ def _part(text: str) -> float:
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim reconstruct --help`."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
 
-    from fastvim.data.inputs import find_images, image_settings, pictures, upright
+    from fastvim.data.inputs import image_settings, pictures, upright
     from fastvim.data.transforms import evaluation_transform
-    from fastvim.errors import UserError
     from fastvim.models import MaskedAutoencoder
     from fastvim.pictures.reconstruction import draw_reconstruction
     from fastvim.reconstruction import reconstruct
-    from fastvim.weights import load_model
 
-    paths, failures = find_images(arguments.images)
-    model, metadata = load_model(arguments.model, arguments.checkpoint)
-    if not isinstance(model, MaskedAutoencoder):
-        raise UserError(
-            f"{arguments.checkpoint} holds {metadata['model']}: expected a masked autoencoder, "
-            "mae_…; classifiers are for fastvim predict"
-        )
+    paths, failures = chosen_images(arguments)
+    device = usable_device(arguments.device)
+    model, metadata = load(arguments, "reconstruct")
+    assert isinstance(model, MaskedAutoencoder)
     settings = image_settings(model, metadata)
     if arguments.size is not None:
         settings["img_size"] = arguments.size
     mean, std = settings["mean"], settings["std"]
-    model = model.to(usable_device(arguments.device)).eval()
+    model = model.to(device).eval()
 
     def draw(path: Path, image: Tensor, target: Path) -> str:
         result = reconstruct(

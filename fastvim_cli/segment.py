@@ -7,23 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.images import add_images, draw_each, load_trained
+from fastvim_cli.images import add_images, chosen_images, draw_each
+from fastvim_cli.weights import add_model, first_word_as_model, load
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DEFAULT = "upernet_fastvim_small_patch16_512.ade20k"
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="fastvim segment",
-        description="Label every pixel of image files of any size, as the test of a trained model "
-        "does: the image is resized as in its data, and predicted in overlapping windows. "
+        description="Label every pixel of image files of any size, as the test of a segmentor "
+        "does: the image is resized as in its data, and predicted in overlapping windows. A first "
+        "word that is a file of weights is taken for --model. "
         "NAME_overlay.png shows the classes over the image, with a legend; NAME_classes.png holds "
         "the index of each pixel's class, in the size of the image.",
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="weights of a segmentation model of fastvim fit")
     add_images(parser, "segments", "the pictures")
+    add_model(parser, DEFAULT)
     help = "side of the windows (default: the training's)"
     add("--window", type=at_least(1), metavar="N", help=help)
     help = "from one window to the next (default: the training's; two thirds of a --window)"
@@ -42,24 +46,24 @@ def _factor(text: str) -> float:
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim segment --help`."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
+    first_word_as_model(arguments)
 
     import torch
     from PIL import Image
 
     from fastvim.data.dense_data import prepare_scene
-    from fastvim.data.inputs import find_images, pictures, rgb_pixels, upright
+    from fastvim.data.inputs import pictures, rgb_pixels, upright
     from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
-    from fastvim.models.heads.upernet import UPerNet
     from fastvim.pictures.segmentation import draw_classes, index_image, legend
 
-    paths, failures = find_images(arguments.images)
+    paths, failures = chosen_images(arguments)
+    device = usable_device(arguments.device)
     required = ("mean", "std", "base_size", "class_names")
-    model, metadata = load_trained(arguments.checkpoint, UPerNet, "segmentation", *required)
+    model, metadata = load(arguments, "segment", *required)
     names = metadata["class_names"]
     settings = {name: metadata[name] for name in ("base_size", "mean", "std")}
     settings["antialias"] = metadata.get("antialias", True)
-    device = usable_device(arguments.device)
     model = model.to(device).eval()
     window, stride = _windows(arguments, metadata["segmentation"])
 

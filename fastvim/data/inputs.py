@@ -24,9 +24,9 @@ from fastvim.data.arrays import DECODERS, read_array
 from fastvim.data.files import UNREADABLE
 from fastvim.data.remote import UnreadableFileError
 from fastvim.data.transforms import Transform, evaluation_transform
-from fastvim.errors import UserError
-from fastvim.models import CascadeMaskRCNN, FastChannelVim, MaskedAutoencoder, UPerNet
+from fastvim.models import FastChannelVim
 
+ALL_ENDINGS = (*get_img_extensions(), *DECODERS)  # of images for any model
 Read = Callable[[Path], Tensor]  # from a file to a prepared image (C, H, W)
 
 
@@ -177,22 +177,8 @@ def class_names(model: nn.Module, metadata: dict[str, Any]) -> list[str]:
     Args:
         model: a classifier.
         metadata: of the weights' file.
-
-    Raises:
-        UserError: the model has no classes of images.
     """
-    name = metadata.get("model", type(model).__name__)
-    if isinstance(model, MaskedAutoencoder):
-        raise UserError(
-            f"{name} is a masked autoencoder, which has no classes: see fastvim reconstruct"
-        )
-    if isinstance(model, UPerNet):
-        raise UserError(f"the weights of {name} are a segmentor's: see fastvim segment")
-    if isinstance(model, CascadeMaskRCNN):
-        raise UserError(f"the weights of {name} are a detector's: see fastvim detect")
     count = int(getattr(model, "num_classes", 0))
-    if count < 1:
-        raise UserError("the model has no classes to predict: its head is empty")
     names = metadata.get("class_names") or []
     if len(names) == count:
         return list(names)

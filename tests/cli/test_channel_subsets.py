@@ -65,7 +65,7 @@ def test_channels(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"name": "fastvim_tiny_patch16_224"}, [], "expected a channel model"),
+        ({"name": "fastvim_tiny_patch16_224"}, [], "is a classifier: see fastvim predict"),
         ({"class_names": ["a", "c"]}, [], "other classes"),
         ({}, ["--names", "x", "y"], "--names x y"),
         ({}, ["--most", "0"], "--most: 0: expected 1 or more"),

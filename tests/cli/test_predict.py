@@ -131,17 +131,18 @@ def test_the_rest_is_predicted(weights, image_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "fastvim_tinny_patch16_224", "a.png"], "nearest: fastvim_tiny"),
-        (["a.png"], "name of a model"),
-        (["--checkpoint", "none.safetensors", "a.png"], "no checkpoint at none.safetensors"),
-        (["--model", "resnet10t", "none.png"], "no image among 1 files"),
+        (["--model", "fastvim_tinny_patch16_224", "PHOTO"], "nearest: fastvim_tiny"),
+        (["a.png"], "no image among 1 files"),
+        (["--checkpoint", "none.safetensors", "PHOTO"], "no checkpoint at none.safetensors"),
+        (["--model", MODEL, "none.png"], "no image among 1 files"),
         (["--model", MODEL, "--batch-size", "0", "a.png"], "--batch-size: 0"),
-        (["--model", "resnet10t", "--device", "gpu", "a.png"], "--device gpu"),
+        (["--model", MODEL, "--device", "gpu", "PHOTO"], "--device gpu"),
         (["--model", MODEL], "IMAGES"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, capsys):
-    assert main(["predict", *arguments]) == 2
+def test_mistakes_are_one_line(arguments, message, image_folder, capsys):
+    photo = str(image_folder / "val" / "ant" / "0.jpg")
+    assert main(["predict", *(photo if word == "PHOTO" else word for word in arguments)]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastvim:")]
     assert len(errors) == 1
     assert message in errors[0]

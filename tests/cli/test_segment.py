@@ -163,24 +163,21 @@ def test_the_rest_is_drawn(weights, photo, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "CHECKPOINT"),
-        (["WEIGHTS"], "IMAGES"),
-        (["none.ckpt", "a.png"], "no checkpoint at none.ckpt"),
+        ([], "IMAGES"),
+        (["WEIGHTS"], "expected IMAGES after the weights"),
+        (["none.ckpt", "PHOTO"], "no checkpoint at none.ckpt"),
         (["WEIGHTS", "none.png"], "no image among 1 files"),
         (["WEIGHTS", "PHOTO", "--scales", "0"], "--scales: 0: expected factors above 0"),
         (["WEIGHTS", "PHOTO", "--window", "0"], "--window: 0: expected 1 or more"),
         (["WEIGHTS", "PHOTO", "--stride", "33"], "stride 33: expected at least 1 and at most"),
         (["WEIGHTS", "PHOTO", "--device", "gpu"], "--device gpu"),
-        (["CLASSIFIER", "PHOTO"], f"holds {MODEL}: expected a segmentation model"),
         (["UNTOLD", "PHOTO"], "does not say base_size: expected weights of fastvim fit"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_line(weights, photo, tmp_path, capsys, words, message):
     known = {"WEIGHTS": weights, "PHOTO": photo}
-    known |= {name: tmp_path / f"{name}.safetensors" for name in ("CLASSIFIER", "UNTOLD")}
-    told = {"model": MODEL, "model_args": ARGS}
-    save(known["CLASSIFIER"], create_model(MODEL, **ARGS).state_dict(), told)
+    known["UNTOLD"] = tmp_path / "untold.safetensors"
     model, metadata = load_model(path=weights)
     del metadata["base_size"]
     save(known["UNTOLD"], model.state_dict(), metadata)
@@ -190,8 +187,6 @@ def test_mistakes_are_one_line(weights, photo, tmp_path, capsys, words, message)
     assert message in errors[0]
 
 
-def test_each_model_has_its_command(weights, photo, tmp_path, capsys):
-    assert main(["predict", "--checkpoint", str(weights), str(photo)]) == 2
-    assert "see fastvim segment" in capsys.readouterr().err
+def test_a_segmentor_has_no_published_names(weights, tmp_path, capsys):
     assert main(["convert", str(weights), str(tmp_path / "out.ckpt")]) == 2
     assert "it has no published names" in capsys.readouterr().err
