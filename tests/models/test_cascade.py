@@ -54,7 +54,7 @@ def test_logits_are_averaged_and_the_lesser_boxes_go():
     for i, (stage, shift) in enumerate(zip(heads.stages, (-1, 0, 1), strict=True)):
         answer(stage, probabilities.log() + shift * spread, (zero, zero, moved)[i])
     for i, masks in enumerate(heads.mask_stages):
-        masks.forward = lambda features, boxes, padded, logit=(-2.0, 0.0, 3.0)[i]: torch.full(
+        masks.forward = lambda features, boxes, logit=(-2.0, 0.0, 3.0)[i]: torch.full(
             (len(boxes[0]), 3, 28, 28), logit
         )
     (found,) = heads.detect(pyramid_of(), [boxes], (64, 64))
@@ -74,7 +74,7 @@ def test_losses_are_weighted_and_stages_pass_boxes_on():
     offsets[8:] = 0.5  # of class 2; class 1, the background's choice here, stays where it is
     for stage in heads.stages:
 
-        def forward(features, boxes, padded):
+        def forward(features, boxes):
             given.append(boxes[0])
             return torch.zeros(len(boxes[0]), 3), offsets.expand(len(boxes[0]), -1)
 

@@ -65,7 +65,7 @@ def test_loss_of_one_stage():
     stage, logits = MaskStage(8, 3), torch.full((2, 3, 28, 28), 50.0)
     given = []
 
-    def forward(features, boxes, padded):
+    def forward(features, boxes):
         given.extend(box.tolist() for box in boxes)
         return logits
 
@@ -90,12 +90,12 @@ def test_each_head_learns_the_objects_of_its_stage():
     targets = [{"boxes": box, "labels": torch.tensor([1]), "masks": masks}]
     seen = []
     for stage, mask_stage in zip(heads.stages, heads.mask_stages, strict=True):
-        stage.forward = lambda features, boxes, padded: (
+        stage.forward = lambda features, boxes: (
             torch.zeros(len(boxes[0]), 3),
             torch.zeros(len(boxes[0]), 12),
         )
 
-        def forward(features, boxes, padded):
+        def forward(features, boxes):
             seen.append(boxes[0].tolist())
             return torch.zeros(len(boxes[0]), 3, 28, 28)
 

@@ -29,7 +29,7 @@ def test_the_level_follows_the_area(stride):
     boxes = [torch.stack([0 * sides, 0 * sides, sides / 2, 2 * sides], dim=1)]
     boxes.append(boxes[0][:3, [1, 0, 3, 2]])
     maps = {name: x.repeat(2, 1, 1, 1) for name, x in levels_of(stride, 1024 * stride).items()}
-    pooled = RegionPooling(1)(maps, boxes, (1024 * stride, 1024 * stride))
+    pooled = RegionPooling(1, stride)(maps, boxes)
     expected = [0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
     assert pooled.flatten().tolist() == [*expected, *expected[:3]]
 
@@ -41,7 +41,7 @@ def test_pooling_takes_cells_at_their_middles():
     ]
     maps = {name: ramp[..., :: 2**i, :: 2**i] for i, name in enumerate(LEVELS)}
     box = torch.tensor([[8.0, 8.0, 36.0, 36.0]])  # columns 2 to 9 at stride 4
-    pooled = RegionPooling(7)(maps, [box, box], (64, 64))
+    pooled = RegionPooling(7)(maps, [box, box])
     expected = 2 + torch.arange(7) + 0.5
     torch.testing.assert_close(pooled[0, 0], expected.expand(7, 7))
     torch.testing.assert_close(pooled[1, 0], -expected.expand(7, 7))
@@ -49,12 +49,10 @@ def test_pooling_takes_cells_at_their_middles():
 
 def test_no_regions_and_gradients():
     maps = {name: torch.rand(1, 3, 8, 8, requires_grad=True) for name in LEVELS}
-    none = RegionPooling(7)(maps, [torch.zeros(0, 4)], (32, 32))
+    none = RegionPooling(7)(maps, [torch.zeros(0, 4)])
     assert none.shape == (0, 3, 7, 7)
     empty = torch.tensor([[4.0, 4.0, 4.0, 9.0]])
-    pooled = RegionPooling(7)(
-        maps, [torch.cat([empty, torch.tensor([[4.0, 4, 20, 20]])])], (32, 32)
-    )
+    pooled = RegionPooling(7)(maps, [torch.cat([empty, torch.tensor([[4.0, 4, 20, 20]])])])
     assert pooled.isfinite().all()
     direct = roi_align(maps["0"], [torch.tensor([[4.0, 4, 20, 20]])], 7, 0.25, 0, aligned=True)
     torch.testing.assert_close(pooled[1:], direct)

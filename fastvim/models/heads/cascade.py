@@ -111,7 +111,7 @@ class CascadeMaskRCNN(nn.Module):
         self.backbone = backbone
         self.pyramid = SimpleFeaturePyramid(embed_dim, channels)
         self.rpn = proposal_network(channels, stride // 4, proposals)
-        self.heads = CascadeHeads(channels, num_classes + 1, heads)
+        self.heads = CascadeHeads(channels, num_classes + 1, heads, stride // 4)
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None

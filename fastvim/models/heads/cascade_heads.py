@@ -71,6 +71,7 @@ class BoxStage(RoIHeads):
         iou: regions with at least this IoU are objects, the others background.
         stds: standard deviations of the offsets (x, y, width, height).
         options: sizes and thresholds.
+        stride: of the pyramid's finest level.
     """
 
     def __init__(
@@ -80,9 +81,10 @@ class BoxStage(RoIHeads):
         iou: float,
         stds: tuple[float, float, float, float],
         options: HeadOptions,
+        stride: int = 4,
     ) -> None:
         super().__init__(
-            box_roi_pool=RegionPooling(7),
+            box_roi_pool=RegionPooling(7, stride),
             box_head=FastRCNNConvFCHead(
                 (channels, 7, 7), [channels] * 4, [options.hidden_dim], ChannelNorm
             ),
@@ -103,13 +105,9 @@ class BoxStage(RoIHeads):
         nn.init.zeros_(self.box_predictor.cls_score.bias)
         nn.init.zeros_(self.box_predictor.bbox_pred.bias)
 
-    def forward(
-        self, features: Mapping[str, Tensor], boxes: list[Tensor], padded: Size
-    ) -> tuple[Tensor, Tensor]:
-        """Class logits (N, K) and box offsets (N, 4K); `padded`: the batch's height and width."""
-        logits, offsets = self.box_predictor(
-            self.box_head(self.box_roi_pool(features, boxes, padded))
-        )
+    def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class logits (N, K) and box offsets (N, 4K)."""
+        logits, offsets = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes)))
         return full_precision(logits), full_precision(offsets)
 
     @torch.no_grad()
@@ -182,17 +180,18 @@ class MaskStage(nn.Module):
     Args:
         channels: C.
         num_classes: K.
+        stride: of the pyramid's finest level.
     """
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_classes: int, stride: int = 4) -> None:
         super().__init__()
-        self.pool = RegionPooling(MASK_SIDE // 2)
+        self.pool = RegionPooling(MASK_SIDE // 2, stride)
         self.head = MaskRCNNHeads(channels, [channels] * 4, 1, ChannelNorm)
         self.predictor = MaskRCNNPredictor(channels, channels, num_classes)
 
-    def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor], padded: Size) -> Tensor:
+    def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> Tensor:
         """Logits (N, K, 28, 28) of the masks in boxes."""
-        return full_precision(self.predictor(self.head(self.pool(features, boxes, padded))))
+        return full_precision(self.predictor(self.head(self.pool(features, boxes))))
 
     def loss(
         self,
@@ -205,7 +204,7 @@ class MaskStage(nn.Module):
         objects = [labels > 0 for labels in samples.labels]
         boxes = [box[mine] for box, mine in zip(samples.boxes, objects, strict=True)]
         labels = torch.cat([own[mine] for own, mine in zip(samples.labels, objects, strict=True)])
-        logits = self(features, boxes, padded)
+        logits = self(features, boxes)
         if not len(labels):
             return logits.sum() * 0
         wanted = [
@@ -241,16 +240,25 @@ class CascadeHeads(nn.Module):
         channels: C.
         num_classes: K.
         options: sizes and thresholds.
+        stride: of the pyramid's finest level.
     """
 
-    def __init__(self, channels: int, num_classes: int, options: HeadOptions | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        options: HeadOptions | None = None,
+        stride: int = 4,
+    ) -> None:
         super().__init__()
         options = options or HeadOptions()
         self.stages = nn.ModuleList(
-            BoxStage(channels, num_classes, iou, stds, options)
+            BoxStage(channels, num_classes, iou, stds, options, stride)
             for iou, stds in zip(IOU_THRESHOLDS, BOX_STDS, strict=True)
         )
-        self.mask_stages = nn.ModuleList(MaskStage(channels, num_classes) for _ in self.stages)
+        self.mask_stages = nn.ModuleList(
+            MaskStage(channels, num_classes, stride) for _ in self.stages
+        )
 
     def losses(
         self,
@@ -264,7 +272,7 @@ class CascadeHeads(nn.Module):
         boxes = proposals
         for i, (stage, masks) in enumerate(self._stages()):
             samples = stage.sample(boxes, targets)
-            logits, offsets = stage(features, samples.boxes, padded)
+            logits, offsets = stage(features, samples.boxes)
             classifier, box = stage.losses(logits, offsets, samples)
             weight = LOSS_WEIGHTS[i]
             losses[f"loss_classifier_{i}"] = weight * classifier
@@ -286,14 +294,14 @@ class CascadeHeads(nn.Module):
         all_logits = []
         stages = self._stages()
         for i, (stage, _) in enumerate(stages):
-            logits, offsets = stage(features, boxes, padded)
+            logits, offsets = stage(features, boxes)
             all_logits.append(logits)
             if i + 1 < len(stages):
                 boxes = stage.refine(logits, offsets, boxes, padded)
         found = stage.select(torch.stack(all_logits).mean(dim=0), offsets, boxes, padded)
         boxes = [one["boxes"] for one in found]
         labels = torch.cat([one["labels"] for one in found])
-        masks = torch.stack([head(features, boxes, padded).sigmoid() for _, head in stages])
+        masks = torch.stack([head(features, boxes).sigmoid() for _, head in stages])
         own = masks.mean(dim=0)[torch.arange(len(labels), device=labels.device), labels]
         for one, mask in zip(found, own[:, None].split([len(box) for box in boxes]), strict=True):
             one["masks"] = mask

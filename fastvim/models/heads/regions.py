@@ -53,25 +53,25 @@ class RegionPooling(nn.Module):
 
     Args:
         output_size: rows and columns that a region gives.
+        stride: of the finest level, in pixels.
     """
 
-    def __init__(self, output_size: int) -> None:
+    def __init__(self, output_size: int, stride: int = 4) -> None:
         super().__init__()
-        self.output_size = output_size
+        self.output_size, self.stride = output_size, stride
 
-    def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor], padded: Size) -> Tensor:
-        """(N, C, output_size, output_size) of the boxes of each image in `padded` batches."""
+    def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        """(N, C, output_size, output_size) of the boxes of each image."""
         maps = [features[name] for name in LEVELS[:-1]]
-        finest = padded[0] / maps[0].shape[-2]  # stride
         images = [box.new_full((len(box), 1), i) for i, box in enumerate(boxes)]
         regions = torch.cat([torch.cat(images), torch.cat(boxes)], dim=1)
         sides = regions[:, 3:] - regions[:, 1:3]
-        doublings = torch.log2(sides.prod(dim=1).sqrt() / (14 * finest) + 1e-6).floor()
+        doublings = torch.log2(sides.prod(dim=1).sqrt() / (14 * self.stride) + 1e-6).floor()
         size = (self.output_size, self.output_size)
         pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *size)
         for level, x in enumerate(maps):
             mine = torch.where(doublings.clamp(0, len(maps) - 1) == level)[0]
-            scale = 1 / (finest * 2**level)
+            scale = 1 / (self.stride * 2**level)
             pooled[mine] = roi_align(
                 x, regions[mine].to(x.dtype), size, scale, sampling_ratio=0, aligned=True
             )
