@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -193,8 +194,10 @@ def _attempt(url: str, part: Path) -> None:
         headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
     with _open(urllib.request.Request(url, headers=headers), tag) as response:
         goes_on = response.status == 206
-        _check_answer(url, response, have if goes_on else 0)
         have = have if goes_on else 0
+        chunks = _chunks(response)
+        first = next(chunks, b"")
+        _check_answer(url, response, have, first)
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
         tag.unlink(missing_ok=True)
@@ -210,9 +213,7 @@ def _attempt(url: str, part: Path) -> None:
             disable=None,  # no bar but on a terminal
         )
         with part.open("ab" if goes_on else "wb") as stream, bar:
-            for chunk in _chunks(response):
-                if have == 0 and chunk.lstrip()[:1] == b"<":
-                    raise failure(url, "the answer is a web page, not the file (a login page?)")
+            for chunk in itertools.chain([first], chunks):
                 stream.write(chunk)
                 have += len(chunk)
                 bar.update(len(chunk))
@@ -235,9 +236,10 @@ def _open(request: urllib.request.Request, tag: Path) -> Any:
         raise _BrokenOffError(_one_line(getattr(error, "reason", error))) from error
 
 
-def _check_answer(url: str, response: Any, start: int) -> None:
+def _check_answer(url: str, response: Any, start: int, first: bytes) -> None:
     """The bytes begin where they were asked for, and are not a web page."""
-    if response.headers.get_content_type() == "text/html":
+    markup = start == 0 and first.lstrip()[:1] == b"<"
+    if markup or response.headers.get_content_type() == "text/html":
         raise failure(url, "the answer is a web page, not the file (a login page?)")
     told = response.headers.get("Content-Range", "")
     if start and not told.startswith(f"bytes {start}-"):
