@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastvim_cli.arguments import Parser
 from fastvim_cli.console import table
+
+if TYPE_CHECKING:
+    from fastvim.models import FastVim
 
 
 def _parser() -> Parser:
     parser = Parser(prog="fastvim models", description="List the models of this library.")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--engines", action="store_true", help="list instead which engine serves each operation"
+    )
+    instead.add_argument(
+        "--pretrained", action="store_true", help="list instead the published weights"
     )
     return parser
 
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim models --help`."""
-    print(_engines() if _parser().parse_args(argv).engines else _models())
+    arguments = _parser().parse_args(argv)
+    if arguments.engines:
+        print(_engines())
+    else:
+        print(_pretrained() if arguments.pretrained else _models())
 
 
 def _models() -> str:
@@ -35,7 +48,7 @@ def _models() -> str:
         rows.append(
             (
                 name,
-                str(backbone.grid_size[0] * backbone.patch_embed.stride),
+                str(_side(backbone)),
                 str(backbone.in_chans),
                 str(backbone.patch_embed.patch_size),
                 str(backbone.embed_dim),
@@ -44,6 +57,35 @@ def _models() -> str:
             )
         )
     return table(("model", "image", "channels", "patch", "width", "blocks", "parameters"), rows)
+
+
+def _side(backbone: FastVim) -> int:
+    """Pixels of a side of the images that the position embedding is made for."""
+    patches = backbone.patch_embed
+    return (backbone.grid_size[0] - 1) * patches.stride + patches.patch_size
+
+
+def _pretrained() -> str:
+    from fastvim.weights.fetch import here
+    from fastvim.weights.table import ENTRIES
+
+    rows = []
+    for entry in ENTRIES.values():
+        file = here(entry.url)
+        size = entry.megabytes if file is None else file.stat().st_size / 1e6
+        rows.append(
+            (
+                entry.name,
+                entry.task,
+                entry.data,
+                ", ".join(f"{metric} {value}" for metric, value in entry.number.items()) or "-",
+                entry.licence,
+                "-" if size is None else f"{size:.1f}",
+                "no" if file is None else "yes",
+            )
+        )
+    header = ("name", "task", "data", "published", "licence", "MB", "here")
+    return table(header, rows, left=("name", "task", "data", "published", "licence"))
 
 
 def _engines() -> str:

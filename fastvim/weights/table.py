@@ -38,6 +38,7 @@ class Entry:
         images: how evaluation prepares an image, in the words of the metadata of a file.
         averaged: whether the number is of the averaged weights.
         sha256: of the file, where it is known.
+        megabytes: of the file, where they are known.
     """
 
     name: str
@@ -52,11 +53,19 @@ class Entry:
     images: Mapping[str, Any] = field(default_factory=dict)
     averaged: bool = False
     sha256: str | None = None
+    megabytes: float | None = None
 
     @property
     def file(self) -> str:
         """Name of the published file."""
         return self.url.rpartition("/")[2]
+
+    @property
+    def task(self) -> str:
+        """What the model does: "classification", "masked pre-training", or its head's task."""
+        if self.backbone.startswith("mae_"):
+            return "masked pre-training"
+        return next(iter(self.head), "classification")
 
     @property
     def tag(self) -> str:
@@ -120,7 +129,13 @@ def _classifier(
 
 
 def _original_vim(
-    name: str, repository: str, file: str, top1: float, top5: float, sha256: str | None = None
+    name: str,
+    repository: str,
+    file: str,
+    top1: float,
+    top5: float,
+    megabytes: float | None = None,
+    sha256: str | None = None,
 ) -> Entry:
     """Of the original Vim's release: no norm after the scan; the number is of the raw weights."""
     return Entry(
@@ -133,6 +148,7 @@ def _original_vim(
         model_args={"norm_after_ssm": False},
         images=_PHOTOS,
         sha256=sha256,
+        megabytes=megabytes,
     )
 
 
@@ -238,6 +254,7 @@ _ALL = (
         "vim_t_midclstok_ft_78p3acc.pth",
         78.3,
         94.2,
+        111.2,
     ),
     _original_vim(
         "vim_small_patch16_224.midcls_in1k",
@@ -245,6 +262,7 @@ _ALL = (
         "vim_s_midclstok_80p5acc.pth",
         80.5,
         95.1,
+        394.2,
         "aae4583e2def6389b66cfaf292cfade47a873182a39adbec19ec55b730ea9fe3",
     ),
     _original_vim(
@@ -253,6 +271,7 @@ _ALL = (
         "vim_s_midclstok_ft_81p6acc.pth",
         81.6,
         95.4,
+        397.4,
     ),
     _original_vim(
         "vim_base_patch16_224.midcls_in1k",
@@ -260,6 +279,7 @@ _ALL = (
         "vim_b_midclstok_81p9acc.pth",
         81.9,
         95.8,
+        1489.8,
     ),
     _cells(
         "fastchannelvim_small_patch16_224.jumpcp",
