@@ -156,4 +156,4 @@ class Classification(Task):
         metadata = super().exported_metadata()
         assert self.model is not None
         options = {**self.model_args, "num_classes": self.model.num_classes}
-        return {**metadata, "model_args": options, "class_names": list(self.data.class_names)}
+        return {**metadata, "model_args": options, "class_names": self.output_names()}

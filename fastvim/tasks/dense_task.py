@@ -12,7 +12,7 @@ from torch import nn
 from fastvim.errors import UserError
 from fastvim.models import FastVim
 from fastvim.tasks.task import Task
-from fastvim.weights import Checkpoint, checkpoint_filter_fn, load_state, read
+from fastvim.weights import Checkpoint, checkpoint_filter_fn, load_state
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class DenseTask(Task):
         backbone = self.create_network()
         if not isinstance(backbone, FastVim):
             raise UserError(f"model {self.model_name}: expected a fastvim or vim model")
-        given = None if self.initial_weights is None else read(self.initial_weights)
+        given = self.initial_weights()
         whole = given is not None and any(n.startswith(self.head_prefix) for n in given.state)
         if given is not None and not whole:
             if not self.fitting:

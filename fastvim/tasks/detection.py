@@ -109,6 +109,13 @@ class Detection(DenseTask):
         self._metrics: AveragePrecision | None = None
         self._test_scores: dict[str, dict[str, float]] = {}
 
+    def setup(self, stage: str) -> None:
+        if self.num_classes not in (None, known := self.data.num_classes):
+            raise UserError(
+                f"num_classes {self.num_classes}: the data have {known} categories; "
+                "data.categories gives all that a model knows"
+            )
+
     # The network and its weights.
 
     def add_head(self, backbone: FastVim, **options: Any) -> nn.Module:

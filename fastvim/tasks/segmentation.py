@@ -124,8 +124,8 @@ class Segmentation(DenseTask):
             "window": self.window,
             "stride": self.stride,
         }
-        names = list(self.data.class_names)
-        return {**super().exported_metadata(), "segmentation": head, "class_names": names}
+        names = {"class_names": self.output_names()}
+        return {**super().exported_metadata(), "segmentation": head, **names}
 
     # Training.
 
@@ -171,7 +171,7 @@ class Segmentation(DenseTask):
 
     def on_test_epoch_end(self) -> None:
         iou = self._log_metrics("test", self.test_metrics)
-        self._test_iou = dict(zip(self.data.class_names, iou.tolist(), strict=True))
+        self._test_iou = dict(zip(self.output_names(), iou.tolist(), strict=True))
 
     def _evaluate(self, batch: Batch, loss_name: str, metrics: SegmentationMetrics) -> list[Tensor]:
         predicted = []

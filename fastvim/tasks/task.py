@@ -19,9 +19,13 @@ from fastvim.models import create_model
 from fastvim.tasks.callbacks.ema import EMA
 from fastvim.tasks.optim import WeightDecayCosine, count_steps, parameter_groups, warmup_cosine
 from fastvim.tasks.protocols import TaskData
-from fastvim.weights import load_weights
+from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
+from fastvim.weights.published import terms
+from fastvim.weights.table import of_file
 
 _logger = logging.getLogger(__name__)
+
+_ORIGIN = ("started_from", "licence")
 
 
 class Task(L.LightningModule):
@@ -37,10 +41,11 @@ class Task(L.LightningModule):
     Args:
         model: name of a timm model, e.g. `fastvim_tiny_patch16_224`.
         model_args: options of that model, e.g. `{drop_path_rate: 0.05, img_size: 224}`.
-        num_classes: width of the head; None takes the data's.
-        checkpoint: file of weights to start from; None starts from random ones. Training makes
-            a new head if the file has none (a masked autoencoder's, whose encoder is taken) or one
-            for another number of classes. Ignored when resuming.
+        num_classes: width of the head; None takes the data's. Where it is more than the data's,
+            the data's classes are the first outputs, which is said once.
+        checkpoint: weights to start from: a file, or the name of published ones; None starts from
+            random ones. Training makes a new head if the file has none (a masked autoencoder's,
+            whose encoder is taken) or one for another number of classes. Ignored when resuming.
         lr: peak learning rate for `lr_batch` images a step. The rate used is
             `lr * global batch / lr_batch`. The global batch is images per process times
             processes times `accumulate_grad_batches`.
@@ -65,10 +70,12 @@ class Task(L.LightningModule):
     Attributes:
         resuming: whether the run resumes from a checkpoint of its own. That holds all weights:
             `checkpoint` is then not read.
+        origin: what the metadata of exported weights say of those that the run started from:
+            `started_from` and `licence`. Empty where no licence is known.
 
     Raises:
-        UserError: unknown model or model option; a checkpoint that does not fit the model; a run
-            without an end.
+        UserError: unknown model or model option; a checkpoint that does not fit the model; fewer
+            outputs than the data have classes; a run without an end.
     """
 
     monitor: str  # the metric that the best checkpoint is chosen by
@@ -111,6 +118,7 @@ class Task(L.LightningModule):
         self.betas, self.ema_decay = betas, ema_decay
         self.grad_checkpointing, self.capture = grad_checkpointing, capture
         self.resuming = False
+        self.origin: dict[str, str] = {}
         self.model: nn.Module | None = None
         self._weight_decay: WeightDecayCosine | None = None
         self._captured: Callable[[Tensor], Any] | None = None
@@ -123,8 +131,8 @@ class Task(L.LightningModule):
         In training it gets a new head if the file has none, or one for another number of classes.
         """
         model = self.create_network(**options)
-        if self.initial_weights is not None:
-            load_weights(model, self.initial_weights, new_head=self.fitting)
+        if (given := self.initial_weights()) is not None:
+            load_state(model, given, new_head=self.fitting)
         return model
 
     def create_network(self, **options: Any) -> nn.Module:
@@ -134,10 +142,31 @@ class Task(L.LightningModule):
             model.set_grad_checkpointing()  # type: ignore[operator]
         return model
 
-    @property
-    def initial_weights(self) -> str | None:
-        """The file to start from; None when resuming."""
-        return None if self.resuming else self.checkpoint
+    def initial_weights(self) -> Checkpoint | None:
+        """The weights to start from, with whose licence goes on; None when resuming."""
+        if self.resuming or self.checkpoint is None:
+            return None
+        given = find(self.checkpoint)
+        self.origin = _origin(given)
+        return given
+
+    def setup(self, stage: str) -> None:
+        """Compare the width of the head with the data's classes; Lightning calls it."""
+        if self.num_classes is None:
+            return
+        known = self.data.num_classes
+        if self.num_classes < known:
+            raise UserError(f"num_classes {self.num_classes}: the data have {known} classes")
+        if self.num_classes > known and self.trainer.is_global_zero:
+            _logger.warning(
+                "num_classes %d: the data's %d classes are taken for the first outputs",
+                *(self.num_classes, known),
+            )
+
+    def output_names(self) -> list[str]:
+        """A name for each output: the data's, and numbers for those that the data lack."""
+        names = self.data.class_names
+        return [*names, *map(str, range(len(names), self.head_classes))]
 
     @property
     def head_classes(self) -> int:
@@ -151,9 +180,11 @@ class Task(L.LightningModule):
 
     def exported_metadata(self) -> dict[str, Any]:
         """How to build the trained model again; JSON's values, and plain Python's."""
-        return {"model": self.model_name, "model_args": self.model_args}
+        return {"model": self.model_name, "model_args": self.model_args, **self.origin}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        told = checkpoint.get(METADATA_KEY, {})
+        self.origin = {key: told[key] for key in _ORIGIN if key in told}
         if self.trainer.max_steps != -1:
             _begin_next_epoch(checkpoint["loops"]["fit_loop"])
         own, theirs = self.state_dict(), checkpoint["state_dict"]
@@ -254,6 +285,11 @@ class Task(L.LightningModule):
         return (self._captured or self.model)(images)
 
     def on_fit_start(self) -> None:
+        if self.origin and self.trainer.is_global_zero:
+            source, licence = (self.origin[key] for key in _ORIGIN)
+            _logger.warning(
+                "started from %s: its %s, goes on to these weights", source, terms(licence)
+            )
         # Recomputing blocks restores random states, which a graph cannot. Strategies other than
         # these divide the parameters among processes.
         whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
@@ -298,6 +334,17 @@ class Task(L.LightningModule):
     def data(self) -> TaskData:
         """The data module of the run."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _origin(given: Checkpoint) -> dict[str, str]:
+    """The published weights that a file goes back to, and their licence; empty without one."""
+    told = given.metadata
+    if entry := of_file(given.path.name):
+        return {"started_from": entry.name, "licence": entry.licence}
+    if "licence" not in told:
+        return {}
+    source = told.get("published") or told.get("started_from") or given.path
+    return {"started_from": str(source), "licence": told["licence"]}
 
 
 def _begin_next_epoch(progress: dict[str, Any]) -> None:

@@ -237,7 +237,8 @@ def test_evaluation_needs_a_whole_model(tmp_path, shapes):
         ({"checkpoint": "nowhere.ckpt"}, "no checkpoint at nowhere.ckpt"),
         ({"drops": (0.9, 0.5)}, r"drops \[0.9, 0.5\]"),
         ({"drops": (100.0,)}, r"drops \[100.0\]: expected shares"),
-        ({"num_classes": 1}, "labels .*: expected int64 from 1 to 1"),
+        ({"num_classes": 1}, "num_classes 1: the data have 2 categories"),
+        ({"num_classes": 3}, "num_classes 3: the data have 2 categories"),
         ({"model_args": {**ARGS, "patch_size": 14}}, "stride=14"),
     ],
 )

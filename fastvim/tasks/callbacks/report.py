@@ -90,7 +90,8 @@ class Report(L.Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         record = {"checkpoint": str(trainer.ckpt_path or ""), **metrics}
-        if isinstance(pl_module, TrainedTask) and (scores := pl_module.class_scores()):
+        task = pl_module if isinstance(pl_module, TrainedTask) else None
+        if task is not None and (scores := task.class_scores()):
             record["classes"] = {
                 score: {
                     name: None if math.isnan(value) else value for name, value in by_class.items()
@@ -99,7 +100,7 @@ class Report(L.Callback):
             }
         (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
 
-        names = trainer.datamodule.class_names
+        names = trainer.datamodule.class_names if task is None else task.output_names()
         if self._labelled.items:
             picture = draw_labellings(self._labelled.items, names, self._mean, self._std)
         elif seen := self._wrong + self._correct.seen:
