@@ -7,7 +7,9 @@ import warnings
 
 import lightning as L
 
+from fastvim.errors import UserError
 from fastvim_cli.train.cli import DataCLI, TrainingCLI
+from fastvim_cli.train.published import as_published
 
 __all__ = ["TrainingCLI", "load_data", "run"]
 
@@ -16,13 +18,24 @@ def run(words: list[str]) -> None:
     """Run one of the three commands.
 
     Args:
-        words: the command's name, then its arguments.
+        words: the command's name, then its arguments. `validate` and `test` take the name of
+            published weights as the first of them, in place of a configuration.
 
     Raises:
-        UserError: see `TrainingCLI.execute`.
+        UserError: see `TrainingCLI.execute` and `as_published`.
     """
     _quiet()
-    TrainingCLI(words[0], words[1:]).execute()
+    command, *arguments = words
+    if command == "fit" or not arguments or arguments[0].startswith("-"):
+        TrainingCLI(command, arguments).execute()
+        return
+    if not arguments[1:]:
+        raise UserError(f"fastvim {command} {arguments[0]}: expected --data.root DIR as well")
+    published = as_published(arguments[0])
+    cli = TrainingCLI(command, arguments[1:], published.configuration)
+    results = cli.execute()
+    if cli.trainer.is_global_zero:
+        print("\n".join(published.compare(results)))
 
 
 def load_data(words: list[str]) -> L.LightningDataModule:

@@ -7,6 +7,7 @@ overridden on the command line. Everything that a run writes lies under `trainer
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -44,10 +45,14 @@ class TrainingCLI(LightningCLI):
     Args:
         command: "fit", "validate" or "test".
         args: the words after the command.
+        base: a configuration that those of `--config` and `args` override.
     """
 
-    def __init__(self, command: str, args: list[str]) -> None:
+    def __init__(
+        self, command: str, args: list[str], base: Mapping[str, Any] | None = None
+    ) -> None:
         self.command = command
+        self.base = [] if base is None else [json.dumps(base)]  # a text is read as a file is
         super().__init__(
             model_class=Task,
             datamodule_class=L.LightningDataModule,
@@ -58,7 +63,7 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": f"fastvim {command}",
-                "description": f"{command} as a configuration says",
+                "description": _description(command),
                 "exit_on_error": False,
                 "allow_abbrev": False,
             },
@@ -83,7 +88,9 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         files, overrides = _split_configs(args)
         try:
-            self.config = parser.parse_args([f"--config={file}" for file in files] + overrides)
+            self.config = parser.parse_args(
+                [f"--config={config}" for config in [*self.base, *files]] + overrides
+            )
         except argparse.ArgumentError as error:
             message = explain(str(error), parser.get_defaults().keys())
             if message.startswith("Problems parsing config"):  # does not say which
@@ -126,8 +133,8 @@ class TrainingCLI(LightningCLI):
         files = self.config.config or []
         return os.path.join("runs", Path(str(files[-1])).stem if files else "unnamed")
 
-    def execute(self) -> None:
-        """Run the command.
+    def execute(self) -> Mapping[str, float]:
+        """Run the command and return the metrics of an evaluation.
 
         Raises:
             UserError: a mistake in the configuration, or a loss that is not finite.
@@ -157,6 +164,7 @@ class TrainingCLI(LightningCLI):
             if scores := self.model.class_scores():
                 print(_class_table(scores))
             print(f"results in {self.root}/")
+        return results
 
     def _checkpoint(self) -> str | None:
         """The file that `--ckpt_path` means."""
@@ -220,6 +228,12 @@ def _split_configs(words: list[str]) -> tuple[list[str], list[str]]:
         if not os.path.exists(file):
             raise UserError(f"--config {file}: no such file")
     return files, others
+
+
+def _description(command: str) -> str:
+    text = f"{command} as a configuration says"
+    name = f"; fastvim {command} NAME --data.root DIR takes published weights as published"
+    return text if command == "fit" else text + name
 
 
 def _uses_accelerator(choice: Any) -> bool:
