@@ -13,8 +13,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="fastvim convert",
         description="Translate published FastVim or Vim weights to one safetensors file of this "
-        "library, or such a file back to published names. Of a segmentor or detector the backbone "
-        "is taken. " + LICENCE,
+        "library, or such a file back to published names and format. A segmentor or detector is "
+        "taken whole. " + LICENCE,
     )
     parser.add_argument(
         "source", metavar="IN", type=local_path, help="published .ckpt or .pth, or .safetensors"
@@ -24,14 +24,20 @@ def _parser() -> Parser:
     )
     parser.add_argument("--model", metavar="NAME", help="name of the model (default: by its sizes)")
     parser.add_argument(
-        "--raw", action="store_true", help="the weights without averaging (default: EMA if present)"
+        "--backbone", action="store_true", help="of a segmentor or detector, the backbone alone"
     )
+    copies = parser.add_mutually_exclusive_group()
+    help = "averaged weights (default: those that the published number of such a file is of)"
+    copies.add_argument("--ema", action="store_true", default=None, help=help)
+    copies.add_argument("--raw", action="store_false", dest="ema", help="weights without averaging")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="side it was trained at")
     untold = parser.add_argument_group("what the weights cannot tell")
     untold.add_argument("--scan-path", choices=("row", "column"))
     untold.add_argument("--pooling", choices=("mean", "max", "none"))
     untold.add_argument("--pool-scale", type=float, metavar="FACTOR")
     untold.add_argument("--out-indices", type=int, nargs="+", metavar="BLOCK", help=MAPS)
+    untold.add_argument("--token-order", choices=("channel_first", "spatial_first"))
+    untold.add_argument("--pooled-axes", type=int, choices=(1, 2))
     untold.add_argument("--no-alternate", dest="alternate", action="store_false", default=None)
     return parser
 
@@ -43,11 +49,18 @@ def run(argv: list[str]) -> None:
     from fastvim.weights import convert
 
     source, target, model = (arguments.pop(key) for key in ("source", "target", "model"))
-    raw = arguments.pop("raw")
+    ema, backbone = arguments.pop("ema"), arguments.pop("backbone")
     given = {option: value for option, value in arguments.items() if value is not None}
-    found = convert(source, target, ema=not raw, model=model, model_args=given)
+    found = convert(source, target, ema=ema, model=model, model_args=given, backbone=backbone)
     kind = {"EMA": "EMA weights", "raw": "weights without averaging"}
-    print(f"{source}: {kind.get(found['weights'], 'weights')} of {found['model']}")
-    for option, value in {**found["model_args"], **found.get("features", {})}.items():
+    heads = {
+        "segmentation": f"a whole segmentor over {found['model']} (--backbone: that alone)",
+        "detection": f"a whole detector over {found['model']} (--backbone: that alone)",
+        "features": f"{found['model']}, the backbone of a segmentor or detector",
+    }
+    head = next((head for head in heads if head in found), None)
+    what = found["model"] if head is None else heads[head]
+    print(f"{source}: {kind.get(found['weights'], 'weights')} of {what}")
+    for option, value in {**found["model_args"], **found.get(head or "", {})}.items():
         print(f"  {option:<17} {value}")
     print(f"written to {target}")

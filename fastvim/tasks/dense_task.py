@@ -12,7 +12,13 @@ from torch import nn
 from fastvim.errors import UserError
 from fastvim.models import FastVim
 from fastvim.tasks.task import Task
-from fastvim.weights import Checkpoint, checkpoint_filter_fn, load_state
+from fastvim.weights import (
+    Checkpoint,
+    checkpoint_filter_fn,
+    head_of,
+    load_state,
+    take_backbone,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -20,7 +26,7 @@ _logger = logging.getLogger(__name__)
 class DenseTask(Task):
     """A `Task` whose network is a head over a FastVim or Vim, with a warm-up in steps.
 
-    A subclass sets `head` and `head_prefix`, and gives `add_head`.
+    A subclass sets `head` and gives `add_head`.
 
     Args:
         model: name of a fastvim or vim model, e.g. `fastvim_tiny_patch16_224`.
@@ -35,8 +41,7 @@ class DenseTask(Task):
             embedding, the class token and A_log.
     """
 
-    head: str  # what the head is for, in messages
-    head_prefix: str  # names of weights that only a file of the whole model has
+    head: str  # "segmentation" or "detection", as files of weights call it
     default_no_decay = ("*pos_embed", "*cls_token", "*A_log")
     fixed_options: tuple[str, ...] = ("warmup_epochs", "weight_decay_end", "ema_decay")
 
@@ -59,7 +64,7 @@ class DenseTask(Task):
         if not isinstance(backbone, FastVim):
             raise UserError(f"model {self.model_name}: expected a fastvim or vim model")
         given = self.initial_weights()
-        whole = given is not None and any(n.startswith(self.head_prefix) for n in given.state)
+        whole = given is not None and head_of(given.state) == self.head
         if given is not None and not whole:
             if not self.fitting:
                 raise UserError(f"{given.path} holds no {self.head} head: expected a file of one")
@@ -84,7 +89,7 @@ def load_backbone(backbone: FastVim, checkpoint: Checkpoint) -> None:
         UserError: the weights are of another architecture.
     """
     own = backbone.state_dict()
-    state = checkpoint_filter_fn(checkpoint.state, backbone)
+    state = checkpoint_filter_fn(take_backbone(checkpoint).state, backbone)
     unused = ("head.", "norm.", "norms.")
     state = {name: weight for name, weight in state.items() if not name.startswith(unused)}
     state |= {name: weight for name, weight in own.items() if name.startswith(unused)}

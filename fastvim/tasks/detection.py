@@ -52,7 +52,7 @@ class Detection(DenseTask):
     """
 
     monitor, monitor_mode = "val/box_ap", "max"
-    head, head_prefix = "detection", "heads."
+    head = "detection"
     fixed_options = (*DenseTask.fixed_options, "min_lr", "capture")
 
     def __init__(

@@ -50,7 +50,7 @@ class Segmentation(DenseTask):
     """
 
     monitor, monitor_mode = "val/miou", "max"
-    head, head_prefix = "segmentation", "aux_head."
+    head = "segmentation"
     fixed_options = (*DenseTask.fixed_options, "layer_decay", "blocks_per_decay")
 
     def __init__(

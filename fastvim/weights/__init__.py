@@ -15,13 +15,14 @@ A file takes one way into a model:
 """
 
 from fastvim.weights.convert import convert
+from fastvim.weights.dense_names import head_of
 from fastvim.weights.files import METADATA_KEY, Checkpoint, read, save
 from fastvim.weights.fit import checkpoint_filter_fn, load_state, load_weights
 from fastvim.weights.load import load_model
 from fastvim.weights.names import from_published, to_published
 from fastvim.weights.options import find_options
 from fastvim.weights.published import find, is_file_name, published_file
-from fastvim.weights.resolve import resolve
+from fastvim.weights.resolve import resolve, take_backbone
 
 __all__ = [
     "METADATA_KEY",
@@ -31,6 +32,7 @@ __all__ = [
     "find",
     "find_options",
     "from_published",
+    "head_of",
     "is_file_name",
     "load_model",
     "load_state",
@@ -39,5 +41,6 @@ __all__ = [
     "read",
     "resolve",
     "save",
+    "take_backbone",
     "to_published",
 ]

@@ -2,62 +2,107 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models.factory import create_model
 from fastvim.models.vision import FastVim
-from fastvim.weights.files import PICKLED, read, save, save_published
-from fastvim.weights.names import to_published
-from fastvim.weights.resolve import resolve
+from fastvim.weights import config_text, dense_names, names
+from fastvim.weights.build import build_model
+from fastvim.weights.files import PICKLED, Checkpoint, read, save, save_pickled
+from fastvim.weights.fit import fit_state
+from fastvim.weights.resolve import UNTOLD, resolve, take_backbone
+
+_logger = logging.getLogger(__name__)
 
 
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    ema: bool = True,
+    ema: bool | None = None,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
+    backbone: bool = False,
 ) -> dict[str, Any]:
     """Translate a published file to ours (`.safetensors`), or ours to a published one (`.ckpt`).
+
+    A segmentor or detector is translated whole. Back, it becomes a file of mmengine's tools, with
+    the part of its configuration that this library reads; other models become Lightning's files.
 
     Args:
         source: see `read`.
         target: file to write; `.ckpt`, `.pth` and `.pt` mean published names.
-        ema: take the averaged weights where the file has them.
+        ema: see `read`.
         model: timm name to write into our file; None finds the one of these sizes.
         model_args: options that leave no trace in published weights (`scan_path`, `pooling`,
-            `alternate`, `pool_scale`; of channel models `token_order` and `pooled_axes`; of dense
-            models `out_indices`, by default spread evenly over the blocks), and `img_size` where it
-            was not 224.
+            `alternate`, `pool_scale`; of channel models `token_order` and `pooled_axes`), and
+            `img_size` where it was not 224; of dense models also what `load_model` names.
+        backbone: of a segmentor or detector the backbone alone.
 
     Returns:
         The metadata of our file: which weights they are, the model, its options as found.
 
     Raises:
-        UserError: an unreadable source, or a target of another suffix.
+        UserError: an unreadable source, weights that do not make a whole segmentor or detector, or
+            a target of another suffix.
     """
     target = Path(target)
     if target.suffix not in (".safetensors", *PICKLED):
         raise UserError(f"{target}: expected a name in .safetensors (ours) or .ckpt (published)")
-    state, metadata = resolve(read(source, ema=ema), model_args)
-    metadata["model"] = model or metadata["model"]
+    checkpoint = read(source, ema=ema)
+    if backbone:
+        checkpoint = take_backbone(checkpoint)
+    state, metadata = resolve(checkpoint, model_args, model=model)
+    if {"segmentation", "detection"} & metadata.keys():
+        state = _whole(replace(checkpoint, state=state), metadata)
     if target.suffix == ".safetensors":
         save(target, state, metadata)
-        return metadata
-    for head in {"segmentation", "detection"} & metadata.keys():
-        raise UserError(f"{source} holds a {head} model: it has no published names")
-    column_grid = None
-    if metadata["model_args"].get("scan_path") == "column":
-        with torch.device("meta"):
-            backbone = create_model(metadata["model"], **metadata["model_args"])
-        assert isinstance(backbone, FastVim)
-        column_grid = backbone.grid_size
-    save_published(target, to_published(state, column_grid))
+    else:
+        save_pickled(target, _published(target, state, metadata))
     return metadata
+
+
+def _whole(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All weights of a segmentor or detector; raises for one that lacks some or has others."""
+    with torch.device("meta"):
+        model = build_model(metadata)
+    # Blocks that give no map are kept, for the way back.
+    blocks = {name: tensor for name, tensor in checkpoint.state.items() if ".blocks." in name}
+    return {**blocks, **fit_state(model, checkpoint)}
+
+
+def _published(
+    target: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a published file of these weights holds."""
+    grid = _column_grid(metadata)
+    if dense_names.own_head(state):
+        weights = dense_names.to_published(state, grid)
+    else:
+        weights = {f"backbone.{n}": t for n, t in names.to_published(state, grid).items()}
+    if {"segmentation", "detection", "features"} & metadata.keys():
+        return {"meta": config_text.compose(metadata), "state_dict": weights}
+    options = metadata["model_args"]
+    lost = [f"{n}={options[n]!r}" for n, usual in UNTOLD.items() if options.get(n, usual) != usual]
+    if lost and not options.get("class_token"):
+        _logger.warning("%s cannot say %s: say it again to its reader", target, ", ".join(lost))
+    return {"state_dict": weights}
+
+
+def _column_grid(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The grid of a position embedding that is published column by column; see `from_published`."""
+    if metadata["model_args"].get("scan_path") != "column":
+        return None
+    with torch.device("meta"):
+        backbone = create_model(metadata["model"], **metadata["model_args"])
+    assert isinstance(backbone, FastVim)
+    return backbone.grid_size

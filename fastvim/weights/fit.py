@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 
@@ -13,6 +14,8 @@ from fastvim.layers import resize_grid
 from fastvim.models.heads.earlier import fit_mask_heads
 from fastvim.models.masked import MaskedAutoencoder
 from fastvim.models.vision import FastVim
+from fastvim.weights import dense_names
+from fastvim.weights.dense_names import published_head
 from fastvim.weights.files import Checkpoint, read
 from fastvim.weights.names import (
     encoder_state,
@@ -22,12 +25,19 @@ from fastvim.weights.names import (
     is_published,
     square_side,
 )
+from fastvim.weights.resolve import take_backbone
+
+_logger = logging.getLogger(__name__)
 
 _HEAD = ("head.weight", "head.bias")
 
 
 def load_weights(
-    model: nn.Module, path: str | os.PathLike[str], *, ema: bool = True, new_head: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    ema: bool | None = None,
+    new_head: bool = False,
 ) -> Checkpoint:
     """Load a file into a model; nothing may be missing and nothing left over.
 
@@ -37,7 +47,7 @@ def load_weights(
         model: any model. One of this library takes published files too; a FastVim or Vim takes
             the encoder of a masked autoencoder's file.
         path: see `read`.
-        ema: take the averaged weights where the file has them.
+        ema: see `read`.
         new_head: keep the model's own head where the file has none (a masked autoencoder's) or
             one of another size, to train for other classes.
 
@@ -51,9 +61,24 @@ def load_weights(
 
 def load_state(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool = False) -> None:
     """`load_weights` from a file that is already read."""
-    state = checkpoint.state
+    model.load_state_dict(fit_state(model, checkpoint, new_head=new_head))
+
+
+def fit_state(
+    model: nn.Module, checkpoint: Checkpoint, *, new_head: bool = False
+) -> dict[str, Tensor]:
+    """The state dict for a model, out of a file; nothing is missing and nothing left over.
+
+    A whole published segmentor or detector is taken by such a model of ours, and its backbone by a
+    FastVim or Vim.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
     if isinstance(model, FastVim | MaskedAutoencoder):
-        state = checkpoint_filter_fn(state, model)
+        state = checkpoint_filter_fn(take_backbone(checkpoint).state, model)
+    else:
+        state = _fit_dense(checkpoint, model)
     own = model.state_dict()
     state = fit_mask_heads(state, own)
     if new_head:
@@ -63,7 +88,7 @@ def load_state(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool = Fal
     problems = differences(own, state)
     if problems:
         raise UserError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(state)
+    return state
 
 
 def checkpoint_filter_fn(
@@ -89,6 +114,42 @@ def checkpoint_filter_fn(
         resized = _resize_position(position, with_class, model)
         state_dict = {**state_dict, "pos_embed": resized}
     return state_dict
+
+
+def _fit_dense(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
+    """Weights for a head over a FastVim: published names to ours, positions to the model's grid.
+
+    Blocks after those that the model's maps come from are left out. Other models' weights are
+    returned as they are.
+    """
+    state = checkpoint.state
+    inner = [(name, part) for name, part in model.named_modules() if isinstance(part, FastVim)]
+    if len(inner) != 1:
+        return state
+    prefix, backbone = inner[0]
+    if published_head(state):
+        position, column_grid = state.get("backbone.pos_embed"), None
+        if backbone.scan_path == "column" and position is not None:
+            column_grid = _grid_of(position.shape[1], backbone)
+        state = dense_names.from_published(state, column_grid)
+    inside = {
+        n.removeprefix(f"{prefix}."): t for n, t in state.items() if n.startswith(f"{prefix}.")
+    }
+    kept = {n: t for n, t in inside.items() if _block_of(n) < len(backbone.blocks)}
+    if len(kept) < len(inside):
+        _logger.warning(
+            "%s: blocks from %d on are left out, no map comes from them",
+            checkpoint.path,
+            len(backbone.blocks),
+        )
+    fitted = checkpoint_filter_fn(kept, backbone)
+    outside = {n: t for n, t in state.items() if not n.startswith(f"{prefix}.")}
+    return {**{f"{prefix}.{n}": t for n, t in fitted.items()}, **outside}
+
+
+def _block_of(name: str) -> int:
+    """The block that one of a backbone's parameters belongs to; -1 for none."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
 
 
 def _fit_autoencoder(state_dict: dict[str, Tensor], model: MaskedAutoencoder) -> dict[str, Tensor]:

@@ -16,10 +16,9 @@ from fastvim.models.feature_maps import FeatureMaps
 from fastvim.weights.build import build_model
 from fastvim.weights.files import read
 from fastvim.weights.fit import load_state
-from fastvim.weights.names import MAP_NORMS, is_published
-from fastvim.weights.options import is_ours
+from fastvim.weights.names import MAP_NORMS
 from fastvim.weights.published import published_file, read_metadata
-from fastvim.weights.resolve import resolve
+from fastvim.weights.resolve import is_known, resolve, untold_options
 from fastvim.weights.table import ENTRIES, find_entry, has_published
 
 _logger = logging.getLogger(__name__)
@@ -29,21 +28,22 @@ def load_model(
     name: str | None = None,
     path: str | os.PathLike[str] | None = None,
     *,
-    ema: bool = True,
+    ema: bool | None = None,
     **model_args: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A model with published weights or a file's, built as they say, and their metadata.
 
-    A file of the segmentation task gives the whole `UPerNet`, one of the detection task the whole
-    `CascadeMaskRCNN`, one of a published segmentor's or detector's backbone `FeatureMaps`.
+    A segmentor's file gives the whole `UPerNet`, a detector's the whole `CascadeMaskRCNN`, the
+    backbone of either alone `FeatureMaps`.
 
     Args:
         name: timm name or published name; None for the one that the file names.
         path: weights; None for the published ones of the name, with or without its tag; for the
             initial ones, with a warning, where none are published.
-        ema: take the averaged weights where the file has them; by name, those that the published
-            number belongs to. False for the weights that are not averaged.
-        **model_args: options of the model, over those of the file.
+        ema: True for averaged weights, False for those that are not, where a file has both. None,
+            and by name True as well, for those that the published number belongs to.
+        **model_args: options of the model, over those of the file; of a dense model's file also
+            `out_indices`, `window`, `stride`, `base_size`, or `pad_to`, `eval_size`, `proposals`.
 
     Raises:
         UserError: neither a name nor a file, an unknown model or option, weights that do not fit.
@@ -51,18 +51,21 @@ def load_model(
     if path is None:
         if name is None:
             raise UserError("expected the name of a model, or a checkpoint that holds one")
-        return _by_name(name, ema, model_args)
+        return _by_name(name, ema is not False, model_args)
     checkpoint = read(path, ema=ema)
-    state, written = checkpoint.state, checkpoint.metadata.get("model")
-    if name is not None and written not in (None, name.partition(".")[0]):
+    written, plain = checkpoint.metadata.get("model"), name and name.partition(".")[0]
+    if name is not None and written not in (None, plain):
         raise UserError(f"{path} holds weights of {written}, not of {name}")
-    if written is not None or is_published(state) or is_ours(state):
-        state, metadata = resolve(checkpoint, model_args)
+    state = checkpoint.state
+    if is_known(checkpoint):
+        named = ENTRIES.get(name or "")  # the tag chooses options
+        options = {**({} if named is None else untold_options(named)), **model_args}
+        state, metadata = resolve(checkpoint, options, model=plain)
     elif name is not None:
         metadata = {"model": name, "model_args": model_args}
     else:
         raise UserError(f"{path} does not say which model it is of: expected its name as well")
-    model = build_model({**metadata, "model": name or metadata["model"]})
+    model = build_model(metadata)
     if isinstance(model, FeatureMaps):
         state = {n if n.startswith(MAP_NORMS) else f"backbone.{n}": t for n, t in state.items()}
     load_state(model, replace(checkpoint, state=state))

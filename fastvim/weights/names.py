@@ -53,6 +53,11 @@ def is_channel(state: Mapping[str, Tensor]) -> bool:
     return _CHANNELS in state
 
 
+def has_map_norms(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names, ours or published, are those of a dense model's backbone."""
+    return any(name.startswith((MAP_NORMS, "outnorm_")) for name in state)
+
+
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's part of a masked autoencoder's weights, in our names, under a classifier's."""
     return {

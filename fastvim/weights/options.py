@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 
 from fastvim.errors import UserError
@@ -101,24 +102,28 @@ def _backbone_options(
 
 def _find_stride(
     state: Mapping[str, Tensor], patch: int, img_size: int | Sequence[int] | None, overlaps: bool
-) -> tuple[int, int]:
-    """Side of the image and stride of the patches, from the position embedding's square grid."""
+) -> tuple[int | tuple[int, int], int]:
+    """Side of the image, or both, and stride of the patches, from the position embedding."""
     position = state["pos_embed"]
-    class_position = "cls_token" in state and not is_channel(state)
-    side = square_side(position.shape[1] - int(class_position))
+    cells = position.shape[1] - int("cls_token" in state and not is_channel(state))
+    if img_size is not None:
+        return _stride_of(cells, patch, to_2tuple(img_size))
+    side = square_side(cells)
     if side is None:
-        raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid")
-    steps = max(1, side - 1)
-    if img_size is None:
-        stride, rest = divmod(224 - patch, steps)
-        overlapping = overlaps and stride < patch and not rest
-        return (224, stride) if overlapping else (side * patch, patch)
-    sides = {img_size} if isinstance(img_size, int) else set(img_size)
-    size = sides.pop()
-    stride, rest = (patch, 0) if size == side * patch else divmod(size - patch, steps)
-    if sides or rest:
-        raise UserError(f"img_size={img_size} does not give the weights' {side} x {side} grid")
-    return size, stride
+        raise UserError(f"pos_embed {tuple(position.shape)}: not of a square grid, give img_size")
+    stride, rest = divmod(224 - patch, max(1, side - 1))
+    overlapping = overlaps and stride < patch and not rest
+    return (224, stride) if overlapping else (side * patch, patch)
+
+
+def _stride_of(cells: int, patch: int, sides: Sequence[int]) -> tuple[int | tuple[int, int], int]:
+    """The greatest stride by which patches cover an image of these sides with so many cells."""
+    height, width = sides
+    for stride in range(patch, 0, -1):
+        rows, columns = (1 + (side - patch) // stride for side in sides)
+        if rows * columns == cells and all((side - patch) % stride == 0 for side in sides):
+            return height if height == width else (height, width), stride
+    raise UserError(f"img_size={height} x {width} does not give the weights' {cells} positions")
 
 
 def match(options: Mapping[str, Any], channels: bool = False) -> str:

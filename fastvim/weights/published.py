@@ -35,20 +35,20 @@ def is_file_name(text: str) -> bool:
     return os.path.isfile(os.path.expanduser(text)) or text.endswith((".safetensors", *PICKLED))
 
 
-def find(name_or_file: str | os.PathLike[str], *, ema: bool = True) -> Checkpoint:
+def find(name_or_file: str | os.PathLike[str], *, ema: bool | None = None) -> Checkpoint:
     """The weights of a name of the table, or of a file.
 
     Args:
         name_or_file: see `is_file_name`; all else is a name of the table.
-        ema: False for the weights that are not averaged. True: of a name, those that its published
-            number belongs to; of a file, the averaged ones where it has them.
+        ema: True for averaged weights, False for those that are not, where a file has both. None,
+            and by name True as well, for those that the published number belongs to.
 
     Raises:
         UserError: no such name or file, or one that cannot be had or read.
     """
     if is_file_name(os.fspath(name_or_file)):
         return read(name_or_file, ema=ema)
-    return read(published_file(os.fspath(name_or_file), ema=None if ema else False))
+    return read(published_file(os.fspath(name_or_file), ema=False if ema is False else None))
 
 
 def published_file(name: str, *, ema: bool | None = None) -> Path:
@@ -139,7 +139,7 @@ def _converted(
     except UserError as error:
         gone = "; it is removed from the cache" if fetch.forget(entry.url, source) else ""
         raise UserError(f"{error} (of {entry.url}){gone}") from error
-    state, metadata = resolve(checkpoint, entry.model_args)
+    state, metadata = resolve(checkpoint, entry.model_args, entry=entry)
     status = source.stat()
     made = {
         "url": entry.url,

@@ -143,8 +143,11 @@ def test_wrappings_and_prefixes(tmp_path, wrap, names):
     assert_equal(model.state_dict(), source.state_dict())
 
 
-def test_the_original_vim_release(tmp_path, image):
-    """Weights, averaged ones and arguments in one file; no norm after the scan."""
+def test_the_original_vim_release(tmp_path, image, caplog):
+    """Weights, averaged ones and arguments in one file; no norm after the scan.
+
+    The published number is of the weights that are not averaged.
+    """
     raw, averaged = (create(VIM, seed, norm_after_ssm=False) for seed in (1, 2))
     content = {
         "model": published(raw),
@@ -155,6 +158,11 @@ def test_the_original_vim_release(tmp_path, image):
     torch.save(content, tmp_path / "vim.pth")
     assert_equal(read(tmp_path / "vim.pth", ema=False).state, published(raw))
     model, metadata = load_model(path=tmp_path / "vim.pth", img_size=32)
+    assert metadata["weights"] == "raw"
+    assert "ema=True" in caplog.text
+    with torch.no_grad():
+        assert torch.equal(model.eval()(image), raw(image))
+    model, metadata = load_model(path=tmp_path / "vim.pth", img_size=32, ema=True)
     assert metadata["weights"] == "EMA"
     assert metadata["model"].startswith("vim_")
     assert metadata["model_args"]["norm_after_ssm"] is False

@@ -1,0 +1,162 @@
+"""Read torch's files, plain values alone: nothing in them is executed.
+
+What training scripts and tools leave beside the weights is read as an inert stand-in: it takes any
+arguments, keeps nothing and does nothing. What it replaces is neither imported nor called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvim.errors import UserError
+
+# What unpickling damaged bytes has been seen to raise.
+_DAMAGE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
+
+
+class _Inert:
+    """Stands in for an object that lies beside the weights and is not used.
+
+    A subclass for each name says what it replaces.
+    """
+
+    replaces: str
+
+    def __new__(cls, *args: Any, **options: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return self.replaces
+
+
+class _Attribute(_Inert):
+    """Stands in for what `getattr` would return; mmengine's records name their statistics by it."""
+
+    replaces = "builtins.getattr"
+
+    def __init__(self, owner: Any = None, name: Any = "", *rest: Any) -> None:
+        # Of the instance alone: the class stands for `getattr` itself.
+        self.replaces = f"{getattr(owner, 'replaces', type(owner).__name__)}.{name}"
+
+
+class _Mapping:
+    """Stands in for a kind of dict: a plain one, which torch's reader can fill."""
+
+    def __new__(cls, *args: Any) -> dict[Any, Any]:  # type: ignore[misc]
+        return {}
+
+
+class _Sequence:
+    """Stands in for a kind of list: a plain one, which torch's reader can fill."""
+
+    def __new__(cls, *args: Any) -> list[Any]:  # type: ignore[misc]
+        return []
+
+
+_SCALARS = (
+    *("bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "longdouble", "complex64", "complex128", "str_", "bytes_"),
+)
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+_OMEGACONF = (
+    *("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"),
+    *(f"nodes.{kind}Node" for kind in ("Any", "Boolean", "Bytes", "Float", "Integer", "String")),
+    *("nodes.EnumNode", "nodes.PathNode"),
+)
+_INERT = (
+    *(f"builtins.{kind}" for kind in ("bool", "bytes", "dict", "float", "int", "list", "object")),
+    *(f"builtins.{kind}" for kind in ("str", "tuple", "frozenset", "range", "slice")),
+    *("mmengine.logging.history_buffer.HistoryBuffer", "mmengine.config.config.Config"),
+    *("numpy.dtype", "numpy.ndarray", *(f"numpy.{kind}" for kind in _SCALARS)),
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
+    *(f"datetime.{kind}" for kind in ("date", "datetime", "time", "timedelta", "timezone")),
+    *("decimal.Decimal", "fractions.Fraction", "uuid.UUID", "types.SimpleNamespace", "typing.Any"),
+    "torch.torch_version.TorchVersion",
+    *(f"omegaconf.{name}" for name in _OMEGACONF),
+)
+_MAPPINGS = (
+    "collections.defaultdict",
+    "mmengine.config.config.ConfigDict",
+    "addict.addict.Dict",
+    *(
+        f"{package}.utilities.data.AttributeDict"
+        for package in ("lightning_fabric", "pytorch_lightning", "lightning.fabric")
+    ),
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
+_STAND_INS: list[Any] = [
+    argparse.Namespace,  # the original Vim's arguments, which tell the size of its images
+    (_Attribute, _Attribute.replaces),
+    *((type("_Inert", (_Inert,), {"replaces": name}), name) for name in _INERT),
+    *((_Mapping, name) for name in _MAPPINGS),
+    (_Sequence, "collections.deque"),
+]
+
+
+def read_pickled(path: Path) -> dict[str, Any]:
+    """What a file of `torch.save` holds, in its zip format or the one before it.
+
+    Raises:
+        UserError: a damaged file, one of more than plain values (names what), or one of no dict.
+    """
+    try:
+        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+            # A file that is read nevertheless.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} {_refusal(str(error))}") from error
+    except _DAMAGE as error:
+        raise UserError(f"{path} is damaged or no checkpoint: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}: expected a state dict")
+    return content
+
+
+def _refusal(message: str) -> str:
+    """Why a file is not read, without torch's colours and its advice to execute the file."""
+    message = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    if found := re.search(r"GLOBAL (\S+) (?:was not|whose module)", message):
+        name = found[1] if "." in found[1] else f"builtins.{found[1]}"
+        return f"holds {name}: not a plain value, and nothing in a file is executed"
+    if found := re.search(r"unrecognized function (\S+)", message):
+        return f"wants to call {found[1]}: nothing in a file is executed"
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", message)
+    reason = found[1] if found else message.strip()
+    reason = reason.splitlines()[0].partition(". ")[0].rstrip(".")
+    return f"is damaged, or holds more than plain values: {reason}"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
