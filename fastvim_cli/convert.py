@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastvim_cli.arguments import Parser, local_path
+from fastvim_cli.weights import add_options
 
 LICENCE = "The published FastVim weights are CC-BY-NC-SA: not for commercial use, converted or not."
 
@@ -26,18 +27,13 @@ def _parser() -> Parser:
     parser.add_argument(
         "--backbone", action="store_true", help="of a segmentor or detector, the backbone alone"
     )
-    copies = parser.add_mutually_exclusive_group()
-    help = "averaged weights (default: those that the published number of such a file is of)"
-    copies.add_argument("--ema", action="store_true", default=None, help=help)
-    copies.add_argument("--raw", action="store_false", dest="ema", help="weights without averaging")
+    add_options(parser)
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="side it was trained at")
     untold = parser.add_argument_group("what the weights cannot tell")
     untold.add_argument("--scan-path", choices=("row", "column"))
     untold.add_argument("--pooling", choices=("mean", "max", "none"))
     untold.add_argument("--pool-scale", type=float, metavar="FACTOR")
     untold.add_argument("--out-indices", type=int, nargs="+", metavar="BLOCK", help=MAPS)
-    untold.add_argument("--token-order", choices=("channel_first", "spatial_first"))
-    untold.add_argument("--pooled-axes", type=int, choices=(1, 2))
     untold.add_argument("--no-alternate", dest="alternate", action="store_false", default=None)
     return parser
 
@@ -50,7 +46,8 @@ def run(argv: list[str]) -> None:
 
     source, target, model = (arguments.pop(key) for key in ("source", "target", "model"))
     ema, backbone = arguments.pop("ema"), arguments.pop("backbone")
-    given = {option: value for option, value in arguments.items() if value is not None}
+    given = dict(arguments.pop("model_args"))
+    given |= {option: value for option, value in arguments.items() if value is not None}
     found = convert(source, target, ema=ema, model=model, model_args=given, backbone=backbone)
     kind = {"EMA": "EMA weights", "raw": "weights without averaging"}
     heads = {

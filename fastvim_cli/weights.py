@@ -33,13 +33,16 @@ def add_model(parser: argparse.ArgumentParser, default: str, *, checkpoint: bool
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--model-arg` and `--raw`, for `load_named`."""
+    """`--model-arg`, `--ema` and `--raw`, for `load_named`."""
     add = parser.add_argument
     option: dict[str, Any] = {"action": "append", "default": [], "dest": "model_args"}
     help = "an option that no file tells, such as pool_scale=0.25 (JSON); may be repeated"
     add("--model-arg", metavar="NAME=VALUE", type=_model_arg, help=help, **option)
+    copies = parser.add_mutually_exclusive_group()
+    help = "take averaged weights where there are both (default: those of the published number)"
+    copies.add_argument("--ema", action="store_true", default=None, help=help)
     help = "take the weights that are not averaged, where there are both"
-    add("--raw", action="store_true", help=help)
+    copies.add_argument("--raw", action="store_false", dest="ema", help=help)
 
 
 def _model_arg(text: str) -> tuple[str, Any]:
@@ -112,7 +115,7 @@ def load_named(
     if name is not None and is_file_name(name):
         name, file = None, name
     options = dict(arguments.model_args)
-    model, metadata = load_model(name, file, ema=not arguments.raw, **options)
+    model, metadata = load_model(name, file, ema=arguments.ema, **options)
     source = file or name
     kind, commands = _kind(model)
     if command not in commands:

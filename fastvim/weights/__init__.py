@@ -2,16 +2,19 @@
 
 A file takes one way into a model:
 
-1. `files.read` reads it, plain values alone: nothing in a file is executed.
-2. `formats` recognises who wrote it, and takes the averaged or the raw weights.
-3. `names.from_published` turns published names into ours.
-4. `options.find_options` tells the options of the model from the shapes of its weights.
-5. `fit.checkpoint_filter_fn` fits the weights to a given model: its grid, its kind.
-6. `fit.load_state` loads them: nothing may be missing, nothing left over.
+1. `files.read` reads it (`unpickle`: plain values alone, nothing in a file is executed). `formats`
+   recognises who wrote it and takes the averaged or the raw weights; `config_text` reads what the
+   file itself tells of its model.
+2. `resolve` names the weights as we do (`names`, whole segmentors and detectors `dense_names`) and
+   says what they are of: their shapes tell sizes (`options`, `dense_metadata`), the caller, the
+   file or the table of published files the rest. What is assumed is said.
+3. `build.build_model` builds that model.
+4. `fit.load_state` fits the weights to the model, its grid and its kind, and loads them: nothing
+   may be missing, nothing left over.
 
 `published` finds a file by name: `table` says where it is, `fetch` brings it here.
-`load_model` goes all the way. `load_weights` starts from a model that exists: it leaves out step 4.
-`convert` goes from file to file: it leaves out steps 5 and 6.
+`load_model` goes all the way. `load_weights` starts from a model that exists: steps 1 and 4 alone.
+`convert` goes from file to file: steps 1 and 2, and back to published names and formats.
 """
 
 from fastvim.weights.convert import convert

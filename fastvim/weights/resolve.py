@@ -80,6 +80,7 @@ def resolve(
         _say_assumed(checkpoint, {**_untold(backbone, options, wanted), **assumed})
     else:
         _say_known(checkpoint, known, told, found=entry is None)
+        found = {**_published_images(known, options), **found}
         found |= {"licence": known.licence, "published": known.name}
     return state, {"model": model, "model_args": options, "weights": checkpoint.weights, **found}
 
@@ -196,6 +197,15 @@ def _told_options(checkpoint: Checkpoint, entry: Entry | None, model: str | None
     if "img_size" in checkpoint.told:
         told["img_size"] = checkpoint.told["img_size"]
     return told
+
+
+def _published_images(entry: Entry, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How evaluation prepares images, by the table; the weights tell sizes and channels."""
+    found = {n: list(v) if isinstance(v, tuple) else v for n, v in entry.images.items()}
+    if len(found.get("mean", ())) != options["in_chans"]:
+        found = {name: value for name, value in found.items() if name not in ("mean", "std")}
+    of_sizes = ("img_size", "in_chans", "base_size", "eval_size")
+    return {name: value for name, value in found.items() if name not in of_sizes}
 
 
 def _family(name: str | None) -> str | None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import pickletools
 import re
 import struct
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +138,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} {_refusal(str(error))}") from error
+        raise UserError(f"{path} {_refusal(str(error), path)}") from error
     except _DAMAGE as error:
         raise UserError(f"{path} is damaged or no checkpoint: {first_line(error)}") from error
     if not isinstance(content, dict):
@@ -144,7 +146,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refusal(message: str) -> str:
+def _refusal(message: str, path: Path) -> str:
     """Why a file is not read, without torch's colours and its advice to execute the file."""
     message = re.sub(r"\x1b\[[0-9;]*m", "", message)
     if found := re.search(r"GLOBAL (\S+) (?:was not|whose module)", message):
@@ -152,10 +154,24 @@ def _refusal(message: str) -> str:
         return f"holds {name}: not a plain value, and nothing in a file is executed"
     if found := re.search(r"unrecognized function (\S+)", message):
         return f"wants to call {found[1]}: nothing in a file is executed"
+    if "Unsupported operand" in message and (name := _first_global(path)):
+        return f"holds {name}, pickled otherwise than by torch: nothing in a file is executed"
     found = re.search(r"WeightsUnpickler error:\s*(.+)", message)
     reason = found[1] if found else message.strip()
     reason = reason.splitlines()[0].partition(". ")[0].rstrip(".")
     return f"is damaged, or holds more than plain values: {reason}"
+
+
+def _first_global(path: Path) -> str:
+    """The first class or function that a pickle of a later protocol names; "" for none."""
+    strings: list[str] = []
+    with suppress(*_DAMAGE), path.open("rb") as file:  # what is no pickle names nothing
+        for opcode, value, _ in pickletools.genops(file):
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(value, str):
+                strings.append(value)
+    return ""
 
 
 def first_line(error: BaseException) -> str:

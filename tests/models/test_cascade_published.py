@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from published_detector import load_published
 
 from fastvim.models.heads.cascade import CascadeMaskRCNN
 from fastvim.models.heads.regions import RegionPooling
 from fastvim.models.heads.results import coco_results, decode, paste_probabilities
+from fastvim.weights import load_model
 
 WHOLE = Path(__file__).parents[1] / "golden" / "whole"
 PADDED = (128, 128)
@@ -27,7 +27,9 @@ def golden() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> CascadeMaskRCNN:
-    return load_published(WHOLE / "detector.pth").eval()
+    model, _ = load_model(path=WHOLE / "detector.pth")
+    assert isinstance(model, CascadeMaskRCNN)
+    return model.eval()
 
 
 @pytest.fixture(autouse=True)

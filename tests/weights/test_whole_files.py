@@ -15,7 +15,7 @@ from fastvim.errors import UserError
 from fastvim.models import CascadeMaskRCNN, FeatureMaps, UPerNet, create_model
 from fastvim.models.heads.sliding import sliding_window
 from fastvim.tasks.dense_task import load_backbone
-from fastvim.weights import convert, load_model, load_state, read, resolve
+from fastvim.weights import convert, load_model, load_state, read, resolve, save
 from fastvim_cli import main
 
 
@@ -369,3 +369,58 @@ def test_the_name_of_a_vim_says_what_a_bare_file_cannot(tmp_path):
     _, metadata = load_model(path=tmp_path / "Vim_small_transferfromgithub_iter_184375.pth")
     assert metadata["model_args"]["pooling"] == "none"
     assert metadata["model"] == "vim_small_patch16_224"
+
+
+def test_sides_that_differ(tmp_path):
+    """The configuration tells the shape of a grid that is not square."""
+    options = {"embed_dim": 20, "depth": 2, "norm": "layer", "num_classes": 0, "patch_size": 16}
+    shape = {"img_size": [32, 96], "scan_path": "column", **options}
+    backbone = create_model("fastvim_tiny_patch16_224", **shape)
+    model = UPerNet(FeatureMaps(backbone, [0, 1]), 3, channels=8, aux_channels=4).eval()
+    head = {"num_classes": 3, "out_indices": [0, 1], "source": "mixer"}
+    sizes = {"channels": 8, "aux_channels": 4, "window": [32, 96], "stride": [16, 48]}
+    metadata = {
+        "model": "fastvim_tiny_patch16_224",
+        "model_args": shape,
+        "segmentation": {**head, **sizes},
+        "class_names": ["a", "b", "c"],
+    }
+    save(tmp_path / "ours.safetensors", model.state_dict(), metadata)
+    convert(tmp_path / "ours.safetensors", tmp_path / "theirs.pth")
+    again, found = load_model(path=tmp_path / "theirs.pth")
+    assert found["segmentation"] == metadata["segmentation"]
+    assert_equal(again.state_dict(), model.state_dict())
+    image = torch.randn(1, 3, 32, 96)
+    assert torch.equal(again.eval()(image), model(image))
+
+
+def test_one_mask_head_is_published_as_three(tmp_path, caplog):
+    """A detector of an earlier version of this library."""
+    convert(WHOLE / "detector.pth", tmp_path / "ours.safetensors")
+    checkpoint = read(tmp_path / "ours.safetensors")
+    old = {
+        name.replace("mask_stages.0.head", "mask_head").replace(
+            "mask_stages.0.predictor", "mask_predictor"
+        ): tensor
+        for name, tensor in checkpoint.state.items()
+        if not name.startswith(("heads.mask_stages.1.", "heads.mask_stages.2."))
+    }
+    save(tmp_path / "old.safetensors", old, checkpoint.metadata)
+    convert(tmp_path / "old.safetensors", tmp_path / "back.pth")
+    assert "one mask head" in caplog.text
+    back, published = content_of(tmp_path / "back.pth"), content("detector.pth")["state_dict"]
+    assert back.keys() == published.keys()
+    first = "roi_head.mask_head.0.conv_logits.weight"
+    for stage in range(3):
+        assert torch.equal(back[first.replace(".0.", f".{stage}.")], published[first])
+
+
+def test_maps_that_no_published_model_takes(tmp_path):
+    convert(WHOLE / "segmentor.pth", tmp_path / "ours.safetensors")
+    checkpoint = read(tmp_path / "ours.safetensors")
+    metadata = dict(checkpoint.metadata)
+    metadata["segmentation"] = {**metadata["segmentation"], "source": "residual"}
+    save(tmp_path / "other.safetensors", checkpoint.state, metadata)
+    with pytest.raises(UserError, match="residual stream"):
+        convert(tmp_path / "other.safetensors", tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
