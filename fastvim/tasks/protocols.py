@@ -53,8 +53,10 @@ class TrainedTask(Protocol):
         global_batch: images of one optimiser step over all processes.
         peak_lr: the learning rate at the end of the warm-up.
         ema_decay: of the averaged weights; None where there are none.
+        checkpoint: weights that it starts from; None for random ones.
     """
 
+    checkpoint: str | None
     ema_decay: float | None
 
     @property

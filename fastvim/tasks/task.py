@@ -20,8 +20,9 @@ from fastvim.tasks.callbacks.ema import EMA
 from fastvim.tasks.optim import WeightDecayCosine, count_steps, parameter_groups, warmup_cosine
 from fastvim.tasks.protocols import TaskData
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
+from fastvim.weights.names import is_published
 from fastvim.weights.published import terms
-from fastvim.weights.table import of_file
+from fastvim.weights.table import NON_COMMERCIAL, of_file
 
 _logger = logging.getLogger(__name__)
 
@@ -342,6 +343,11 @@ def _origin(given: Checkpoint) -> dict[str, str]:
     if entry := of_file(given.path.name):
         return {"started_from": entry.name, "licence": entry.licence}
     if "licence" not in told:
+        if is_published(given.state):
+            _logger.warning(
+                "%s, under published names, does not tell its licence: that of FastVim's is %s",
+                *(given.path, NON_COMMERCIAL),
+            )
         return {}
     source = told.get("published") or told.get("started_from") or given.path
     return {"started_from": str(source), "licence": told["licence"]}

@@ -9,6 +9,7 @@ from typing import Any
 from timm.data import ImageNetInfo
 
 from fastvim.errors import UserError
+from fastvim.labels import ADE20K_CLASSES, COCO_CATEGORIES
 from fastvim.weights import find, is_file_name, resolve
 from fastvim.weights.table import ENTRIES, Entry, find_entry, of_file
 
@@ -60,13 +61,14 @@ def as_published(name_or_file: str) -> Published:
     if not entry.number:
         raise UserError(
             f"{entry.name} is a masked autoencoder, without a published number: "
-            f"fastvim reconstruct --model {entry.name} IMAGE shows what it makes of an image"
+            f"see fastvim reconstruct --model {entry.name}"
         )
     _, metadata = resolve(find(name_or_file))
     make = {"imagenet": _photos, "jumpcp": _cells, "ade20k": _scenes, "coco": _objects}[entry.data]
     model, data = make(metadata)
     model["init_args"] |= {"model": metadata["model"], "checkpoint": name_or_file}
-    images = {name: metadata[name] for name in _IMAGES[entry.data] if name in metadata}
+    told = {**entry.images, **metadata}
+    images = {name: told[name] for name in _IMAGES[entry.data]}
     data["init_args"] |= images
     trainer = {"default_root_dir": f"runs/{entry.name}"}
     return Published(entry, {"model": model, "data": data, "trainer": trainer})
@@ -93,10 +95,12 @@ def _photos(metadata: Mapping[str, Any]) -> tuple[Section, Section]:
     model = _classification(metadata)
     data: Section = {"class_path": "fastvim.data.images.ImageData"}
     data["init_args"] = {"test_split": "val"}
-    folders, names = ImageNetInfo("imagenet-1k").label_names(), metadata.get("class_names", [])
-    if len(names) == len(folders):
-        shorter = [name.partition(",")[0] for name in names]
-        data["init_args"]["classes"] = dict(zip(folders, shorter, strict=True))
+    info = ImageNetInfo("imagenet-1k")
+    if model["init_args"]["num_classes"] == info.num_classes():
+        data["init_args"]["classes"] = {
+            folder: info.index_to_description(index).partition(",")[0]
+            for index, folder in enumerate(info.label_names())
+        }
     return model, data
 
 
@@ -122,21 +126,18 @@ def _scenes(metadata: Mapping[str, Any]) -> tuple[Section, Section]:
         "class_path": "fastvim.tasks.segmentation.Segmentation",
         "init_args": {**head, "model_args": metadata["model_args"]},
     }
-    data = {
-        "num_classes": head["num_classes"],
-        "reduce_zero_label": True,
-        "classes": metadata.get("class_names"),
-    }
+    names = metadata.get("class_names")
+    if names is None and head["num_classes"] == len(ADE20K_CLASSES):
+        names = ADE20K_CLASSES
+    data = {"num_classes": head["num_classes"], "reduce_zero_label": True, "classes": names}
     return model, {"class_path": "fastvim.data.segmentation.SegmentationData", "init_args": data}
 
 
 def _objects(metadata: Mapping[str, Any]) -> tuple[Section, Section]:
     head = dict(metadata["detection"])
-    model = {
-        "class_path": "fastvim.tasks.Detection",
-        "init_args": {**head.pop("heads"), **head, "model_args": metadata["model_args"]},
-    }
-    data = {}
-    if ids := metadata.get("category_ids"):
-        data["categories"] = dict(zip(ids, metadata["class_names"], strict=True))
+    options = {**head.pop("heads", {}), **head, "model_args": metadata["model_args"]}
+    model = {"class_path": "fastvim.tasks.Detection", "init_args": options}
+    names, data = list(COCO_CATEGORIES.values()), {}
+    if len(names) == head["num_classes"] and metadata.get("class_names", names) == names:
+        data["categories"] = COCO_CATEGORIES
     return model, {"class_path": "fastvim.data.detection.DetectionData", "init_args": data}

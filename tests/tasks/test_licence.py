@@ -67,6 +67,13 @@ def test_of_a_published_file(write_recipe) -> None:
     assert origin(run / "model.safetensors") == ORIGIN
 
 
+def test_a_published_file_of_another_name_is_said_to_tell_none(write_recipe, caplog) -> None:
+    shutil.copy(Path("weights", ENTRIES[NAME].file), "renamed.ckpt")
+    run = fit(write_recipe(ONE_EPOCH), "--model.checkpoint=renamed.ckpt")
+    assert origin(run / "model.safetensors") == {}
+    assert "renamed.ckpt, under published names, does not tell its licence" in caplog.text
+
+
 def test_weights_without_one_give_none(tmp_path: Path, write_recipe, caplog) -> None:
     """The untrained model of the recipe, in a file of our own."""
     own = Classification("fastvim_tiny_patch16_224", SIZES).create_network(num_classes=6)

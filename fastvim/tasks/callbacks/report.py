@@ -89,8 +89,9 @@ class Report(L.Callback):
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        record = {"checkpoint": str(trainer.ckpt_path or ""), **metrics}
         task = pl_module if isinstance(pl_module, TrainedTask) else None
+        tested = trainer.ckpt_path or (task and task.checkpoint) or ""
+        record = {"checkpoint": str(tested), **metrics}
         if task is not None and (scores := task.class_scores()):
             record["classes"] = {
                 score: {
