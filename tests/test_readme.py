@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import small_weights
 from coco_sets import write_set
 from PIL import Image
+from small_published import publish, use_folders
 
 from fastvim.weights import convert
+from fastvim.weights.table import ENTRIES
 from fastvim_cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -24,12 +28,32 @@ EXTRAS = re.findall(
 )
 TARGETS = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
+LABELS = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "box_ap": "box AP"}
+
 RUN = ("predict", "reconstruct", "segment", "detect", "convert", "data stats", "data check")
+# Entries of the table that the README names, or that its commands take by themselves.
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2}
+CLASSIFIERS = (
+    "fastvim_tiny_patch16_224.in1k",
+    "fastvim_small_patch16_224.in1k",
+    "vim_tiny_patch16_224.midcls_in1k",
+    "mae_fastvim_base_patch16_224.in1k",
+)
+HEADS: dict[str, dict[str, Any]] = {
+    "segmentation": {"out_indices": (0, 1), "channels": 12, "aux_channels": 8},
+    "detection": {"channels": 16, "pad_to": 64, "proposals": 50},
+}
+DENSE = {
+    "upernet_fastvim_tiny_patch16_512.ade20k": "segmentation",
+    "upernet_fastvim_small_patch16_512.ade20k": "segmentation",
+    "cascade_mask_rcnn_fastvim_tiny_patch16_1024.coco": "detection",
+    "cascade_mask_rcnn_fastvim_small_patch16_1024.coco": "detection",
+}
 # Not run, and why; instead `parse` sees that everything that they name exists.
 PARSED = {
     "make": "trains for minutes on data from the network, or runs these tests",
     "fastvim fit": "trains for hours",
-    "fastvim test": "needs such a training",
+    "fastvim test": "needs such a training, or the published data",
     "fastvim benchmark": "measures for minutes",
     "torchrun": "needs several machines",
 }
@@ -58,6 +82,20 @@ def test_every_command_is_run_or_parsed() -> None:
     assert sorted(commands()) == sorted(TO_RUN + TO_PARSE)
 
 
+@pytest.fixture(scope="module")
+def published(home: Path) -> Iterator[None]:
+    """Small models under the names of published weights, in the layouts of their files."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_folders(home, patch)
+        for name in CLASSIFIERS:
+            publish(patch, name, SMALL)
+        for name, kind in DENSE.items():
+            head = {kind: {**ENTRIES[name].head[kind], **HEADS[kind]}}
+            publish(patch, name, SMALL, head=head)
+        yield
+
+
+@pytest.mark.usefixtures("published")
 def test_python(capsys: pytest.CaptureFixture) -> None:
     """One after the other, as a reader would; what they print is what their comments say."""
     names: dict[str, object] = {}
@@ -96,19 +134,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize("command", TO_RUN)
-def test_run(command: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run(command: str, home: Path) -> None:
     """In the home, where `/data` is a folder too."""
-    monkeypatch.chdir(home)
     words = [word.replace("/data/", f"{home}/data/") for word in shlex.split(command)]
     assert main(words[1:]) == 0
 
 
+@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize("command", TO_PARSE)
-def test_parse(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_parse(command: str, capsys: pytest.CaptureFixture) -> None:
+    """In the home too."""
     words = shlex.split(command)
     if words[0] == "make":
         assert set(words[1:]) <= set(TARGETS)
@@ -128,10 +165,21 @@ def test_parse(
     assert "data:" in capsys.readouterr().out
 
 
+def test_the_published_weights_are_those_of_the_table() -> None:
+    """Name, number and licence, a row each, in the table's order."""
+    rows = re.findall(r"^\| `([\w.]+)` \|.*\| (.+) \| (.+) \|$", README, re.MULTILINE)
+    expected = []
+    for entry in ENTRIES.values():
+        number = ", ".join(f"{LABELS[name]} {value}" for name, value in entry.number.items())
+        expected.append((entry.name, number or "masked pre-training", entry.licence))
+    assert rows == expected
+
+
 @pytest.mark.parametrize("name", ["README", "CONTRIBUTING", "SECURITY", "docs/architecture"])
 def test_names_in_the_text(name: str) -> None:
     """Commands, `make` targets, extras, files and links."""
-    text = (ROOT / f"{name}.md").read_text()
+    page = ROOT / f"{name}.md"
+    text = page.read_text()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for code in re.findall(r"`([^`\n]+)`", prose):
         if match := re.match(r"fastvim (\w+)", code):
@@ -143,4 +191,4 @@ def test_names_in_the_text(name: str) -> None:
                 assert (folder / code).exists(), code
     assert set(re.findall(r"fastvim\[(\w+)\]", text)) <= set(EXTRAS)
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
+        assert (page.parent / target).exists(), target

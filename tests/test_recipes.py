@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastvim.models import create_model
 from fastvim.tasks import LinearProbe
+from fastvim.tasks.dense_task import load_backbone
 from fastvim.tasks.optim import parameter_groups
-from fastvim.weights import checkpoint_filter_fn
+from fastvim.weights import Checkpoint, checkpoint_filter_fn
+from fastvim.weights.table import ENTRIES
 from fastvim_cli.train import TrainingCLI
 
 ROOT = Path(__file__).parents[1]
@@ -22,10 +27,10 @@ CELLS = [file for file in RECIPES if file.parent.name == "jumpcp"]
 FINETUNING = [file for file in RECIPES if file.stem.startswith("finetune_")]
 
 
-def build(recipe: Path, command: str = "fit") -> TrainingCLI:
+def build(recipe: Path, command: str = "fit", options: Sequence[str] = ()) -> TrainingCLI:
     return TrainingCLI(
         command,
-        [f"--config={recipe}", "--data.root=images", "--trainer.accelerator=cpu"],
+        [f"--config={recipe}", "--data.root=images", "--trainer.accelerator=cpu", *options],
     )
 
 
@@ -90,6 +95,37 @@ def test_recipe_says_how_to_run_it_and_what_to_expect(recipe):
     # The best checkpoint is chosen by the images of the test.
     tests = [line for line in header.splitlines() if "fastvim test --config" in line]
     assert all(line.endswith("--ckpt_path last") for line in tests)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES.values() if e.recipe], ids=lambda e: e.name)
+def test_recipe_names_what_was_published_for_it(entry):
+    header = (ROOT / "recipes" / f"{entry.recipe}.yaml").read_text().split("\nmodel:")[0]
+    command = "fastvim test" if entry.number else "fastvim reconstruct --model"
+    assert f"#   {command} {entry.name} " in header
+    assert all(f"{number} " in header for number in entry.number.values())
+
+
+@pytest.mark.parametrize("recipe", [*SEGMENTATION, *DETECTION], ids=lambda file: file.stem)
+def test_dense_recipe_starts_from_the_classifier_that_it_names(recipe):
+    """As its header says; only names and shapes are compared."""
+    line = next(x for x in recipe.read_text().splitlines() if x.startswith("#   fastvim fit"))
+    options = line.split("--data.root")[1].split()[1:]
+    task = build(recipe, options=options).model
+    entry = ENTRIES[task.checkpoint]
+    assert entry.backbone == task.model_name
+    with torch.device("meta"):
+        classifier = create_model(entry.backbone, **entry.model_args)
+        load_backbone(task.create_network(), Checkpoint(Path("x"), classifier.state_dict(), "EMA"))
+
+
+@pytest.mark.parametrize(
+    "name", ["finetune_fastvim_base", "finetune_vim_base", "probe_fastvim_base"]
+)
+def test_recipe_names_the_pretraining_that_it_starts_from(name):
+    recipe = ROOT / "recipes" / "mae" / f"{name}.yaml"
+    header = recipe.read_text().split("\nmodel:")[0]
+    published = re.search(r"--model.checkpoint (mae_\S+\.in1k)", header)[1]
+    assert ENTRIES[published].backbone == f"mae_{build(recipe).model.model_name}"
 
 
 @pytest.mark.parametrize("recipe", IMAGENET, ids=lambda file: file.stem)
