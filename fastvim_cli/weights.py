@@ -11,8 +11,6 @@ from fastvim_cli.arguments import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt")  # of files of weights
-
 
 def add_model(parser: argparse.ArgumentParser, default: str, *, checkpoint: bool = False) -> None:
     """The options of the model, for `load`.
@@ -63,8 +61,10 @@ def first_word_as_model(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: there is a `--model` too, or nothing but the weights.
     """
+    from fastvim.weights.files import PICKLED
+
     first, *images = arguments.images
-    if not first.endswith(SUFFIXES):
+    if not first.endswith((".safetensors", *PICKLED)):
         return
     if arguments.model is not None:
         raise UsageError(f"{first} and --model {arguments.model}: expected one model")

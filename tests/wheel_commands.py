@@ -2,8 +2,9 @@
 
     make test-wheel
 
-A command must do its work, or say in one line which extra it needs and exit with code 2. Prints a
-transcript; exits with code 1 if a command did anything else. Most of the time is pip's.
+A command must do its work, or say in one line which extra it needs and exit with code 2. Published
+weights come from a folder of files, as a person downloads them. Prints a transcript; exits with
+code 1 if a command did anything else. Most of the time is pip's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ ROOT = HERE.parent
 SOURCES = ["fastvim", "fastvim_cli", "pyproject.toml", "README.md", "LICENSE"]
 RECIPE = f"--config {ROOT}/recipes/imagenet/fastvim_tiny.yaml --data.root ."
 MODEL = "fastvim_tiny_patch16_224"
+WHOLE = f"{ROOT}/tests/golden/whole"  # small files in the layout of the published ones
+WEIGHTS = "weights"  # folder of published files
+BY_NAME = f"""
+import fastvim, timm
+model = timm.create_model("{MODEL}.in1k", pretrained=True)
+print(type(model).__name__, model.pretrained_cfg["tag"])
+model, told = fastvim.load_model(path="{WHOLE}/segmentor.pth")
+print(type(model).__name__, told["class_names"])
+"""
 
 # The words of each command, and the extra that it may ask for: "" where the base install serves.
 COMMANDS = {
@@ -31,13 +41,21 @@ COMMANDS = {
     "--version": "",
     "models": "",
     "models --engines": "",
+    f"convert classifier.safetensors {WEIGHTS}/FastVim_tiny.ckpt": "",
     "convert classifier.safetensors published.ckpt": "",
     "convert published.ckpt again.safetensors": "",
     "predict --checkpoint classifier.safetensors photo.png": "",
     "predict --checkpoint classifier.safetensors photo.png --out predictions": "",
+    f"predict --model {MODEL}.in1k photo.png": "",
+    f"predict --model {MODEL} photo.png --out by_name": "",
+    f"predict --model {WHOLE}/classifier.ckpt photo.png": "",
+    f"predict --model {WHOLE}/channels.ckpt cells.npy": "",
     "reconstruct --checkpoint autoencoder.safetensors photo.png": "",
+    f"reconstruct --model {WHOLE}/mae.ckpt photo.png --out published": "",
     "segment segmenter.safetensors photo.png --out segments": "",
+    f"segment {WHOLE}/segmentor.pth photo.png --out published": "",
     "detect detector.safetensors photo.png --out detections": "",
+    f"detect {WHOLE}/detector.pth photo.png --out published": "",
     f"benchmark {MODEL} --size 32 --batch 1 --warmup 1 --repeats 1 --out speed.json": "",
     "benchmark --from speed.json --markdown": "",
     "benchmark --from speed.json --plot speed.png": "train",
@@ -52,6 +70,14 @@ COMMANDS = {
     "validate --help": "train",
     "test --help": "train",
 }
+# What they leave behind.
+WRITTEN = (
+    *("predictions/predictions.jsonl", "predictions/predictions.png", "by_name/predictions.png"),
+    *("reconstructions/photo_reconstruction.png", "published/photo_reconstruction.png"),
+    *("segments/photo_classes.png", "segments/photo_overlay.png", "published/photo_overlay.png"),
+    *("detections/photo_detections.png", "detections/detections.json"),
+    *("published/photo_detections.png", "published/detections.json"),
+)
 # Without PYTHONPATH, or pip and the commands could find the repository there.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 ASKS = re.compile(r'fastvim: error: .*pip install "fastvim\[(\w+)\]".*\n')
@@ -90,7 +116,13 @@ def call(words: list[str | Path], folder: Path) -> subprocess.CompletedProcess[s
     return subprocess.run(
         words,
         cwd=folder,
-        env={**ENVIRONMENT, "COLUMNS": "100"},
+        env={
+            **ENVIRONMENT,
+            "COLUMNS": "100",
+            "FASTVIM_WEIGHTS": str(folder / WEIGHTS),
+            "HF_HOME": str(folder / "cache"),
+            "TORCH_HOME": str(folder / "cache"),
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -131,7 +163,10 @@ def run_commands(programs: Path, folder: Path) -> list[str]:
         ended = f"[exit code {done.returncode}, {seconds:.1f} s{wrong and '; WRONG: ' + wrong}]"
         say(f"\n$ fastvim {shown}\n{done.stdout}{done.stderr}{ended}")
         wrongs += [f"fastvim {shown}: {wrong}"] if wrong else []
-    return wrongs
+    done = call([programs / "python", "-c", BY_NAME], folder)
+    say(f"\n$ python -c '{BY_NAME}'\n{done.stdout}{done.stderr}[exit code {done.returncode}]")
+    wrongs += ["in Python: weights by name"] if done.returncode else []
+    return wrongs + [f"{name}: not written" for name in WRITTEN if not (folder / name).is_file()]
 
 
 def say(text: str) -> None:

@@ -22,8 +22,8 @@ from torchvision.transforms.v2 import functional as TF
 from fastvim.data import channel_transforms
 from fastvim.data.arrays import DECODERS, read_array
 from fastvim.data.files import UNREADABLE
-from fastvim.data.remote import UnreadableFileError
 from fastvim.data.transforms import Transform, evaluation_transform
+from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
 
 ALL_ENDINGS = (*get_img_extensions(), *DECODERS)  # of images for any model
@@ -85,7 +85,7 @@ def read_batches(
             try:
                 images.append(read(path))
                 files.append(path)
-            except UnreadableFileError as error:
+            except UserError as error:  # a ValueError, as damage is
                 failures.append(Failure(path, str(error).removeprefix(f"{path}: ")))
             except UnidentifiedImageError:
                 failures.append(Failure(path, "not an image"))

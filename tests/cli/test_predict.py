@@ -70,9 +70,12 @@ def test_images_of_many_channels(tmp_path, capsys):
     for i, image in enumerate(images):
         np.save(folder / f"{i}.npy", image)
     (folder / "cut.npy").write_bytes((folder / "0.npy").read_bytes()[:100])
+    np.save(folder / "few.npy", images[0, :3])
     out = tmp_path / "out"
     assert main(["predict", "--checkpoint", str(path), "--out", str(out), str(folder)]) == 0
-    assert "cut.npy: unreadable image" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "cut.npy: unreadable image" in errors
+    assert "few.npy: mean and std of 5 values: the image has 3 channels" in errors
     with torch.no_grad():
         expected = model((torch.from_numpy(images).float() - 9) / 3).softmax(1)
     written = [line for line in lines(out) if "class" in line]
