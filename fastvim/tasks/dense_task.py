@@ -31,10 +31,11 @@ class DenseTask(Task):
     Args:
         model: name of a fastvim or vim model, e.g. `fastvim_tiny_patch16_224`.
         model_args: options of that model, e.g. `{norm: layer, drop_path_rate: 0.4}`.
-        checkpoint: file of weights to start from: those of a classifier or masked autoencoder
-            without head and last norm, or of a whole dense model. The weights of RMS norms are
-            given to the LayerNorms of `norm: layer`. None starts from random ones. Ignored when
-            resuming.
+        checkpoint: weights to start from, a file or the name of published ones: those of a
+            classifier, a masked autoencoder or a dense model of the other kind without head and
+            last norm, or of a whole model of this kind. Training makes new layers of classes if
+            their number is another one. The weights of RMS norms are given to the LayerNorms of
+            `norm: layer`. None starts from random ones. Ignored when resuming.
         warmup_steps: length of the warm-up, in optimiser steps. A warm-up as long as the run is
             shortened to a tenth of the run.
         no_decay: shell patterns of parameter names without weight decay; None for the position
@@ -71,7 +72,7 @@ class DenseTask(Task):
             load_backbone(backbone, given)
         model = self.add_head(backbone, **options)
         if given is not None and whole:
-            load_state(model, given)
+            load_state(model, given, new_head=self.fitting)
         return model
 
     def warmup(self, steps_per_epoch: int) -> tuple[int, str]:

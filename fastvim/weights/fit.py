@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 
 import torch
@@ -29,7 +30,11 @@ from fastvim.weights.resolve import take_backbone
 
 _logger = logging.getLogger(__name__)
 
-_HEAD = ("head.weight", "head.bias")
+# Of the layers whose size is the number of classes: a classifier's, a segmentor's, a detector's.
+_CLASSES = re.compile(
+    r"head\.(weight|bias)$|(aux_)?head\.classifier\.|heads\.stages\.\d+\.box_predictor\."
+    r"|heads\.mask_stages\.\d+\.predictor\.mask_fcn_logits\."
+)
 
 
 def load_weights(
@@ -48,8 +53,8 @@ def load_weights(
             the encoder of a masked autoencoder's file.
         path: see `read`.
         ema: see `read`.
-        new_head: keep the model's own head where the file has none (a masked autoencoder's) or
-            one of another size, to train for other classes.
+        new_head: keep the model's own layers of classes where the file has none (a masked
+            autoencoder) or those of another number of classes, which is said once.
 
     Raises:
         UserError: the weights are another architecture's; says which names and shapes.
@@ -82,9 +87,14 @@ def fit_state(
     own = model.state_dict()
     state = fit_mask_heads(state, own)
     if new_head:
-        for name in _HEAD:
-            if name in own and (name not in state or state[name].shape != own[name].shape):
-                state = {**state, name: own[name]}
+        sized = {name: weight for name, weight in own.items() if _CLASSES.match(name)}
+        other = [n for n, w in sized.items() if n in state and state[n].shape != w.shape]
+        if other:
+            _logger.warning(
+                "%s is of other classes: %s start anew", checkpoint.path, first_few(other)
+            )
+        new = {n: w for n, w in sized.items() if n not in state or n in other}
+        state = {**state, **new}
     problems = differences(own, state)
     if problems:
         raise UserError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}")
