@@ -142,7 +142,7 @@ def _from_hub(url: str, repository: str, revision: str, file: str) -> Path:
     except Exception as error:  # its versions use other HTTP libraries, and pass on their errors
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
-        raise failure(url, _one_line(error)) from error
+        raise failure(url, _one_line(error.__cause__ or error)) from error
 
 
 def _from_address(url: str, sha256: str | None) -> Path:

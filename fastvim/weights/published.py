@@ -139,7 +139,6 @@ def _converted(
     except UserError as error:
         gone = "; it is removed from the cache" if fetch.forget(entry.url, source) else ""
         raise UserError(f"{error} (of {entry.url}){gone}") from error
-    state, metadata = resolve(checkpoint, entry.model_args, entry=entry)
     status = source.stat()
     made = {
         "url": entry.url,
@@ -148,6 +147,11 @@ def _converted(
         "sha256": fetch.digest(source),
         "entry": _mark(entry),
     }
+    found = f"from {entry.url}, {made['size']:,} bytes, SHA-256 {made['sha256']}"
+    try:
+        state, metadata = resolve(checkpoint, entry.model_args, entry=entry)
+    except UserError as error:
+        raise UserError(f"{error}; {found}") from error
     metadata |= {
         "model": entry.backbone,
         "model_args": dict(entry.model_args),
@@ -163,8 +167,7 @@ def _converted(
         model = build_model(metadata)
     if problems := differences(model.state_dict(), state):
         raise UserError(
-            f"{source} does not hold the weights of {entry.name}: {'; '.join(problems)}; "
-            f"from {entry.url}, {made['size']:,} bytes, SHA-256 {made['sha256']}"
+            f"{source} does not hold the weights of {entry.name}: {'; '.join(problems)}; {found}"
         )
     metadata |= _classes(entry, model, metadata.pop("class_names", None))
     _logger.warning("%s: weights from %s, %s", entry.name, entry.url, terms(entry.licence))

@@ -136,11 +136,12 @@ def _original_vim(
     top5: float,
     megabytes: float | None = None,
     sha256: str | None = None,
+    revision: str = "main",
 ) -> Entry:
     """Of the original Vim's release: no norm after the scan; the number is of the raw weights."""
     return Entry(
         name=name,
-        url=f"{_VIM}{repository}/resolve/main/{file}",
+        url=f"{_VIM}{repository}/resolve/{revision}/{file}",
         backbone=name.partition(".")[0],
         licence=APACHE,
         data="imagenet",
@@ -264,6 +265,7 @@ _ALL = (
         95.1,
         394.2,
         "aae4583e2def6389b66cfaf292cfade47a873182a39adbec19ec55b730ea9fe3",
+        "babc4440f5fab6e08d97e371afa639c8cf98bf2c",  # which the checksum is of
     ),
     _original_vim(
         "vim_small_patch16_stride8_224.midcls_ft_in1k",
