@@ -15,6 +15,28 @@ from typing import Any
 from fastvim.errors import UserError
 
 _UNKNOWN = object()
+_FIXED_PAD = "BatchFixedSizePad"  # pads all images to one size
+# What our heads compute, by the names of a configuration's settings; the published models set this.
+_PREPROCESSED = {"data_preprocessor.bgr_to_rgb": True}
+_COMPUTED: dict[str, dict[str, Any]] = {
+    "segmentation": {
+        **_PREPROCESSED,
+        "decode_head.align_corners": False,
+        "decode_head.pool_scales": [1, 2, 3, 6],
+        "auxiliary_head.align_corners": False,
+    },
+    "detection": {
+        **_PREPROCESSED,
+        "rpn_head.anchor_generator.scales": [8],
+        "rpn_head.anchor_generator.ratios": [0.5, 1.0, 2.0],
+        "roi_head.bbox_head.0.bbox_coder.target_stds": [0.1, 0.1, 0.2, 0.2],
+        "roi_head.bbox_head.1.bbox_coder.target_stds": [0.05, 0.05, 0.1, 0.1],
+        "roi_head.bbox_head.2.bbox_coder.target_stds": [0.033, 0.033, 0.067, 0.067],
+        "test_cfg.rpn.min_bbox_size": 0,
+        "test_cfg.rpn.nms.iou_threshold": 0.7,
+        "test_cfg.rcnn.mask_thr_binary": 0.5,
+    },
+}
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -144,22 +166,31 @@ def _of_model(model: _Node) -> dict[str, Any]:
             "pool_scale": 1.0 if pool_scale.number() is None else pool_scale.number(),
         }
     if model["decode_head"].value is not None:
-        told |= {"head": "segmentation", **_of_segmentor(model, test)}
+        told |= {"head": "segmentation", **_of_segmentor(test)}
     if model["roi_head"].value is not None:
         told |= {"head": "detection", **_of_detector(test)}
+    if "head" in told:
+        told["elsewise"] = _elsewise(model, _COMPUTED[told["head"]]) or None
     return told
 
 
-def _of_segmentor(model: _Node, test: _Node) -> dict[str, Any]:
-    told: dict[str, Any] = {
-        "aligned": model["decode_head"]["align_corners"].flag(),
-        "pool_scales": model["decode_head"]["pool_scales"].integers(),
-    }
+def _elsewise(model: _Node, computed: Mapping[str, Any]) -> list[str]:
+    """What a configuration sets otherwise than this library computes it, in words."""
+    found = []
+    for path, expected in computed.items():
+        node = model
+        for name in path.split("."):
+            node = node.items()[int(name)] if name.isdecimal() and node.items() else node[name]
+        value = list(node.value) if isinstance(node.value, tuple) else node.value
+        if value not in (None, expected):
+            found.append(f"{path}={value!r} (expected {expected!r})")
+    return found
+
+
+def _of_segmentor(test: _Node) -> dict[str, Any]:
     if test["mode"].text() == "slide":
-        told |= {"window": test["crop_size"].side(), "stride": test["stride"].side()}
-    elif test["mode"].text() == "whole":
-        told["whole"] = True
-    return told
+        return {"window": test["crop_size"].side(), "stride": test["stride"].side()}
+    return {"whole": True} if test["mode"].text() == "whole" else {}
 
 
 def _of_detector(test: _Node) -> dict[str, Any]:
@@ -178,18 +209,21 @@ def _of_detector(test: _Node) -> dict[str, Any]:
 def _of_images(config: Mapping[str, Any]) -> dict[str, Any]:
     """How images are prepared: normalised, resized, padded."""
     images = _Node(config.get("model"))["data_preprocessor"]
-    padded = (
-        one["size"].side()
-        for one in images["batch_augments"].items()
-        if one["type"].text() == "BatchFixedSizePad"
-    )
-    told: dict[str, Any] = {"padded": next(padded, None)}
+    pads = [one for one in images["batch_augments"].items() if one["type"].text() == _FIXED_PAD]
+    pads += [step for step in _Node(config.get("test_pipeline")).items() if _is(step, "Pad")]
+    padded = next((side for pad in pads if (side := pad["size"].side()) is not None), None)
+    told: dict[str, Any] = {"padded": padded}
+    if padded is None and isinstance(images.value, dict):
+        told["padded"] = 0
     for name in ("mean", "std"):
         values = [one.number() for one in images[name].items()]
         if values and None not in values:
             told[name] = [value / 255 for value in values if value is not None]
-    scales = [scale for step in _steps(config) if (scale := step["scale"].integers())]
-    told["scale"] = next((scale for scale in scales if len(scale) == 2), None)
+    for step in _steps(config):
+        scale = step["scale"].integers() or []
+        if len(scale) == 2:
+            # OpenCV, which the tools take by default, resizes without antialiasing.
+            return {**told, "scale": scale, "antialias": step["backend"].text() == "pillow"}
     return told
 
 
@@ -199,8 +233,13 @@ def _steps(config: Mapping[str, Any]) -> Iterator[_Node]:
         direct = _Node(config.get(f"{name}_pipeline"))
         loader = _Node(config.get(f"{name}_dataloader"))["dataset"]["pipeline"]
         for step in (*loader.items(), *direct.items()):
-            if (step["type"].text() or "").endswith("Resize"):
+            if _is(step, "Resize"):
                 yield step
+
+
+def _is(step: _Node, kind: str) -> bool:
+    """Whether a step of a pipeline is of a kind, such as RandomResize of Resize."""
+    return (step["type"].text() or "").endswith(kind)
 
 
 def _of_data(data: _Node, classes: Any) -> dict[str, Any]:
@@ -209,6 +248,7 @@ def _of_data(data: _Node, classes: Any) -> dict[str, Any]:
     return {
         "class_names": list(names) if plain and names else None,
         "reduce_zero_label": data["reduce_zero_label"].flag(),
+        "category_ids": data["category_ids"].integers(),  # of a file that `compose` describes
     }
 
 
@@ -223,19 +263,22 @@ def compose(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = next(k for k in ("segmentation", "detection", "features") if k in metadata)
     head = metadata[kind]
-    if head["source"] != "mixer":
-        raise UserError(f"maps of the {head['source']} stream: published models take the mixers'")
+    if (source := head.get("source", "mixer")) != "mixer":
+        raise UserError(f"maps of the {source} stream: published models take the mixers'")
     model: dict[str, Any] = {"backbone": _backbone(metadata, head.get("out_indices"))}
     if kind != "features":
         model |= _COMPOSE[kind](head) | {"data_preprocessor": _preprocessor(metadata, head)}
     config: dict[str, Any] = {"model": model}
-    scale = metadata.get("base_size") or [metadata.get("eval_size")] * 2
+    side = metadata.get("eval_size") or metadata.get("img_size")
+    scale = metadata.get("base_size") or ([side, side] if kind == "detection" else [None])
     if None not in scale:
-        resize = {"type": "Resize", "scale": tuple(scale), "keep_ratio": True}
+        backend = "pillow" if metadata.get("antialias", True) else "cv2"
+        resize = {"type": "Resize", "scale": tuple(scale), "keep_ratio": True, "backend": backend}
         config["test_pipeline"] = [{"type": "LoadImageFromFile"}, resize]
     data: dict[str, Any] = {"classes": list(metadata.get("class_names", []))}
-    if "reduce_zero_label" in metadata:
-        data["reduce_zero_label"] = metadata["reduce_zero_label"]
+    for name in ("reduce_zero_label", "category_ids"):
+        if name in metadata:
+            data[name] = metadata[name]
     text = "".join(f"{name} = {value!r}\n" for name, value in config.items())
     return {"cfg": text, "dataset_meta": data}
 
@@ -263,7 +306,7 @@ def _preprocessor(metadata: Mapping[str, Any], head: Mapping[str, Any]) -> dict[
         if name in metadata:
             told[name] = [round(value * 255, 6) for value in metadata[name]]
     if pad_to := head.get("pad_to"):
-        told["batch_augments"] = [{"type": "BatchFixedSizePad", "size": (pad_to, pad_to)}]
+        told["batch_augments"] = [{"type": _FIXED_PAD, "size": (pad_to, pad_to)}]
     return told
 
 

@@ -89,13 +89,14 @@ def _published(
         weights = dense_names.to_published(state, grid)
     else:
         weights = {f"backbone.{n}": t for n, t in names.to_published(state, grid).items()}
+    licence = {"licence": metadata["licence"]} if "licence" in metadata else {}
     if {"segmentation", "detection", "features"} & metadata.keys():
-        return {"meta": config_text.compose(metadata), "state_dict": weights}
+        return {"meta": config_text.compose(metadata), "state_dict": weights, **licence}
     options = metadata["model_args"]
     lost = [f"{n}={options[n]!r}" for n, usual in UNTOLD.items() if options.get(n, usual) != usual]
     if lost and not options.get("class_token"):
         _logger.warning("%s cannot say %s: say it again to its reader", target, ", ".join(lost))
-    return {"state_dict": weights}
+    return {"state_dict": weights, **licence}
 
 
 def _column_grid(metadata: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -19,8 +19,7 @@ from fastvim.weights.table import Entry
 
 Described = tuple[dict[str, Any], dict[str, Any]]
 
-# Of mmsegmentation's UPerNet and of mmdetection's Cascade Mask R-CNN, as published.
-_POOL_SCALES = [1, 2, 3, 6]
+# Of mmdetection's Cascade Mask R-CNN, as published.
 _HEADS = {"samples": 512, "score_thresh": 0.05, "nms_thresh": 0.5, "detections": 100}
 # What the caller may say of a head, beside the options of the backbone.
 OPTIONS = {
@@ -69,6 +68,10 @@ def describe(kind: str | None, state: Mapping[str, Tensor], source: Source) -> D
     Raises:
         UserError: maps that the model does not have, or a head that ours does not compute.
     """
+    if kind is not None and (elsewise := source.told.get("elsewise")):
+        raise UserError(
+            f"its configuration sets {', '.join(elsewise)}: not what this head computes"
+        )
     if kind is not None:
         return _KINDS[kind](state, source)
     count = count_maps(state, MAP_NORMS)
@@ -101,12 +104,6 @@ def _out_indices(count: int, source: Source, kind: str) -> tuple[list[int], dict
 
 def _segmentation(state: Mapping[str, Tensor], source: Source) -> Described:
     told, published = source.told, source.published_head("segmentation")
-    scales = told.get("pool_scales", _POOL_SCALES)
-    if told.get("aligned") or scales != _POOL_SCALES:
-        raise UserError(
-            f"a head with align_corners={bool(told.get('aligned'))}, pool_scales={scales}: "
-            f"expected align_corners=False, pool_scales={_POOL_SCALES}"
-        )
     blocks, assumed = _out_indices(count_maps(state, f"maps.{MAP_NORMS}"), source, "segmentation")
     classes = _rows(state, "head.classifier.bias")
     side = source.img_size if isinstance(source.img_size, int) else min(source.img_size)
@@ -172,7 +169,9 @@ def _detection(state: Mapping[str, Tensor], source: Source) -> Described:
         head |= {"image_mean": images["mean"], "image_std": images["std"]}
     names = _class_names(classes, source, list(COCO_CATEGORIES.values()), assumed)
     coco = names == list(COCO_CATEGORIES.values())
-    ids = list(COCO_CATEGORIES) if coco else list(range(1, classes + 1))
+    ids = told.get("category_ids", [])
+    if len(ids) != classes:
+        ids = list(COCO_CATEGORIES) if coco else list(range(1, classes + 1))
     found = {"detection": head, **images, "eval_size": side}
     return {**found, "class_names": names, "category_ids": ids}, assumed
 
@@ -185,7 +184,10 @@ _KINDS: dict[str, Callable[[Mapping[str, Tensor], Source], Described]] = {
 
 def _images(source: Source) -> dict[str, Any]:
     """Mean and deviation, of values 0 to 1, the size, and the resizing without antialiasing."""
-    found: dict[str, Any] = {"img_size": source.img_size, "antialias": False}
+    found: dict[str, Any] = {
+        "img_size": source.img_size,
+        "antialias": source.told.get("antialias", False),
+    }
     for name, usual in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         told = source.told.get(name, usual)
         alike = len(told) == len(usual) and all(

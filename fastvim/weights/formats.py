@@ -134,6 +134,8 @@ def inner_backbone(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list
 def tell(content: Mapping[str, Any]) -> dict[str, Any]:
     """What a published file says of its model; see `Checkpoint.told`."""
     told = tell_config(content)
+    if isinstance(content.get("licence"), str):  # of a file that `convert` wrote
+        told["licence"] = content["licence"]
     arguments = content.get("args")
     if isinstance(arguments, argparse.Namespace):  # of the original Vim's training
         size = getattr(arguments, "input_size", None)

@@ -77,11 +77,15 @@ def resolve(
     source = Source(of_head, checkpoint.told, known, options["img_size"], count_blocks(backbone))
     found, assumed = describe(kind, state, source)
     if known is None:
-        _say_assumed(checkpoint, {**_untold(backbone, options, wanted), **assumed})
-    else:
-        _say_known(checkpoint, known, told, found=entry is None)
+        assumed = {**_untold(backbone, options, wanted), **assumed}
+    if entry is None:
+        _say(checkpoint, known, told, assumed)
+    if known is not None:
         found = {**_published_images(known, options), **found}
-        found |= {"licence": known.licence, "published": known.name}
+        whole = {"published": known.name} if kind == next(iter(known.head), None) else {}
+        found |= {"licence": known.licence, **whole}
+    if "licence" in checkpoint.told:
+        found["licence"] = checkpoint.told["licence"]
     return state, {"model": model, "model_args": options, "weights": checkpoint.weights, **found}
 
 
@@ -98,7 +102,8 @@ def take_backbone(checkpoint: Checkpoint) -> Checkpoint:
         described = metadata.pop(head, None)
         if described is not None:
             blocks = described.get("out_indices", [count_blocks(inside) - 1])
-            metadata["features"] = {"out_indices": blocks, "source": described["source"]}
+            source = described.get("source", "mixer")
+            metadata["features"] = {"out_indices": blocks, "source": source}
         metadata = {name: value for name, value in metadata.items() if name not in _OF_HEADS}
     else:
         return checkpoint
@@ -255,6 +260,8 @@ def _untold(
     """Options that nothing tells, and what is assumed."""
     masked, channels = names.is_masked(state), names.is_channel(state)
     assumed: dict[str, Any] = dict(_MASKED) if masked else {}
+    if options.get("patch_stride") not in (None, options["patch_size"]):
+        assumed["img_size"] = options["img_size"]  # patches that overlap
     if not options["class_token"]:
         pooled = dict(_POOLED)
         if options["pooling"] == "none":
@@ -265,34 +272,36 @@ def _untold(
     return {name: value for name, value in assumed.items() if name not in wanted}
 
 
-def _say_assumed(checkpoint: Checkpoint, assumed: Mapping[str, Any]) -> None:
-    """One line: what nothing tells, what is taken for it, and how to say otherwise."""
-    parts = [f"{name}={value!r}" for name, value in assumed.items()]
-    if parts:
-        parts[-1] += " (--model-arg OPTION=VALUE or a keyword of load_model says otherwise)"
-    if "pooling" in assumed:
-        parts.insert(0, "a FastVim (a Vim has pooling='none')")
+def _say(
+    checkpoint: Checkpoint,
+    known: Entry | None,
+    told: Mapping[str, Any],
+    assumed: Mapping[str, Any],
+) -> None:
+    """One line: what the file's name tells, what nothing tells, and how to say otherwise."""
+    parts = []
+    if known is not None:
+        options = [f"{name}={value!r}" for name, value in told.items() if name != "img_size"]
+        parts.append(f"taken as published as {known.name}: {', '.join(options)}".rstrip(": "))
+    if assumed:
+        values = [f"{name}={value!r}" for name, value in assumed.items()]
+        if "pooling" in assumed:
+            values.insert(0, "a FastVim (a Vim has pooling='none')")
+        parts.append(
+            f"nothing tells, so assumed: {', '.join(values)} "
+            "(--model-arg OPTION=VALUE or a keyword of load_model says otherwise)"
+        )
     if "chosen" in checkpoint.told:
         parts.append(_copy(checkpoint.told["chosen"]))
     if parts:
-        _logger.warning("%s: nothing tells, so assumed: %s", checkpoint.path, ", ".join(parts))
+        _logger.warning("%s: %s", checkpoint.path, "; ".join(parts))
 
 
 def _copy(chosen: str) -> str:
     """Which copy of the weights is taken without being asked for, and how to ask for the other."""
     if chosen == "EMA":
-        return "the averaged weights (--raw or ema=False takes the others)"
-    return "the weights that the published number is of, not the averaged (--ema or ema=True)"
-
-
-def _say_known(
-    checkpoint: Checkpoint, entry: Entry, told: Mapping[str, Any], *, found: bool
-) -> None:
-    """One line for a file that the table knows by its name alone."""
-    if not found:
-        return
-    options = [f"{name}={value!r}" for name, value in told.items() if name != "img_size"]
-    if "chosen" in checkpoint.told:
-        options.append(_copy(checkpoint.told["chosen"]))
-    text = f": {', '.join(options)}" if options else ""
-    _logger.warning("%s is taken as published as %s%s", checkpoint.path, entry.name, text)
+        return "the averaged weights are taken (--raw or ema=False takes the others)"
+    return (
+        "the weights that were not averaged are taken, since the published number is of them "
+        "(--ema or ema=True takes the others)"
+    )

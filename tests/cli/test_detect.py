@@ -143,6 +143,17 @@ def test_mistakes_are_one_line(weights, images, tmp_path, capsys):
         assert error.splitlines()[-1].startswith("fastvim: error: ")
 
 
-def test_a_detector_has_no_published_names(weights, tmp_path, capsys):
-    assert main(["convert", str(weights), str(tmp_path / "out.ckpt")]) == 2
-    assert "holds a detection model" in capsys.readouterr().err
+def test_a_trained_detector_goes_to_published_names_and_back(weights, tmp_path):
+    """But for what its background has and never uses."""
+    assert main(["convert", str(weights), str(tmp_path / "out.pth")]) == 0
+    expected, metadata = load_model(path=weights)
+    found, again = load_model(path=tmp_path / "out.pth")
+    for key in ("class_names", "category_ids"):
+        assert again[key] == metadata[key]
+    assert again["antialias"] == metadata.get("antialias", True)
+    image = torch.rand(3, 50, 70)
+    with torch.inference_mode():
+        (one,), (other,) = (model.eval().detect([image]) for model in (found, expected))
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert torch.equal(one[name], tensor)

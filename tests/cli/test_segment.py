@@ -187,6 +187,11 @@ def test_mistakes_are_one_line(weights, photo, tmp_path, capsys, words, message)
     assert message in errors[0]
 
 
-def test_a_segmentor_has_no_published_names(weights, tmp_path, capsys):
-    assert main(["convert", str(weights), str(tmp_path / "out.ckpt")]) == 2
-    assert "it has no published names" in capsys.readouterr().err
+def test_a_trained_segmentor_goes_to_published_names_and_back(weights, tmp_path):
+    assert main(["convert", str(weights), str(tmp_path / "out.pth")]) == 0
+    expected, metadata = load_model(path=weights)
+    found, again = load_model(path=tmp_path / "out.pth")
+    for key in ("segmentation", "class_names", "mean", "std"):
+        assert again[key] == metadata[key]
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)

@@ -74,7 +74,7 @@ def test_values_of_other_kinds_tell_nothing():
             }
         }
     )
-    assert told == {"head": "segmentation"}
+    assert told == {"head": "segmentation", "padded": 0}
 
 
 def test_older_files_name_it_otherwise():
