@@ -31,7 +31,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "fit": Command("train a model as a recipe says", "train"),
     "validate": Command("evaluate a checkpoint on the validation images", "train"),
-    "test": Command("evaluate a checkpoint on the test images", "train"),
+    "test": Command("evaluate a checkpoint, or published weights, on the test images", "train"),
     "predict": Command("classify image files and folders", "predict"),
     "reconstruct": Command("draw what a masked autoencoder makes of images", "reconstruct"),
     "segment": Command("draw the class of every pixel of image files", "segment"),
