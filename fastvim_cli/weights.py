@@ -115,7 +115,13 @@ def load_named(
     if name is not None and is_file_name(name):
         name, file = None, name
     options = dict(arguments.model_args)
-    model, metadata = load_model(name, file, ema=arguments.ema, **options)
+    try:
+        model, metadata = load_model(name, file, ema=arguments.ema, **options)
+    except TypeError as error:
+        if not options:
+            raise
+        given = " ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
+        raise UserError(f"--model-arg {given}: a value of another type ({error})") from error
     source = file or name
     kind, commands = _kind(model)
     if command not in commands:

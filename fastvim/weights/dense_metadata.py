@@ -57,6 +57,22 @@ class Source(NamedTuple):
         return {} if self.entry is None else self.entry.head.get(kind, {})
 
 
+def _check_given(given: Mapping[str, Any]) -> None:
+    """Raise a UserError for an option of the caller that is not the whole numbers it takes."""
+    for name, value in given.items():
+        numbers = list(value) if isinstance(value, list | tuple) else [value]
+        whole = all(type(number) is int for number in numbers)
+        if name == "out_indices":
+            expected, fits = "a list of blocks", isinstance(value, list | tuple)
+        elif name == "base_size":
+            pair = len(numbers) == 2 and whole and min(numbers) >= 1
+            expected, fits = "the longer and the shorter side", pair
+        else:
+            expected, fits = "1 or more", whole and min(numbers, default=0) >= 1
+        if value is not None and not (whole and fits):
+            raise UserError(f"{name}={value!r}: expected {expected}")
+
+
 def describe(kind: str | None, state: Mapping[str, Tensor], source: Source) -> Described:
     """Of a whole model under our names, of a backbone with norms for its maps, or of neither.
 
@@ -68,6 +84,7 @@ def describe(kind: str | None, state: Mapping[str, Tensor], source: Source) -> D
     Raises:
         UserError: maps that the model does not have, or a head that ours does not compute.
     """
+    _check_given(source.given)
     if kind is not None and (elsewise := source.told.get("elsewise")):
         raise UserError(
             f"its configuration sets {', '.join(elsewise)}: not what this head computes"

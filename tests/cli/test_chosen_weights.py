@@ -21,6 +21,7 @@ WRITERS = {
     "detect": small_weights.write_detector,
     "channels": small_weights.write_channel_model,
 }
+WHOLE = Path(__file__).parents[1] / "golden" / "whole"  # published files
 KINDS = {
     "predict": "a classifier",
     "reconstruct": "a masked autoencoder",
@@ -148,6 +149,16 @@ def test_a_name_without_published_weights(home, caplog):
         (["predict", "--model-arg", "path=x", "PHOTO"], "path=x: expected OPTION=VALUE"),
         (["predict", "--model-arg", "alternate=False", "PHOTO"], "expected true, false or null"),
         (["predict", "--model", "PREDICT", "--model-arg", "deph=2", "PHOTO"], "deph"),
+        (
+            ["predict", "--model", "PREDICT", "--model-arg", "depth=two", "PHOTO"],
+            '--model-arg depth="two": a value of another type',
+        ),
+        (["segment", "SCENES", "PHOTO", "--model-arg", "window=big"], "window='big': expected 1"),
+        (["segment", "SCENES", "PHOTO", "--model-arg", "window=0"], "window=0: expected 1 or more"),
+        (["segment", "SCENES", "PHOTO", "--model-arg", "base_size=5"], "base_size=5: expected the"),
+        (["segment", "SCENES", "PHOTO", "--model-arg", "base_size=[0,5]"], "expected the longer"),
+        (["segment", "SCENES", "PHOTO", "--model-arg", "out_indices=x"], "expected a list"),
+        (["detect", "OBJECTS", "PHOTO", "--model-arg", "eval_size=x"], "eval_size='x': expected 1"),
         (["segment", "--model", "upernet_fastvim_smal", "PHOTO"], "upernet_fastvim_small"),
         (["detect", "--model", "nothing.pth", "PHOTO"], "no checkpoint at nothing.pth"),
         (["predict", "nowhere.jpg"], "no image among 1 files"),
@@ -158,5 +169,6 @@ def test_a_name_without_published_weights(home, caplog):
 def test_mistakes_are_one_line(words, message, home, capsys):
     known = {command.upper(): str(home / f"{command}.safetensors") for command in WRITERS}
     known["PHOTO"] = str(home / "photo.png")
+    known |= {"SCENES": str(WHOLE / "segmentor.pth"), "OBJECTS": str(WHOLE / "detector.pth")}
     assert main([known.get(word, word) for word in words]) == 2
     assert message in one_line(capsys)
