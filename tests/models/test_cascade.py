@@ -149,6 +149,17 @@ def test_images_of_any_size(patch_size):
         assert (one["boxes"] <= padded).all()
 
 
+def test_nothing_is_found():
+    model = tiny(heads=SMALL._replace(score_thresh=1.0)).eval()
+    with torch.inference_mode():
+        found = model([torch.rand(3, 40, 50), torch.rand(3, 20, 20)])
+        assert [one["masks"].shape for one in found] == [(0, 1, 40, 50), (0, 1, 20, 20)]
+        assert [one["boxes"].shape for one in found] == [(0, 4)] * 2
+        features = model.features(torch.rand(1, 3, 32, 32))
+        (one,) = model.heads.detect(features, [torch.zeros(0, 4)], (32, 32))
+        assert one["masks"].shape == (0, 1, 28, 28)
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (70, 33), (160, 90)])
 def test_anchors_lie_at_the_strides(height, width):
     model = tiny(16)
@@ -265,7 +276,9 @@ def test_other_mistakes():
         model.eval()([])
     with pytest.raises(UserError, match=r"\(1, 32, 32\): expected \(3, H, W\)"):
         model([image[:1]])
-    with pytest.raises(UserError, match="stride=14"):
+    with pytest.raises(UserError, match="uint8: expected values in 0 to 1"):
+        model([image.to(torch.uint8)])
+    with pytest.raises(UserError, match="stride=14: expected a multiple of 4"):
         CascadeMaskRCNN(nn.Identity(), 2, embed_dim=8, stride=14)
     with pytest.raises(UserError, match="embed_dim=None"):
         CascadeMaskRCNN(nn.Identity(), 2)

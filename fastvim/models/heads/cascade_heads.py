@@ -158,7 +158,7 @@ class BoxStage(RoIHeads):
 
         Each region may be found once for each class.
         """
-        moved = self.box_coder.decode(offsets, boxes).reshape(len(offsets), -1, 4)
+        moved = self.box_coder.decode_single(offsets, torch.cat(boxes)).unflatten(1, (-1, 4))
         moved = clip_boxes_to_image(moved[:, 1:], padded)
         counts = [len(box) for box in boxes]
         selected = []
