@@ -16,7 +16,7 @@ LEVELS = ("0", "1", "2", "3", "pool")
 
 
 class ChannelNorm(LayerNorm2d):
-    """Layer norm of the channels at each place, with the eps of the published detectors."""
+    """Layer norm of the channels at each place; published detectors are built with this eps."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-5)
