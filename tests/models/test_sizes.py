@@ -22,6 +22,9 @@ SIZES = {
     "vim_small_patch16_224": (384, 24, 16, 14, 25_833_448),
     "vim_base_patch16_224": (768, 24, 16, 14, 97_672_168),
     "vim_large_patch16_224": (1024, 48, 16, 14, 340_231_144),
+    # With a patch every 8 pixels: 27 x 27 positions instead of 14 x 14.
+    "vim_tiny_patch16_stride8_224": (192, 24, 16, 27, 7_166_440 + (27**2 - 14**2) * 192),
+    "vim_small_patch16_stride8_224": (384, 24, 16, 27, 25_833_448 + (27**2 - 14**2) * 384),
 }
 # Patch, parameters with 8 channels and 161 classes; 384 wide, 24 blocks.
 CHANNELS = {
@@ -70,7 +73,8 @@ def test_sizes(name):
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.embed_dim == model.num_features == model.head_hidden_size == dim
     assert len(model.blocks) == depth
-    assert model.patch_embed.patch_size == model.patch_embed.stride == patch
+    assert model.patch_embed.patch_size == patch
+    assert model.patch_embed.stride == (8 if "stride8" in name else patch)
     assert model.grid_size == (side, side)
     assert model.num_classes == model.head.out_features == 1000
     class_token = name.startswith("vim_")
@@ -147,7 +151,7 @@ def test_a_column_order_means_nothing_to_a_class_token():
     [
         ("fastvim_tny_patch16_224", {}, ("'fastvim_tny_patch16_224'", "fastvim_tiny_patch16_224")),
         ("vim_larg_patch16_224", {}, ("vim_large_patch16_224",)),
-        ("fastvim_tiny_patch16_224.in1k", {}, ("fastvim_tiny_patch16_224",)),
+        ("fastvim_tiny_patch16_224.in22k", {}, ("fastvim_tiny_patch16_224", "in1k")),
         ("fastvim_tiny_patch16_224", {"drop_path": 0.1}, ("'drop_path'", "drop_path_rate")),
         ("vim_tiny_patch16_224", {"embed_dims": 8}, ("'embed_dims'", "embed_dim")),
         ("vim_tiny_patch16_224", {"zzz": 8}, ("'zzz'",)),
