@@ -17,7 +17,7 @@ from torchvision.utils import draw_bounding_boxes
 from fastvim.models.heads.results import Result, decode
 from fastvim.pictures.colours import INK, WHITE, Colour, class_colour
 from fastvim.pictures.overlay import overlay
-from fastvim.pictures.sheet import LARGEST, Entry, Panel, enlarge, font, plain, sheet, shrink
+from fastvim.pictures.sheet import LARGEST, Entry, Panel, enlarge, font, sheet, shrink, written
 
 TEXT_SIZE, PADDING = 12, 2
 LONGEST_NAME = 16
@@ -95,7 +95,7 @@ def _label(
 
     torchvision writes labels into the box, where they hide small objects.
     """
-    letters, text = font(TEXT_SIZE), plain(text)
+    letters, text = font(TEXT_SIZE), written(text)
     width, height = letters.getlength(text) + 2 * PADDING, TEXT_SIZE + 2 * PADDING
     x = max(0.0, min(corner[0], right - width))
     y = corner[1] - height if corner[1] >= height else corner[1]

@@ -5,8 +5,12 @@ C  channels, H W  pixels of an image
 
 from __future__ import annotations
 
+import importlib.util
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +22,7 @@ from fastvim.pictures.colours import GREY, LINE, SLATE, WHITE, Colour
 PANEL, LARGEST = 448, 1024  # longer side of a panel: enlarged towards the one, at most the other
 MARGIN, GAP, SPACE = 14, 8, 12
 TITLE_SIZE, TEXT_SIZE, NOTE_SIZE, SWATCH = 18, 14, 12, 14
+_DEJAVU = "DejaVuSans.ttf"
 
 
 class Panel(NamedTuple):
@@ -43,8 +48,27 @@ class Entry(NamedTuple):
     text: str
 
 
+@cache
+def _dejavu() -> str | None:
+    """DejaVu Sans, out of matplotlib's folder or the system's; None where neither has it."""
+    places = [_DEJAVU]  # Pillow looks for it in the system's folders
+    package = importlib.util.find_spec("matplotlib")  # is not imported
+    for folder in (package and package.submodule_search_locations) or ():
+        places.insert(0, str(Path(folder, "mpl-data", "fonts", "ttf", _DEJAVU)))
+    for place in places:
+        with suppress(OSError):
+            ImageFont.truetype(place)
+            return place
+    return None
+
+
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, which has the letters of `plain`."""
+    """DejaVu Sans, which has accents, Greek and Cyrillic; where it is not found, Pillow's own.
+
+    It is looked for in matplotlib's folder and the system's. Pillow's has the letters of `plain`.
+    """
+    if found := _dejavu():
+        return ImageFont.truetype(found, size)
     loaded = ImageFont.load_default(size)
     assert isinstance(loaded, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
     return loaded
@@ -54,6 +78,11 @@ def plain(text: str) -> str:
     """Text without accents, which Pillow's font lacks."""
     letters = unicodedata.normalize("NFD", text)
     return "".join(letter for letter in letters if not unicodedata.combining(letter))
+
+
+def written(text: str) -> str:
+    """Text in letters that `font` has."""
+    return plain(text) if _dejavu() is None else unicodedata.normalize("NFC", text)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -102,8 +131,8 @@ def sheet(
         RGB.
     """
     rows = [[panel and _scale(panel, size, largest) for panel in row] for row in rows]
-    entries = [entry._replace(text=plain(entry.text)) for entry in entries]
-    title, note = plain(title), plain(note)
+    entries = [entry._replace(text=written(entry.text)) for entry in entries]
+    title, note = written(title), written(note)
     text, small, large = font(TEXT_SIZE), font(NOTE_SIZE), font(TITLE_SIZE)
     widths = [
         max([panel.image.width, *map(text.getlength, panel.caption.split("\n"))])
@@ -149,7 +178,7 @@ def sheet(
 def _scale(panel: Panel, size: int, largest: int) -> Panel:
     image = shrink(panel.image, largest)
     enlarged = enlarge(image, max(1, round(size / max(image.size))))
-    return panel._replace(image=enlarged, caption=plain(panel.caption))
+    return panel._replace(image=enlarged, caption=written(panel.caption))
 
 
 def _caption_height(panel: Panel) -> int:

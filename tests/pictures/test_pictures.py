@@ -10,9 +10,21 @@ import pytest
 from PIL import Image
 
 from fastvim.pictures import segmentation
+from fastvim.pictures import sheet as sheets
 from fastvim.pictures.colours import RED, palette
 from fastvim.pictures.overlay import OPACITY, overlay
-from fastvim.pictures.sheet import GAP, MARGIN, SWATCH, TEXT_SIZE, Entry, Panel, font, plain, sheet
+from fastvim.pictures.sheet import (
+    GAP,
+    MARGIN,
+    SWATCH,
+    TEXT_SIZE,
+    Entry,
+    Panel,
+    font,
+    plain,
+    sheet,
+    written,
+)
 
 NAMES = ["background", "cat", "dog"]
 
@@ -116,7 +128,19 @@ def test_large_classes_shrink_and_keep_their_lines():
     assert drawn.width == 2 * 1024 + GAP + 2 * MARGIN
 
 
-def test_names_with_accents_are_readable():
+def test_names_in_other_letters_are_written_where_dejavu_is_found(monkeypatch):
+    letters = "éñüλΩж"
+    if font(14).getname()[0] == "DejaVu Sans":  # matplotlib, of the training extra, brings it
+        missing = bytes(font(14).getmask("\uffff"))
+        assert missing not in (bytes(font(14).getmask(letter)) for letter in letters)
+        assert written(letters) == letters
+    monkeypatch.setattr(sheets, "_dejavu", lambda: None)
+    assert "DejaVu" not in font(14).getname()[0]
+    assert written("café") == "cafe"
+
+
+def test_names_with_accents_are_readable(monkeypatch):
+    monkeypatch.setattr(sheets, "_dejavu", lambda: None)
     assert plain("Zürich café … 93%") == "Zurich cafe … 93%"
     missing = bytes(font(14).getmask("\uffff"))
     assert missing not in (bytes(font(14).getmask(letter)) for letter in plain("é…ñ"))
