@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvim_cli.arguments import Parser, at_least, usable_device
+from fastvim_cli.arguments import Parser, UsageError, at_least, usable_device
 from fastvim_cli.images import add_images, chosen_images, draw_each
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
@@ -39,9 +41,10 @@ def _parser() -> Parser:
 
 
 def _factor(text: str) -> float:
-    if float(text) <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected factors above 0")
-    return float(text)
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected factors above 0")
 
 
 def run(argv: list[str]) -> None:
@@ -91,5 +94,7 @@ def run(argv: list[str]) -> None:
 def _windows(arguments: argparse.Namespace, trained: dict[str, Any]) -> tuple[int | None, int]:
     """Side of the windows, None for the whole image at once, and from one to the next."""
     if arguments.window is None:
+        if arguments.stride and trained["window"] is None:
+            raise UsageError("--stride: this model sees whole images, expected --window as well")
         return trained["window"], arguments.stride or trained["stride"]
     return arguments.window, arguments.stride or max(1, round(arguments.window * 2 / 3))

@@ -22,12 +22,30 @@ def add_model(parser: argparse.ArgumentParser, default: str, *, checkpoint: bool
     """
     add = parser.add_argument
     help = f"published weights (fastvim models --pretrained), or a file (default: {default})"
-    add("--model", metavar="NAME_OR_FILE", help=help)
+    add("--model", action=_Once, metavar="NAME_OR_FILE", help=help)
     if checkpoint:
         help = "as --model FILE; beside --model NAME: the weights that go into that model"
-        add("--checkpoint", metavar="FILE", help=help)
+        add("--checkpoint", action=_Once, metavar="FILE", help=help)
     add_options(parser)
     parser.set_defaults(default_model=default)
+
+
+class _Once(argparse.Action):
+    """Stores a value that may be given once, and is not empty."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            parser.error(f"{option_string} {before} and {option_string} {values}: expected one")
+        if not values:
+            parser.error(f"{option_string} '': expected a name or a file")
+        setattr(namespace, self.dest, values)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ OPTIONS = {
     "segmentation": ("window", "stride", "base_size"),
     "detection": ("pad_to", "eval_size", "proposals"),
 }
+_IN_HEAD = ("window", "stride", "pad_to", "proposals")  # the others stand beside the head
 
 
 class Source(NamedTuple):
@@ -69,7 +70,8 @@ def _check_given(given: Mapping[str, Any]) -> None:
             expected, fits = "the longer and the shorter side", pair
         else:
             expected, fits = "1 or more", whole and min(numbers, default=0) >= 1
-        if value is not None and not (whole and fits):
+        whole_images = name == "window" and value is None
+        if not whole_images and not (whole and fits):
             raise UserError(f"{name}={value!r}: expected {expected}")
 
 
@@ -99,6 +101,42 @@ def describe(kind: str | None, state: Mapping[str, Tensor], source: Source) -> D
     return {"features": {"out_indices": blocks, "source": "mixer"}}, assumed
 
 
+def change(kind: str, metadata: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """The metadata of a whole model of this library that the caller says otherwise.
+
+    Raises:
+        UserError: maps that the model does not have.
+    """
+    _check_given(source.given)
+    head, found = dict(metadata[kind]), dict(source.given)
+    if "out_indices" in found:
+        depth = source.depth
+        count = len(head.get("out_indices", [depth - 1]))
+        blocks = _given_blocks(found.pop("out_indices"), count, depth)
+        if kind == "detection":
+            _check_last(blocks, depth)
+        else:
+            head["out_indices"] = blocks
+    if found.get("window", 0) is None:
+        found["stride"] = None
+    head |= {name: found.pop(name) for name in list(found) if name in _IN_HEAD}
+    return {**found, kind: head}
+
+
+def _given_blocks(given: Sequence[int], count: int, depth: int) -> list[int]:
+    """The blocks that the caller names, from 0 on."""
+    if len(given) != count:
+        raise UserError(f"out_indices {list(given)}: the weights are for {count} maps")
+    if not all(-depth <= index < depth for index in given):
+        raise UserError(f"out_indices {list(given)}: the weights have {depth} blocks")
+    return [index % depth for index in given]
+
+
+def _check_last(blocks: list[int], depth: int) -> None:
+    if blocks != [depth - 1]:
+        raise UserError(f"out_indices {blocks}: a detector takes the last block, {depth - 1}")
+
+
 def count_maps(state: Mapping[str, Tensor], prefix: str) -> int:
     """Number of maps that a dense model's weights have norms for."""
     place = prefix.count(".")
@@ -109,9 +147,7 @@ def _out_indices(count: int, source: Source, kind: str) -> tuple[list[int], dict
     """The blocks whose maps a head takes, by default spread evenly."""
     given, depth = source.given.get("out_indices"), source.depth
     if given is not None:
-        if len(given) != count:
-            raise UserError(f"out_indices {list(given)}: the weights are for {count} maps")
-        return [int(index) for index in given], {}
+        return _given_blocks(given, count, depth), {}
     for blocks in (source.told.get("out_indices"), source.published_head(kind).get("out_indices")):
         if blocks and len(blocks) == count and all(-depth <= index < depth for index in blocks):
             return [index % depth for index in blocks], {}
@@ -126,7 +162,10 @@ def _segmentation(state: Mapping[str, Tensor], source: Source) -> Described:
     side = source.img_size if isinstance(source.img_size, int) else min(source.img_size)
     window = source.find("window", told.get("window"), _fitting(source, published.get("window")))
     stride = source.find("stride", told.get("stride"), _fitting(source, published.get("stride")))
-    if window is None and not told.get("whole"):
+    whole = source.given["window"] is None if "window" in source.given else told.get("whole")
+    if whole:
+        window = stride = None
+    elif window is None:
         window, stride = side, stride or round(side * 2 / 3)
         assumed |= {"window": window, "stride": stride}
     base = source.find(
@@ -153,10 +192,7 @@ def _segmentation(state: Mapping[str, Tensor], source: Source) -> Described:
 def _detection(state: Mapping[str, Tensor], source: Source) -> Described:
     told, published = source.told, source.published_head("detection")
     blocks, assumed = _out_indices(count_maps(state, f"backbone.{MAP_NORMS}"), source, "detection")
-    if blocks != [source.depth - 1]:
-        raise UserError(
-            f"out_indices {blocks}: a detector takes the last block, {source.depth - 1}"
-        )
+    _check_last(blocks, source.depth)
     classes = _rows(state, "heads.stages.0.box_predictor.cls_score.bias") - 1
     pad_to = source.find("pad_to", told.get("padded"), _fitting(source, published.get("pad_to")))
     scale = told.get("scale") or []

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastvim.errors import UserError
 from fastvim.weights.dense_names import published_head
 from fastvim.weights.formats import inner_backbone, select_weights, tell
-from fastvim.weights.unpickle import first_line, read_pickled
+from fastvim.weights.unpickle import first_line, no_weights, read_pickled
 
 _logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ def read(path: str | os.PathLike[str], *, ema: bool | None = None) -> Checkpoint
     """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+        folder = ": it is a folder, expected a file" if path.is_dir() else ""
+        raise UserError(f"no checkpoint at {path}{folder}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = read_pickled(path)
@@ -94,7 +95,11 @@ def _read_safetensors(path: Path) -> Checkpoint:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
         return Checkpoint(path, load_file(path), metadata.get("weights", "only"), metadata)
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}") from error
+        reason = first_line(error).removeprefix("Error while deserializing header: ")
+        what = no_weights(path) or f"is damaged or not of safetensors: {reason}"
+        raise UserError(f"{path} {what}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def save(

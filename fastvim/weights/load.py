@@ -10,7 +10,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from fastvim.errors import UserError, nearest
+from fastvim.errors import UserError, first_few, nearest
 from fastvim.models.factory import create_model
 from fastvim.models.feature_maps import FeatureMaps
 from fastvim.weights.build import build_model
@@ -64,7 +64,10 @@ def load_model(
     elif name is not None:
         metadata = {"model": name, "model_args": model_args}
     else:
-        raise UserError(f"{path} does not say which model it is of: expected its name as well")
+        raise UserError(
+            f"{path} holds weights of no FastVim or Vim ({first_few(list(state))}): expected the "
+            "name of their model as well"
+        )
     model = build_model(metadata)
     if isinstance(model, FeatureMaps):
         state = {n if n.startswith(MAP_NORMS) else f"backbone.{n}": t for n, t in state.items()}
@@ -76,7 +79,8 @@ def _by_name(name: str, ema: bool, model_args: dict[str, Any]) -> tuple[nn.Modul
     """The published weights of a name, in a model that timm adapts; initial ones without any."""
     if not has_published(name):
         if not timm.is_model(name):
-            raise UserError(f"no model {name!r}{nearest(name, [*ENTRIES, *timm.list_models()])}")
+            near = nearest(name, [*ENTRIES, *timm.list_models()])
+            raise UserError(f"no model or file {name!r}{near}")
         model = create_model(name, **model_args)
         _logger.warning("%s has no published weights: its weights are the initial ones", name)
         return model, {"model": name, "model_args": model_args}

@@ -31,8 +31,9 @@ _logger = logging.getLogger(__name__)
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a word means a file of weights: it exists, or ends as one does."""
-    return os.path.isfile(os.path.expanduser(text)) or text.endswith((".safetensors", *PICKLED))
+    """Whether a word means a file of weights: it exists, is a path, or ends as a file does."""
+    path = os.path.expanduser(text)
+    return os.path.isfile(path) or os.sep in text or text.endswith((".safetensors", *PICKLED))
 
 
 def find(name_or_file: str | os.PathLike[str], *, ema: bool | None = None) -> Checkpoint:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastvim.errors import UserError
 from fastvim.models.factory import create_model
 from fastvim.weights import dense_names, names
-from fastvim.weights.dense_metadata import OPTIONS, Source, describe
+from fastvim.weights.dense_metadata import OPTIONS, Source, change, describe
 from fastvim.weights.files import Checkpoint
 from fastvim.weights.options import find_options, is_ours, match
 from fastvim.weights.table import Entry, of_file
@@ -127,9 +127,12 @@ def _ours(
     """Of a file of this library, whose metadata say everything."""
     state, metadata = checkpoint.state, checkpoint.metadata
     found: dict[str, Any] = {"weights": checkpoint.weights, "model": model or metadata["model"]}
-    if "out_indices" in given:
-        source = Source({"out_indices": given.pop("out_indices")}, {}, None, 0, count_blocks(state))
-        found |= describe(None, state, source)[0]
+    kind = next((kind for kind in OPTIONS if kind in metadata), None)
+    of_head = {name: given.pop(name) for name in _head_options(kind) if name in given}
+    if of_head:
+        backbone = dense_names.backbone_state(state) if kind else state
+        source = Source(of_head, {}, None, 0, count_blocks(backbone))
+        found |= change(kind, metadata, source) if kind else describe(None, state, source)[0]
     return state, {**metadata, **found, "model_args": {**metadata["model_args"], **given}}
 
 

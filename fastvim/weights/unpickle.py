@@ -12,6 +12,7 @@ import pickletools
 import re
 import struct
 import warnings
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} {_refusal(str(error), path)}") from error
     except _DAMAGE as error:
-        raise UserError(f"{path} is damaged or no checkpoint: {first_line(error)}") from error
+        raise UserError(f"{path} {_damage(error, path)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: expected a state dict")
     return content
@@ -156,6 +157,10 @@ def _refusal(message: str, path: Path) -> str:
         return f"wants to call {found[1]}: nothing in a file is executed"
     if "Unsupported operand" in message and (name := _first_global(path)):
         return f"holds {name}, pickled otherwise than by torch: nothing in a file is executed"
+    if what := no_weights(path):
+        return what
+    if "Unsupported operand" in message:
+        return "is damaged or no checkpoint: its bytes are not those that torch writes"
     found = re.search(r"WeightsUnpickler error:\s*(.+)", message)
     reason = found[1] if found else message.strip()
     reason = reason.splitlines()[0].partition(". ")[0].rstrip(".")
@@ -171,6 +176,50 @@ def _first_global(path: Path) -> str:
                 return ".".join(strings[-2:])
             if isinstance(value, str):
                 strings.append(value)
+    return ""
+
+
+def _damage(error: BaseException, path: Path) -> str:
+    """What is wrong with a file that torch cannot read, in words."""
+    if isinstance(error, PermissionError):
+        return f"cannot be read: {error.strerror}"
+    if what := no_weights(path):
+        return what
+    reason = "its content ends early, or torch did not write it"
+    if isinstance(error, RuntimeError):  # what else is raised tells of the reader's own state
+        words = re.sub(r"^\[enforce fail at [^]]*\][ .]*", "", first_line(error))
+        reason = words.partition(". ")[0]
+    return f"is damaged or no checkpoint: {reason}"
+
+
+_BEGINNINGS = (
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: git lfs pull"),
+    (b"<", "is a web page, not weights"),
+    (b"\x89PNG", "is an image, not weights"),
+    (b"\xff\xd8\xff", "is an image, not weights"),
+    (b"\x89HDF", "is an HDF5 file: expected one of torch or safetensors"),
+    (b"\x1f\x8b", "is packed by gzip: unpack it first"),
+)
+
+
+def no_weights(path: Path) -> str:
+    """What a file is that holds no weights, as far as its first bytes tell; "" if they do not."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if not start:
+        return "is damaged: it is empty"
+    for beginning, what in _BEGINNINGS:
+        if start.lstrip().startswith(beginning):
+            return what
+    if not any(start):
+        return "is damaged: it begins with zeros"
+    if start.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        return "is damaged: it ends before its content does"
+    if start[8:9] == b"{" and path.suffix != ".safetensors":
+        return "is a file of safetensors: expected a name in .safetensors"
+    with suppress(UnicodeDecodeError):
+        if start.decode().replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable():
+            return "is a text file, not weights"
     return ""
 
 

@@ -147,6 +147,36 @@ def test_damaged_files(tmp_path, form, kind):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        (b"", "weights.pth", "is damaged: it is empty"),
+        (b"", "weights.safetensors", "is damaged: it is empty"),
+        (b"hello world\n" * 20, "weights.pth", "is a text file, not weights"),
+        (b"hello world\n" * 20, "weights.safetensors", "is a text file, not weights"),
+        (b"e\n", "weights.pth", "is a text file, not weights"),
+        (b"<!DOCTYPE html><html>", "weights.ckpt", "is a web page, not weights"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "weights.pth", "is a pointer of Git LFS"),
+        (b"\x89PNG\r\n\x1a\n\0", "weights.pth", "is an image, not weights"),
+        (bytes(10000), "weights.pth", "is damaged: it begins with zeros"),
+        (b"PK\x03\x04" + bytes(100), "weights.pth", "is damaged: it ends before its content does"),
+        (b"\xe8\x01\xff" * 9, "weights.pth", "is damaged or no checkpoint: its bytes are not"),
+    ],
+)
+def test_a_file_of_something_else_is_called_by_what_it_is(tmp_path, content, name, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name} {words}")
+
+
+def test_safetensors_under_another_name(tmp_path):
+    save(tmp_path / "ours.safetensors", create().state_dict(), {})
+    (tmp_path / "ours.safetensors").rename(tmp_path / "ours.pth")
+    with pytest.raises(UserError, match=r"ours\.pth is a file of safetensors"):
+        read(tmp_path / "ours.pth")
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("seed", range(4))
 def test_files_with_a_few_wrong_bytes(tmp_path, seed):
