@@ -1,8 +1,7 @@
-"""Whole published models, from the files as their training scripts wrote them."""
+"""Whole published segmentors and detectors, from the files as their tools wrote them."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 
 import pytest
@@ -28,93 +27,6 @@ def _without_gradients():
 def logits_of(path, name: str, **options) -> Tensor:
     model, _ = load_model(path=path, **options)
     return model.eval()(arrays(name)["tensor"])
-
-
-# Classifiers, channel models, masked autoencoders.
-
-
-@pytest.mark.parametrize(
-    ("file", "options", "expected"),
-    [
-        ("classifier.ckpt", {}, "logits_ema"),
-        ("classifier.ckpt", {"ema": True}, "logits_ema"),
-        ("classifier.ckpt", {"ema": False}, "logits_raw"),
-        ("channels.ckpt", {}, "logits_raw"),
-        ("finetuned.ckpt", {"pool_scale": 0.25}, "logits_raw"),
-    ],
-)
-def test_logits(file, options, expected, tmp_path):
-    name = file.partition(".")[0]
-    close(logits_of(WHOLE / file, name, **options), arrays(name)[expected], 1e-5)
-    ema, model_args = options.pop("ema", None), options
-    convert(WHOLE / file, tmp_path / "ours.safetensors", ema=ema, model_args=model_args)
-    close(logits_of(tmp_path / "ours.safetensors", name), arrays(name)[expected], 1e-5)
-
-
-@pytest.mark.parametrize("converted", [False, True])
-def test_a_masked_autoencoder(converted, tmp_path):
-    golden, path = arrays("mae"), WHOLE / "mae.ckpt"
-    if converted:
-        path = tmp_path / "ours.safetensors"
-        convert(WHOLE / "mae.ckpt", path)
-    model, _ = load_model(path=path)
-    found = model.eval()(golden["tensor"], noise=golden["noise"])
-    close(found.loss, golden["loss"][0], 1e-5)
-    close(found.prediction, golden["pred"])
-    assert torch.equal(found.mask, golden["mask"])
-
-
-def test_what_no_file_tells_is_assumed_and_said(caplog):
-    load_model(path=WHOLE / "finetuned.ckpt")
-    (record,) = caplog.records
-    for words in ("finetuned.ckpt", "a FastVim", "pool_scale=1.0", "'mean'", "--model-arg"):
-        assert words in record.message
-    caplog.clear()
-    load_model(path=WHOLE / "finetuned.ckpt", pool_scale=0.25)
-    assert "pool_scale" not in caplog.text
-    caplog.clear()
-    load_model(path=WHOLE / "classifier.ckpt")
-    assert "the averaged weights are taken (--raw or ema=False" in caplog.text
-
-
-def test_the_published_name_of_a_file_tells_its_options(tmp_path, caplog):
-    path = tmp_path / "finetune_FastVim_base.ckpt"
-    shutil.copy(WHOLE / "finetuned.ckpt", path)
-    close(logits_of(path, "finetuned"), arrays("finetuned")["logits_raw"], 1e-5)
-    (record,) = caplog.records
-    assert "fastvim_base_patch16_224.mae_in1k_ft_in1k: pool_scale=0.25" in record.message
-    _, metadata = load_model(path=path)
-    assert metadata["published"] == "fastvim_base_patch16_224.mae_in1k_ft_in1k"
-    assert metadata["licence"] == "CC-BY-NC-SA-4.0"
-
-
-def test_pooling_by_the_published_name(tmp_path):
-    path = tmp_path / "FastChannelVim_small_maxpool.ckpt"
-    shutil.copy(WHOLE / "channels.ckpt", path)
-    found = logits_of(path, "channels")
-    assert torch.equal(found, logits_of(WHOLE / "channels.ckpt", "channels", pooling="max"))
-    assert not torch.allclose(found, arrays("channels")["logits_raw"], atol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["FastVim_small.ckpt", "FastMaskVim_base.ckpt"])
-def test_another_models_name_tells_nothing(name, tmp_path, caplog):
-    shutil.copy(WHOLE / "channels.ckpt", tmp_path / name)
-    close(logits_of(tmp_path / name, "channels"), arrays("channels")["logits_raw"], 1e-5)
-    assert "but is not its file: it is" in caplog.text
-
-
-def test_the_size_of_the_original_vims_images(tmp_path):
-    """Its arguments tell it, where the position embedding cannot: patches that overlap."""
-    options = {"img_size": 40, "patch_size": 16, "patch_stride": 8, "embed_dim": 16, "depth": 1}
-    source = create_model("vim_tiny_patch16_224", num_classes=3, **options)
-    torch.save(
-        {"model": source.state_dict(), "args": argparse.Namespace(input_size=40, lr=1e-3)},
-        tmp_path / "vim.pth",
-    )
-    model, metadata = load_model(path=tmp_path / "vim.pth")
-    assert metadata["model_args"]["img_size"] == 40
-    image = torch.randn(1, 3, 40, 40)
-    assert torch.equal(model.eval()(image), source.eval()(image))
 
 
 # Segmentors and detectors.
@@ -455,3 +367,23 @@ def test_the_licence_goes_there_and_back(file, tmp_path):
     paths = [tmp_path / name for name in ("a.safetensors", "b.ckpt", "c.safetensors")]
     for source, target in zip([published, *paths[:2]], paths, strict=True):
         assert convert(source, target)["licence"] == "CC-BY-NC-SA-4.0"
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_the_caller_says_what_a_head_takes(converted, tmp_path):
+    paths = {"segmentation": WHOLE / "segmentor.pth", "detection": WHOLE / "detector.pth"}
+    if converted:
+        for kind, path in paths.items():
+            paths[kind] = tmp_path / f"{kind}.safetensors"
+            convert(path, paths[kind])
+    options = {"window": 32, "stride": 16, "out_indices": [0, 2, 4, 6], "base_size": [90, 40]}
+    model, metadata = load_model(path=paths["segmentation"], **options)
+    assert metadata["base_size"] == options.pop("base_size")
+    assert options.items() <= metadata["segmentation"].items()
+    assert list(model.maps.out_indices) == [0, 2, 4, 6]
+    _, metadata = load_model(path=paths["detection"], pad_to=64, eval_size=96, proposals=7)
+    assert {"pad_to": 64, "proposals": 7}.items() <= metadata["detection"].items()
+    assert metadata["eval_size"] == 96
+    for kind, blocks in (("segmentation", [1]), ("segmentation", [0, 1, 2, 8]), ("detection", [0])):
+        with pytest.raises(UserError, match="out_indices"):
+            load_model(path=paths[kind], out_indices=blocks)
