@@ -22,6 +22,7 @@ _COMPUTED: dict[str, dict[str, Any]] = {
     "segmentation": {
         **_PREPROCESSED,
         "decode_head.align_corners": False,
+        "decode_head.in_index": [0, 1, 2, 3],
         "decode_head.pool_scales": [1, 2, 3, 6],
         "auxiliary_head.align_corners": False,
     },
@@ -29,11 +30,16 @@ _COMPUTED: dict[str, dict[str, Any]] = {
         **_PREPROCESSED,
         "rpn_head.anchor_generator.scales": [8],
         "rpn_head.anchor_generator.ratios": [0.5, 1.0, 2.0],
+        "rpn_head.anchor_generator.center_offset": 0,
+        "roi_head.bbox_roi_extractor.roi_layer.sampling_ratio": 0,
+        "roi_head.mask_roi_extractor.roi_layer.sampling_ratio": 0,
         "roi_head.bbox_head.0.bbox_coder.target_stds": [0.1, 0.1, 0.2, 0.2],
         "roi_head.bbox_head.1.bbox_coder.target_stds": [0.05, 0.05, 0.1, 0.1],
         "roi_head.bbox_head.2.bbox_coder.target_stds": [0.033, 0.033, 0.067, 0.067],
         "test_cfg.rpn.min_bbox_size": 0,
+        "test_cfg.rpn.nms.type": "nms",
         "test_cfg.rpn.nms.iou_threshold": 0.7,
+        "test_cfg.rcnn.nms.type": "nms",
         "test_cfg.rcnn.mask_thr_binary": 0.5,
     },
 }
@@ -202,6 +208,7 @@ def _of_detector(test: _Node) -> dict[str, Any]:
     }
     return {
         "proposals": proposals["max_per_img"].number(),
+        "candidates": proposals["nms_pre"].number(),
         "heads": {name: value for name, value in heads.items() if value is not None},
     }
 
@@ -332,10 +339,11 @@ def _composed_detector(head: Mapping[str, Any]) -> dict[str, Any]:
         "max_per_img": heads.get("detections", 100),
     }
     proposals = head.get("proposals", 1000)
+    candidates = head.get("candidates", proposals)
     return {
         "type": "CascadeRCNN",
         "roi_head": {"type": "CascadeRoIHead"},
-        "test_cfg": {"rpn": {"nms_pre": proposals, "max_per_img": proposals}, "rcnn": boxes},
+        "test_cfg": {"rpn": {"nms_pre": candidates, "max_per_img": proposals}, "rcnn": boxes},
     }
 
 

@@ -117,6 +117,8 @@ def change(kind: str, metadata: Mapping[str, Any], source: Source) -> dict[str, 
             _check_last(blocks, depth)
         else:
             head["out_indices"] = blocks
+    if "proposals" in found:
+        head.pop("candidates", None)
     if found.get("window", 0) is None:
         found["stride"] = None
     head |= {name: found.pop(name) for name in list(found) if name in _IN_HEAD}
@@ -208,15 +210,18 @@ def _detection(state: Mapping[str, Tensor], source: Source) -> Described:
     if side is None:
         side = assumed["eval_size"] = pad_to
     hidden = _rows(state, "heads.stages.0.box_head.5.bias")
+    proposals = source.find("proposals", told.get("proposals"), published.get("proposals")) or 1000
     head: dict[str, Any] = {
         "num_classes": classes,
         "source": "mixer",
         "channels": _rows(state, "pyramid.levels.0.1.weight"),
         "pad_to": pad_to,
-        "proposals": source.find("proposals", told.get("proposals"), published.get("proposals"))
-        or 1000,
+        "proposals": proposals,
         "heads": {"hidden_dim": hidden, **_HEADS, **told.get("heads", {})},
     }
+    candidates = told.get("candidates", proposals)
+    if "proposals" not in source.given and candidates != proposals:
+        head["candidates"] = candidates
     images = _images(source)
     if images["mean"] != list(IMAGENET_DEFAULT_MEAN) or images["std"] != list(IMAGENET_DEFAULT_STD):
         head |= {"image_mean": images["mean"], "image_std": images["std"]}

@@ -338,27 +338,6 @@ def test_maps_that_no_published_model_takes(tmp_path):
     assert not (tmp_path / "back.pth").exists()
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "named"),
-    [
-        ("segmentor.pth", "align_corners=False", "align_corners=True", "align_corners=True"),
-        ("segmentor.pth", "bgr_to_rgb=True", "bgr_to_rgb=False", "bgr_to_rgb=False"),
-        ("detector.pth", "0.067", "0.1", "bbox_head.2.bbox_coder.target_stds=[0.033, 0.033, 0.1"),
-        ("detector.pth", "min_bbox_size=0", "min_bbox_size=4", "min_bbox_size=4"),
-    ],
-)
-def test_a_configuration_that_is_not_computed_is_refused(file, old, new, named, tmp_path):
-    def other(all: dict) -> dict:
-        assert old in all["meta"]["cfg"]
-        return {**all, "meta": {**all["meta"], "cfg": all["meta"]["cfg"].replace(old, new)}}
-
-    path = rewritten(file, tmp_path / "other.pth", other)
-    with pytest.raises(UserError) as caught:
-        load_model(path=path)
-    assert named in str(caught.value)
-    convert(path, tmp_path / "backbone.safetensors", backbone=True)
-
-
 @pytest.mark.parametrize("file", ["segmentor.pth", "finetuned.ckpt"])
 def test_the_licence_goes_there_and_back(file, tmp_path):
     names = {"segmentor.pth": "FastVim_tiny_iter_160000.pth"}
@@ -367,23 +346,3 @@ def test_the_licence_goes_there_and_back(file, tmp_path):
     paths = [tmp_path / name for name in ("a.safetensors", "b.ckpt", "c.safetensors")]
     for source, target in zip([published, *paths[:2]], paths, strict=True):
         assert convert(source, target)["licence"] == "CC-BY-NC-SA-4.0"
-
-
-@pytest.mark.parametrize("converted", [False, True])
-def test_the_caller_says_what_a_head_takes(converted, tmp_path):
-    paths = {"segmentation": WHOLE / "segmentor.pth", "detection": WHOLE / "detector.pth"}
-    if converted:
-        for kind, path in paths.items():
-            paths[kind] = tmp_path / f"{kind}.safetensors"
-            convert(path, paths[kind])
-    options = {"window": 32, "stride": 16, "out_indices": [0, 2, 4, 6], "base_size": [90, 40]}
-    model, metadata = load_model(path=paths["segmentation"], **options)
-    assert metadata["base_size"] == options.pop("base_size")
-    assert options.items() <= metadata["segmentation"].items()
-    assert list(model.maps.out_indices) == [0, 2, 4, 6]
-    _, metadata = load_model(path=paths["detection"], pad_to=64, eval_size=96, proposals=7)
-    assert {"pad_to": 64, "proposals": 7}.items() <= metadata["detection"].items()
-    assert metadata["eval_size"] == 96
-    for kind, blocks in (("segmentation", [1]), ("segmentation", [0, 1, 2, 8]), ("detection", [0])):
-        with pytest.raises(UserError, match="out_indices"):
-            load_model(path=paths[kind], out_indices=blocks)

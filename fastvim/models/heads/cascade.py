@@ -70,6 +70,7 @@ class CascadeMaskRCNN(nn.Module):
         pad_to: images are padded to at least this height and width; 0: no more than necessary.
         image_mean, image_std: of each channel, for images with values in 0 to 1.
         proposals: regions that go from the proposal network to the first stage, per image.
+        candidates: of each level, of which those are chosen; None: as many. Twice in training.
         heads: sizes and thresholds of the heads.
 
     Raises:
@@ -88,6 +89,7 @@ class CascadeMaskRCNN(nn.Module):
         image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
         proposals: int = 1000,
         heads: HeadOptions | None = None,
+        candidates: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(backbone, FastVim):
@@ -110,7 +112,7 @@ class CascadeMaskRCNN(nn.Module):
         self.transform = PadImages(image_mean, image_std, 2 * stride, pad_to)
         self.backbone = backbone
         self.pyramid = SimpleFeaturePyramid(embed_dim, channels)
-        self.rpn = proposal_network(channels, stride // 4, proposals)
+        self.rpn = proposal_network(channels, stride // 4, proposals, candidates)
         self.heads = CascadeHeads(channels, num_classes + 1, heads, stride // 4)
 
     def forward(

@@ -61,7 +61,9 @@ class ProposalHead(RPNHead):
         return [full_precision(t) for t in logits], [full_precision(t) for t in offsets]
 
 
-def proposal_network(channels: int, stride: int, proposals: int) -> RegionProposalNetwork:
+def proposal_network(
+    channels: int, stride: int, proposals: int, candidates: int | None = None
+) -> RegionProposalNetwork:
     """Two convolutions over each level, and three anchors per cell.
 
     IoU thresholds and sampling are Faster R-CNN's.
@@ -69,9 +71,11 @@ def proposal_network(channels: int, stride: int, proposals: int) -> RegionPropos
     Args:
         channels: of the pyramid.
         stride: of its finest level, in pixels.
-        proposals: maximum per image. As many of each level, in training twice as many, go into
-            non-maximum suppression.
+        proposals: maximum per image.
+        candidates: of each level, that go into non-maximum suppression, in training twice as many;
+            None: as many as proposals.
     """
+    candidates = candidates or proposals
     network = RegionProposalNetwork(
         Anchors(stride),
         ProposalHead(channels, len(RATIOS), conv_depth=2),
@@ -79,7 +83,7 @@ def proposal_network(channels: int, stride: int, proposals: int) -> RegionPropos
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
         positive_fraction=0.5,
-        pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
+        pre_nms_top_n={"training": 2 * candidates, "testing": candidates},
         post_nms_top_n={"training": proposals, "testing": proposals},
         nms_thresh=0.7,
     )
