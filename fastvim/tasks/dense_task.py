@@ -38,16 +38,28 @@ class DenseTask(Task):
             `norm: layer`. None starts from random ones. Ignored when resuming.
         warmup_steps: length of the warm-up, in optimiser steps. A warm-up as long as the run is
             shortened to a tenth of the run.
-        no_decay: shell patterns of parameter names without weight decay; None for the position
-            embedding, the class token and A_log.
+        decay_vectors: see `Task`.
+        no_decay: shell patterns of parameter names without weight decay; None for the published
+            ones.
     """
 
     head: str  # "segmentation" or "detection", as files of weights call it
-    default_no_decay = ("*pos_embed", "*cls_token", "*A_log")
-    fixed_options: tuple[str, ...] = ("warmup_epochs", "weight_decay_end", "ema_decay")
+    fixed_options: tuple[str, ...] = (
+        *("warmup_epochs", "weight_decay_end", "ema_decay", "lr_by_epoch"),
+    )
 
-    def __init__(self, *args: Any, warmup_steps: int, **options: Any) -> None:
-        super().__init__(*args, warmup_epochs=0, weight_decay_end=None, ema_decay=None, **options)
+    def __init__(
+        self, *args: Any, warmup_steps: int, decay_vectors: bool = True, **options: Any
+    ) -> None:
+        super().__init__(
+            *args,
+            warmup_epochs=0,
+            weight_decay_end=None,
+            ema_decay=None,
+            lr_by_epoch=False,
+            decay_vectors=decay_vectors,
+            **options,
+        )
         self.warmup_steps = warmup_steps
 
     def configure_model(self) -> None:

@@ -42,7 +42,7 @@ class Pretraining(Task):
     monitor, monitor_mode = "val/loss", "min"
     fixed_options = (
         *("num_classes", "weight_decay_end"),
-        *("no_decay", "layer_decay", "blocks_per_decay"),
+        *("no_decay", "layer_decay", "blocks_per_decay", "lr_scales"),
     )
 
     def __init__(
@@ -54,6 +54,8 @@ class Pretraining(Task):
         lr: float = 1.5e-4,
         lr_batch: int = 256,
         warmup_epochs: float = 40,
+        decay_vectors: bool = True,
+        lr_by_epoch: bool = True,
         betas: tuple[float, float] = (0.9, 0.95),
         pictures_every_n_epochs: int | None = 10,
         **options: Any,
@@ -70,6 +72,9 @@ class Pretraining(Task):
             no_decay=None,
             layer_decay=None,
             blocks_per_decay=1,
+            lr_scales=None,
+            decay_vectors=decay_vectors,
+            lr_by_epoch=lr_by_epoch,
             betas=betas,
             **options,
         )

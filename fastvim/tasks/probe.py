@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
-from timm.optim import Lars
 from torch import Tensor, nn, optim
 
 from fastvim.errors import UserError
@@ -33,10 +32,9 @@ class LinearProbe(Classification):
             pre-trained with 75 % masked.
         checkpoint: file of the backbone's weights, without its head; None probes random weights.
             Ignored when resuming.
-        momentum: of LARS.
+        momentum: of SGD.
         weight_decay: of the head's weight; its bias has none.
-        trust_coefficient: of LARS, the length of a step relative to the weight's norm. The bias
-            is not adapted.
+        lr_by_epoch: see `Task`.
 
     Raises:
         UserError: as `Classification`; a model whose head is not one linear layer, or whose
@@ -46,6 +44,7 @@ class LinearProbe(Classification):
     norm: nn.BatchNorm1d
     fixed_options = (
         *("weight_decay_end", "no_decay", "layer_decay", "blocks_per_decay", "betas"),
+        *("decay_vectors", "lr_scales"),
         *("mixup", "cutmix", "switch_prob", "label_smoothing"),
         *("ema_decay", "grad_checkpointing", "capture", "sample_channels"),
     )
@@ -63,7 +62,7 @@ class LinearProbe(Classification):
         warmup_epochs: float = 10,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        trust_coefficient: float = 0.001,
+        lr_by_epoch: bool = True,
     ) -> None:
         super().__init__(
             model,
@@ -76,13 +75,13 @@ class LinearProbe(Classification):
             warmup_lr=warmup_lr,
             warmup_epochs=warmup_epochs,
             weight_decay=weight_decay,
+            lr_by_epoch=lr_by_epoch,
             mixup=0.0,
             cutmix=0.0,
             label_smoothing=0.0,
             ema_decay=None,
         )
         self.momentum = momentum
-        self.trust_coefficient = trust_coefficient
 
     def configure_model(self) -> None:
         """Build the network, freeze it, and give it a new head; Lightning calls it."""
@@ -125,18 +124,11 @@ class LinearProbe(Classification):
         return self.head(self.norm(features.float()))
 
     def make_optimizer(self) -> optim.Optimizer:
-        # Without weight decay, timm's LARS adapts only groups with `always_adapt`.
         groups = [
-            {"params": [self.head.weight], "always_adapt": True},
-            {"params": [self.head.bias], "always_adapt": False, "weight_decay": 0.0},
+            {"params": [self.head.weight], "weight_decay": self.weight_decay},
+            {"params": [self.head.bias], "weight_decay": 0.0},
         ]
-        return Lars(
-            groups,
-            lr=self.peak_lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            trust_coeff=self.trust_coefficient,
-        )
+        return optim.SGD(groups, lr=self.peak_lr, momentum=self.momentum)
 
     # Exports and checkpoints: the normalisation is folded into the head.
 

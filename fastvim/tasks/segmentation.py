@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
-from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from fastvim.errors import UserError
 from fastvim.labels import IGNORE_INDEX
@@ -20,7 +19,7 @@ from fastvim.models.heads.upernet import UPerNet
 from fastvim.models.vision import Source
 from fastvim.tasks.dense_task import DenseTask
 from fastvim.tasks.metrics import SegmentationMetrics
-from fastvim.tasks.optim import warmup_linear
+from fastvim.tasks.schedules import Curve, line_by_steps
 
 # Images (3, H, W) and classes (H, W) each: tensors in training, lists in evaluation.
 Batch = tuple[Iterable[Tensor], Iterable[Tensor]]
@@ -51,6 +50,7 @@ class Segmentation(DenseTask):
 
     monitor, monitor_mode = "val/miou", "max"
     head = "segmentation"
+    default_no_decay = ("*pos_embed", "*cls_token", "*norm*", "*A_log", "*.D")
     fixed_options = (*DenseTask.fixed_options, "layer_decay", "blocks_per_decay")
 
     def __init__(
@@ -68,7 +68,7 @@ class Segmentation(DenseTask):
         flip: bool = False,
         lr: float = 6e-5,
         lr_batch: int = 16,
-        warmup_lr: float = 1e-6,
+        warmup_lr: float = 6e-11,
         warmup_steps: int = 1500,
         weight_decay: float = 0.01,
         **options: Any,
@@ -137,10 +137,8 @@ class Segmentation(DenseTask):
         self.log_training(loss)
         return loss
 
-    def make_scheduler(
-        self, optimizer: optim.Optimizer, total_steps: int, warmup_steps: int
-    ) -> Scheduler:
-        return warmup_linear(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
+    def make_rate(self, total: float, warmup: float) -> Curve:
+        return line_by_steps(self.peak_lr, total, warmup, self.warmup_lr, self.min_lr)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         if self.data.batch_size * self.trainer.world_size == 1:

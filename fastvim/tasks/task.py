@@ -10,15 +10,22 @@ import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn, optim
 
 from fastvim.errors import UserError, first_few
 from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
 from fastvim.tasks.callbacks.ema import EMA
-from fastvim.tasks.optim import WeightDecayCosine, count_steps, parameter_groups, warmup_cosine
+from fastvim.tasks.optim import count_steps, parameter_groups
 from fastvim.tasks.protocols import TaskData
+from fastvim.tasks.schedules import (
+    Curve,
+    Schedule,
+    cosine_by_epochs,
+    cosine_by_steps,
+    epoch_of_step,
+    half_cosine,
+)
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
 from fastvim.weights.names import is_published
 from fastvim.weights.published import terms
@@ -58,8 +65,13 @@ class Task(L.LightningModule):
         weight_decay: of every parameter of two or more dimensions.
         weight_decay_end: where it ends, along half a cosine over the run; None keeps it.
         no_decay: shell patterns of further parameter names without weight decay.
+        decay_vectors: biases, norms and other vectors decay too.
         layer_decay: factor of the rate from one layer to the one below it; None for one rate.
         blocks_per_decay: how many consecutive blocks share one factor of `layer_decay`.
+        lr_scales: factors of the rate by shell pattern of parameter names.
+        lr_by_epoch: the rate follows the epoch with its fraction, and the warm-up ends at the peak
+            of the next step. False: it follows the optimiser steps, and the warm-up's last step
+            has the peak.
         betas: of AdamW.
         ema_decay: decay of the averaged weights, which are validated and exported; None trains
             without them.
@@ -99,8 +111,11 @@ class Task(L.LightningModule):
         weight_decay: float = 0.05,
         weight_decay_end: float | None = None,
         no_decay: list[str] | None = None,
+        decay_vectors: bool = False,
         layer_decay: float | None = None,
         blocks_per_decay: int = 1,
+        lr_scales: dict[str, float] | None = None,
+        lr_by_epoch: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         ema_decay: float | None = None,
         grad_checkpointing: bool = False,
@@ -115,13 +130,14 @@ class Task(L.LightningModule):
         self.warmup_lr, self.warmup_epochs = warmup_lr, warmup_epochs
         self.weight_decay, self.weight_decay_end = weight_decay, weight_decay_end
         self.no_decay = list(self.default_no_decay) if no_decay is None else no_decay
+        self.decay_vectors = decay_vectors
         self.layer_decay, self.blocks_per_decay = layer_decay, blocks_per_decay
+        self.lr_scales, self.lr_by_epoch = lr_scales, lr_by_epoch
         self.betas, self.ema_decay = betas, ema_decay
         self.grad_checkpointing, self.capture = grad_checkpointing, capture
         self.resuming = False
         self.origin: dict[str, str] = {}
         self.model: nn.Module | None = None
-        self._weight_decay: WeightDecayCosine | None = None
         self._captured: Callable[[Tensor], Any] | None = None
 
     # The network and its weights.
@@ -206,9 +222,15 @@ class Task(L.LightningModule):
     # The schedule.
 
     def make_optimizer(self) -> optim.Optimizer:
-        """The optimiser of the trainable parameters, at the peak rate."""
+        """The optimiser of the trainable parameters."""
         groups = parameter_groups(
-            self.model, self.weight_decay, self.layer_decay, self.blocks_per_decay, self.no_decay
+            self.model,
+            self.weight_decay,
+            self.layer_decay,
+            self.blocks_per_decay,
+            self.no_decay,
+            self.decay_vectors,
+            self.lr_scales,
         )
         return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
 
@@ -225,23 +247,26 @@ class Task(L.LightningModule):
         steps = round(self.warmup_epochs * steps_per_epoch)
         return steps, f"warmup_epochs is {self.warmup_epochs:g} ({steps} steps)"
 
-    def make_scheduler(
-        self, optimizer: optim.Optimizer, total_steps: int, warmup_steps: int
-    ) -> Scheduler:
-        """The learning rate over the steps of the run."""
-        return warmup_cosine(optimizer, total_steps, warmup_steps, self.warmup_lr, self.min_lr)
+    def make_rate(self, total: float, warmup: float) -> Curve:
+        """The learning rate over the run, in optimiser steps or, with `lr_by_epoch`, in epochs."""
+        curve = cosine_by_epochs if self.lr_by_epoch else cosine_by_steps
+        return curve(self.peak_lr, total, warmup, self.warmup_lr, self.min_lr)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        steps_per_epoch, total_steps = count_steps(self.trainer, self.data)
-        warmup_steps = 0
+        batches, steps_per_epoch, total = count_steps(self.trainer, self.data)
+        warmup = 0
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._check_averaging(total_steps)
-            warmup_steps = self._fit_warmup(steps_per_epoch, total_steps)
-        optimizer = self.make_optimizer()
-        scheduler = self.make_scheduler(optimizer, total_steps, warmup_steps)
+            self._check_averaging(total)
+            warmup = self._fit_warmup(steps_per_epoch, total)
+        position: Callable[[int], float] = float
+        if self.lr_by_epoch:
+            position = epoch_of_step(steps_per_epoch, batches, self.trainer.accumulate_grad_batches)
+        optimizer, length = self.make_optimizer(), position(total)
+        decay = None
         if self.weight_decay_end is not None:
-            end = self.weight_decay_end
-            self._weight_decay = WeightDecayCosine(optimizer, end, total_steps)
+            decay = half_cosine(self.weight_decay, self.weight_decay_end, length)
+        rate = self.make_rate(length, position(warmup))
+        scheduler = Schedule(optimizer, rate, decay, position)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -276,9 +301,7 @@ class Task(L.LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         # Optimiser steps done so far: a resumed run continues the curve from the loop's counter.
-        scheduler.step_update(num_updates=self.trainer.global_step)
-        if self._weight_decay is not None:
-            self._weight_decay.step_update(self.trainer.global_step)
+        scheduler.step_update(self.trainer.global_step)
 
     def call_model(self, images: Tensor) -> Any:
         """Call the model; in a fit with `capture`, through a `GraphedModel`."""

@@ -7,7 +7,8 @@ import timm
 import torch
 
 import fastvim  # noqa: F401  registers the models
-from fastvim.tasks.optim import parameter_groups, warmup_cosine
+from fastvim.tasks.optim import parameter_groups
+from fastvim.tasks.schedules import Schedule, cosine_by_epochs
 
 DEPTH = 6
 
@@ -57,7 +58,7 @@ def test_frozen_parameters_are_left_out(model):
 def test_layers_learn_at_their_own_rates_all_along_the_schedule(model):
     groups = parameter_groups(model, 0.05, layer_decay=0.5)
     optimizer = torch.optim.AdamW(groups, lr=1.0)
-    scheduler = warmup_cosine(optimizer, 100, 10, warmup_lr=0.0, min_lr=0.0)
+    scheduler = Schedule(optimizer, cosine_by_epochs(1.0, 100, 10, start=0.0, end=0.0))
     for step, rate in ((5, 0.5), (10, 1.0), (55, 0.5), (100, 0.0)):
         scheduler.step_update(step)
         rates = setting(model, optimizer.param_groups, "lr")
@@ -89,18 +90,3 @@ def test_pairs_of_blocks_share_a_rate_as_published(name, depth):
     assert set(scale) == {parameter for parameter, _ in model.named_parameters()}
     assert decay["pos_embed"] == 0
     assert decay["patch_embed.proj.weight"] == 0.05
-
-
-def test_warm_up_is_linear_and_the_cosine_starts_after_it():
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    scheduler = warmup_cosine(optimizer, 1000, 100, warmup_lr=1e-6, min_lr=1e-5)
-
-    def rate(step: int) -> float:
-        scheduler.step_update(step)
-        return optimizer.param_groups[0]["lr"]
-
-    assert rate(0) == pytest.approx(1e-6)
-    assert rate(50) == pytest.approx((1e-6 + 1e-3) / 2)
-    assert rate(100) == pytest.approx(1e-3)
-    assert rate(550) == pytest.approx((1e-3 + 1e-5) / 2)
-    assert rate(1000) == pytest.approx(1e-5)

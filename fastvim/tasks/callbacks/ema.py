@@ -14,12 +14,13 @@ from fastvim.errors import UserError
 
 
 class EMA(WeightAveraging):
-    """Averages the weights after every step, with one decay from the first step on.
+    """Averages the weights before every optimiser step, with one decay from the first step on.
 
     Lightning's callback validates the averages and stores them as a checkpoint's `state_dict`,
-    beside the trained weights in `current_model_state`. Three things differ from its
+    beside the trained weights in `current_model_state`. Four things differ from its
     `EMAWeightAveraging`, for the published recipe or for exact resume. The average starts from the
-    initial weights, not from those after the first step. All tensors are updated in a few fused
+    initial weights, not from those after the first step. It lags a step: what it takes in are the
+    weights that the step is about to change. All tensors are updated in a few fused
     calls that do not synchronise with the GPU. The module takes over the averages at the end of
     `fit`, not at the end of training, where a late checkpoint would store them as the trained
     weights.
@@ -47,6 +48,15 @@ class EMA(WeightAveraging):
         # One average is counted, the initial weights. On the CPU, reading the count at every step
         # costs nothing.
         self._average_model.n_averaged = torch.tensor(1)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        assert self._average_model is not None
+        self._average_model.update_parameters(pl_module)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: see the class."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing yet: see the class."""
