@@ -1,26 +1,23 @@
-"""Every recipe parses, builds its model and groups its parameters."""
+"""Every recipe parses and builds its model, which is the one that was published."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastvim.models import create_model
-from fastvim.tasks import LinearProbe
 from fastvim.tasks.dense_task import load_backbone
-from fastvim.tasks.optim import parameter_groups
 from fastvim.weights import Checkpoint, checkpoint_filter_fn
 from fastvim.weights.table import ENTRIES
 from fastvim_cli.train import TrainingCLI
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(f for d in ("recipes", "examples") for f in (ROOT / d).rglob("*.yaml"))
-IMAGENET = [file for file in RECIPES if file.parent.name == "imagenet"]
-PRETRAINING = [file for file in RECIPES if file.stem.startswith("pretrain_")]
 SEGMENTATION = [file for file in RECIPES if file.parent.name == "ade20k"]
 DETECTION = [file for file in RECIPES if file.parent.name == "coco"]
 CELLS = [file for file in RECIPES if file.parent.name == "jumpcp"]
@@ -76,15 +73,6 @@ def test_recipe_builds(recipe):
     task.checkpoint = None  # another recipe writes it
     with torch.device("meta"):
         task.configure_model()
-    decaying, exempt = sorted(
-        parameter_groups(task.model, task.weight_decay),
-        key=lambda group: (-group["weight_decay"], -group["params"][0].ndim),
-    )
-    special = {"jumpcp": 0.04, "ade20k": 0.01}.get(recipe.parent.name, 0.05)
-    assert decaying["weight_decay"] == (0 if isinstance(task, LinearProbe) else special)
-    assert exempt["weight_decay"] == 0
-    count = sum(parameter.requires_grad for parameter in task.model.parameters())
-    assert len(decaying["params"]) + len(exempt["params"]) == count
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
@@ -128,67 +116,12 @@ def test_recipe_names_the_pretraining_that_it_starts_from(name):
     assert ENTRIES[published].backbone == f"mae_{build(recipe).model.model_name}"
 
 
-@pytest.mark.parametrize("recipe", IMAGENET, ids=lambda file: file.stem)
-def test_imagenet_recipes_are_the_published_one(recipe):
-    cli = build(recipe)
-    task, data = cli.model, cli.datamodule
-    assert data.batch_size * 8 == 1024
-    assert task.lr * 1024 / task.lr_batch == pytest.approx(2e-3)
-    assert task.model_args["drop_path_rate"] == (0.4 if "base" in recipe.stem else 0.05)
-    assert task.ema_decay == 0.9999
-    assert cli.trainer.max_epochs == 300
-    assert cli.config.trainer.precision == "bf16-mixed"
-
-
-def global_batch(cli: TrainingCLI) -> int:
-    """On eight GPUs."""
-    return cli.datamodule.batch_size * 8 * cli.trainer.accumulate_grad_batches
-
-
-@pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda file: file.stem)
-def test_pretraining_recipes_are_the_published_one(recipe):
-    cli = build(recipe)
-    task, trainer = cli.model, cli.trainer
-    assert global_batch(cli) == 4096
-    assert (task.lr, task.lr_batch, task.min_lr) == (1.5e-4, 256, 0)
-    assert (task.warmup_epochs, trainer.max_epochs) == (40, 1600)
-    assert (task.betas, task.ema_decay) == ((0.9, 0.95), None)
-    assert task.model_args["mask_ratio"] == 0.75
-    assert task.model_args["norm_pix_loss"]
-    assert cli.config.data.init_args.scale == (0.2, 1.0)
-    assert not cli.config.data.init_args.auto_augment
-    assert trainer.gradient_clip_val is None
-
-
 @pytest.mark.parametrize("recipe", FINETUNING, ids=lambda file: file.stem)
-def test_finetuning_recipes_are_the_published_one(recipe):
-    cli = build(recipe)
-    task, trainer = cli.model, cli.trainer
-    base = "base" in recipe.stem
-    assert global_batch(cli) == 1024
-    assert (task.lr, task.lr_batch, task.min_lr) == (5e-4 if base else 1e-3, 256, 1e-5)
-    assert (task.warmup_epochs, trainer.max_epochs) == (5, 100 if base else 50)
-    assert (task.layer_decay, task.blocks_per_decay) == (0.65 if base else 0.75, 2)
-    assert task.no_decay == ["pos_embed"]
-    assert task.model_args["drop_path_rate"] == 0.3
-    assert task.model_args.get("pool_scale", 1) == (1 if "_vim_" in recipe.stem else 0.25)
-    assert trainer.gradient_clip_val == (3.0 if "448" in recipe.stem else None)
-    assert task.ema_decay is None
-    # It starts from what the pre-training recipe of that size writes.
+def test_finetuning_starts_from_what_the_pretraining_of_that_size_writes(recipe):
     source = recipe.stem.replace("finetune", "pretrain").removesuffix("_448")
-    assert task.checkpoint == f"runs/mae/{source}/model.safetensors"
+    assert build(recipe).model.checkpoint == f"runs/mae/{source}/model.safetensors"
     pretraining = build(recipe.with_stem(source))
     assert pretraining.config.trainer.default_root_dir == f"runs/mae/{source}"
-
-
-def test_probing_recipe_is_the_published_one():
-    cli = build(ROOT / "recipes" / "mae" / "probe_fastvim_base.yaml")
-    task = cli.model
-    assert global_batch(cli) == 4096
-    assert (task.lr, task.lr_batch, task.min_lr) == (0.1, 256, 0)
-    assert (task.warmup_epochs, cli.trainer.max_epochs) == (10, 90)
-    assert (task.momentum, task.weight_decay, task.trust_coefficient) == (0.9, 0, 0.001)
-    assert task.model_args["pool_scale"] == 0.25
 
 
 def test_the_recipes_of_the_digits_fit_together():
@@ -217,68 +150,42 @@ def test_the_recipes_of_the_digits_fit_together():
 
 
 @pytest.mark.parametrize("recipe", CELLS, ids=lambda file: file.stem)
-def test_cell_recipes_are_the_published_one(recipe):
-    cli = build(recipe)
-    task, data = cli.model, cli.datamodule
-    assert global_batch(cli) == 256
-    assert (task.lr, task.lr_batch, task.min_lr) == (1e-3, 256, 1e-6)
-    assert (task.warmup_epochs, cli.trainer.max_epochs) == (10, 100)
-    assert (task.weight_decay, task.weight_decay_end) == (0.04, 0.4)
+def test_cell_recipes_are_of_the_model_that_they_are_named_after(recipe):
+    task = build(recipe).model
     assert task.sample_channels
-    assert (task.mixup_alpha, task.cutmix_alpha, task.label_smoothing) == (0, 0, 0)
-    assert task.ema_decay is None
     pooling = {"pooling": "max"} if recipe.stem.endswith("max") else {}
     assert task.model_args == {"drop_path_rate": 0.05, **pooling}
     assert task.model_name == f"{recipe.stem.removesuffix('_max')}_224"
-    assert (data.in_chans, data.label) == (8, "target")
-    assert data.mean[0] == 4.0317
-    assert data.std[-1] == 21.6395
 
 
-@pytest.mark.parametrize("recipe", SEGMENTATION, ids=lambda file: file.stem)
-def test_segmentation_recipes_are_the_published_one(recipe):
-    cli = build(recipe)
-    task, data, trainer = cli.model, cli.config.data.init_args, cli.trainer
-    assert global_batch(cli) == 16
-    assert (task.lr, task.lr_batch, task.min_lr, task.warmup_lr) == (6e-5, 16, 0, 1e-6)
-    assert (task.warmup_steps, trainer.max_steps) == (1500, 160_000)
-    assert (trainer.check_val_every_n_epoch, trainer.val_check_interval) == (None, 16_000)
-    assert cli.config.trainer.sync_batchnorm
-    assert task.model_args == {"img_size": 512, "norm": "layer", "drop_path_rate": 0.4}
-    assert task.out_indices == (5, 11, 17, 23)
-    assert (task.source, task.aux_weight, task.drop_rate) == ("mixer", 0.4, 0.1)
-    assert (task.channels, task.aux_channels) == (512, 256)
-    assert (task.window, task.stride) == (512, 341)
-    assert (data.num_classes, data.reduce_zero_label, data.max_share) == (150, True, 0.75)
-    assert (data.img_size, data.base_size, data.ratio) == (512, (2048, 512), (0.5, 2.0))
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=lambda entry: entry.name)
+def test_recipes_build_what_was_published(entry):
+    """The options of the published weights, and the sizes of their heads."""
+    if not entry.recipe:
+        pytest.skip("the original Vim's recipes are not here")
+    cli = build(ROOT / "recipes" / f"{entry.recipe}.yaml")
+    task = cli.model
+    assert task.model_name == entry.backbone
+    trained = {"drop_path_rate", "img_size", "mask_ratio", "norm_pix_loss"}
+    trained |= {"decoder_embed_dim", "decoder_depth"}  # as the name implies
+    options = {name: task.model_args[name] for name in task.model_args.keys() - trained}
+    assert options == {n: v for n, v in entry.model_args.items() if n not in trained}
+    for head, sizes in entry.head.items():
+        task.num_classes = sizes["num_classes"]
+        with torch.device("meta"):
+            task._trainer = cli.trainer
+            cli.trainer.datamodule = SimpleNamespace(class_names=[], category_ids=[])
+            task.configure_model()
+        found = task.exported_metadata()[head]
+        assert {name: found[name] for name in sizes} == {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in sizes.items()
+        }
 
 
-def test_there_are_segmentation_recipes():
-    assert {f.stem for f in SEGMENTATION} == {"fastvim_tiny", "fastvim_small", "fastvim_base"}
-
-
-@pytest.mark.parametrize("recipe", DETECTION, ids=lambda file: file.stem)
-def test_detection_recipes_are_the_published_one(recipe):
-    cli = build(recipe)
-    task, data, trainer = cli.model, cli.config.data.init_args, cli.trainer
-    assert global_batch(cli) == 64
-    assert (task.lr, task.lr_batch, task.betas) == (1e-4, 64, (0.9, 0.999))
-    assert (task.warmup_lr, task.warmup_steps) == (1e-7, 250)
-    assert (task.weight_decay, task.layer_decay, task.blocks_per_decay) == (0.05, 0.7, 1)
-    assert trainer.max_steps == 184_375
-    assert [round(drop * trainer.max_steps) for drop in task.drops] == [163_889, 177_546]
-    assert trainer.gradient_clip_val == 35
-    assert task.model_args == {"img_size": 1024, "norm": "layer", "drop_path_rate": 0.4}
-    assert (data.img_size, data.scale, data.hflip) == (1024, (0.1, 2.0), 0.5)
-    assert task.source == "mixer"
-    task.num_classes = 80
-    with torch.device("meta"):
-        task.configure_model()
-    model = task.model
-    assert (model.transform.least, model.heads.stages[0].detections_per_img) == (1024, 100)
-    assert model.backbone.out_indices == [23]
-
-
-def test_there_are_detection_recipes():
-    names = {"fastvim_tiny", "fastvim_small", "fastvim_base", "vim_small"}
-    assert {file.stem for file in DETECTION} == names
+def test_dense_recipes_validate_ten_times():
+    for recipe in (*SEGMENTATION, *DETECTION):
+        trainer = build(recipe).trainer
+        assert trainer.check_val_every_n_epoch is None
+        assert trainer.val_check_interval == trainer.max_steps // 10
+    assert all(build(recipe).config.trainer.sync_batchnorm for recipe in SEGMENTATION)
