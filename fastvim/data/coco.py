@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fastvim.data.dense_data import MISSING_IMAGE
 from fastvim.data.issues import Issues
 from fastvim.errors import UserError
 
-ZERO_SIZE = "box of zero size"
+LEAST_SIDE = 32  # pixels of an image to train on
 DAMAGED_MASK = "damaged mask"
 _LISTS = ("images", "annotations", "categories")
 
@@ -72,12 +72,14 @@ class Instances:
     facts: dict[str, int] = field(default_factory=dict)
 
 
-def read_instances(file: Path, folder: Path) -> Instances:
+def read_instances(file: Path, folder: Path, whole: bool = True) -> Instances:
     """Read and check a file of instances; mistakes in it are counted, not raised.
 
     Args:
         file: in COCO's format (JSON).
         folder: of the images.
+        whole: False leaves out the images that the published training leaves out: those without an
+            annotation, and those with a side under 32 pixels.
 
     Raises:
         UserError: no such file or folder, or a file that is not in COCO's format.
@@ -124,8 +126,8 @@ def read_instances(file: Path, folder: Path) -> Instances:
         except ValueError as error:
             errors.add(DAMAGED_MASK, f"{where}: {error}")
             continue
-        if min(kept["bbox"][2:]) <= 0:
-            dropped.add(ZERO_SIZE, f"{where}, {kept['bbox']}")
+        if reason := _unlearned(kept, image["width"], image["height"]):
+            dropped.add(reason, f"{where}, {kept['bbox']}")
         annotations[image["id"]].append(kept)
     facts = {
         "images": len(images),
@@ -134,8 +136,42 @@ def read_instances(file: Path, folder: Path) -> Instances:
         "crowds": sum(a["iscrowd"] for some in annotations.values() for a in some),
         "images without objects": len(images) - len(annotations),
     }
+    if not whole:
+        images = _trained(images, annotations, dropped)
     records = Records([{**image, "annotations": annotations[i]} for i, image in images.items()])
     return Instances(file, records, ids, names, errors, dropped, facts)
+
+
+def is_learned(annotation: dict[str, Any], width: int, height: int) -> bool:
+    """Whether training learns an annotation of an image of this width and height."""
+    return not annotation["iscrowd"] and not _unlearned(annotation, width, height)
+
+
+def _unlearned(annotation: dict[str, Any], width: int, height: int) -> str:
+    """Why training leaves out an annotation, crowds aside; "" if it does not."""
+    x, y, across, down = annotation["bbox"]
+    if annotation.get("ignore"):
+        return "annotation marked to be ignored"
+    if min(across, down) < 1:
+        return "box of zero size" if min(across, down) <= 0 else "box under a pixel"
+    if min(x + across, width) <= max(x, 0) or min(y + down, height) <= max(y, 0):
+        return "box outside the image"
+    return "" if annotation["area"] > 0 else "mask without area"
+
+
+def _trained(
+    images: dict[Any, dict[str, Any]], annotations: Mapping[Any, Any], dropped: Issues
+) -> dict[Any, dict[str, Any]]:
+    """The images to train on; the others are added to `dropped`."""
+    kept = {}
+    for number, image in images.items():
+        if number not in annotations:
+            dropped.add("image without objects", image["file_name"])
+        elif min(image["width"], image["height"]) < LEAST_SIDE:
+            dropped.add(f"image with a side under {LEAST_SIDE} pixels", image["file_name"])
+        else:
+            kept[number] = image
+    return kept
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -203,7 +239,7 @@ def _kept(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
     area = annotation.get("area")
     if area is None:
         area = float(mask_api.area(encoded(kept, image["height"], image["width"])))
-    return {**kept, "area": area}
+    return {**kept, "area": area} | ({"ignore": 1} if annotation.get("ignore") else {})
 
 
 def encoded(annotation: dict[str, Any], height: int, width: int) -> dict[str, Any]:

@@ -15,21 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.ops import masks_to_boxes
 
 from fastvim.data.base import DenseDataModule
-from fastvim.data.coco import DAMAGED_MASK, Instances, masks_of, read_instances
+from fastvim.data.coco import DAMAGED_MASK, Instances, is_learned, masks_of, read_instances
 from fastvim.data.dense_data import (
-    chance,
     integer,
     open_image,
     prepare_objects,
-    to_tensor,
-    uniform,
 )
 from fastvim.data.files import UnreadableImageError
 from fastvim.data.issues import SplitReport
-from fastvim.data.resizing import fit
+from fastvim.data.jitter import LargeScaleJitter
 from fastvim.errors import UserError, first_few
 
 _logger = logging.getLogger(__name__)
@@ -37,51 +33,14 @@ _logger = logging.getLogger(__name__)
 Sample = tuple[Tensor, dict[str, Any]]  # float32 image (3, H, W) in 0..1, and what is in it
 
 
-class LargeScaleJitter:
-    """Random resizing, crop and flip, of an image and its masks alike (arXiv 2012.07177).
-
-    The image is resized to fit in a square of `img_size` times a random factor, then cropped to at
-    most `img_size` at a random place. Nothing is padded: the model pads its batches.
-
-    Args:
-        img_size: side of the square.
-        scale: range of the factor.
-        hflip: probability of a horizontal flip.
-    """
-
-    def __init__(self, img_size: int, scale: tuple[float, float], hflip: float) -> None:
-        self.img_size, self.scale, self.hflip = img_size, scale, hflip
-
-    def __call__(self, image: Image.Image, masks: np.ndarray) -> tuple[Tensor, Tensor]:
-        """An RGB image and uint8 masks (H, W, n) to float32 (3, h, w) and uint8 (n, h, w)."""
-        bound = self.img_size * uniform(*self.scale)
-        whole = fit(image.size, (bound, bound))
-        width, height = (min(side, self.img_size) for side in whole)
-        left, top = integer(whole[0] - width), integer(whole[1] - height)
-        # Only what the crop shows is resized.
-        across, down = image.width / whole[0], image.height / whole[1]
-        right = min((left + width) * across, image.width)
-        bottom = min((top + height) * down, image.height)
-        part = left * across, top * down, right, bottom
-        pixels = to_tensor(image.resize((width, height), Image.Resampling.BILINEAR, part))
-        columns = ((np.arange(left, left + width) + 0.5) * across).astype(np.int64)
-        rows = ((np.arange(top, top + height) + 0.5) * down).astype(np.int64)
-        shown = torch.from_numpy(
-            np.ascontiguousarray(masks.transpose(2, 0, 1)[:, rows][..., columns])
-        )
-        if chance(self.hflip):
-            pixels, shown = pixels.flip(-1), shown.flip(-1)
-        return pixels, shown
-
-
 class DetectionFiles(Dataset[Sample]):
     """The images of a split and the objects in them.
 
     In training the objects are {"boxes", "labels", "masks"}: float32 (n, 4) as x1, y1, x2, y2 in
     pixels, the boxes of what the masks show, int64 (n,) from 1 on, and uint8 (n, H, W). Crowds,
-    boxes of zero size and what the crop has cut off are left out. In evaluation they are
-    {"image_id", "size", "annotations"}, as the file has them, crowds included; `size` is the height
-    and width of the image as stored, to which the annotations refer.
+    what `is_learned` leaves out and what the crop has cut off are not among them. In evaluation
+    they are {"image_id", "size", "annotations"}, as the file has them, crowds included; `size` is
+    the height and width of the image as stored, to which the annotations refer.
 
     Args:
         instances: of the split.
@@ -123,11 +82,7 @@ class DetectionFiles(Dataset[Sample]):
         """An RGB image, the objects that training learns, and their masks, uint8 (H, W, n)."""
         record = self.records[index]
         image = read_image(self.folder, record)
-        objects = [
-            annotation
-            for annotation in record["annotations"]
-            if not annotation["iscrowd"] and min(annotation["bbox"][2:]) > 0
-        ]
+        objects = [a for a in record["annotations"] if is_learned(a, image.width, image.height)]
         try:
             return image, objects, masks_of(objects, image.height, image.width)
         except ValueError as error:
@@ -135,17 +90,19 @@ class DetectionFiles(Dataset[Sample]):
             raise UnreadableImageError(f"{path}: {DAMAGED_MASK} ({error})", DAMAGED_MASK) from error
 
     def _training_sample(self, index: int, jitter: LargeScaleJitter) -> Sample:
-        image, objects, stored = self.read(index)
-        pixels, masks = jitter(image, stored)
-        shown = (masks > 0).flatten(1).any(dim=1)
+        changed = None
+        while changed is None:
+            image, objects, masks = self.read(index)
+            boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            changed = jitter.apply(jitter.draw(image.size), image, boxes, masks)
+            index = integer(len(self) - 1)  # as published, another image takes its place
+        pixels, boxes, shown, kept = changed
         labels = [self._labels[annotation["category_id"]] for annotation in objects]
-        masks = masks[shown]
-        boxes = masks_to_boxes(masks)
-        boxes[:, 2:] += 1  # from the last pixels to their outer edges
         return pixels, {
             "boxes": boxes,
-            "labels": torch.tensor(labels, dtype=torch.int64)[shown],
-            "masks": masks,
+            "labels": torch.tensor(labels, dtype=torch.int64)[kept],
+            "masks": shown,
         }
 
 
@@ -156,9 +113,9 @@ class DetectionData(DenseDataModule):
     polygons or run lengths. Labels 1 to K stand for its categories in the order of their ids.
 
     A batch is a pair of lists: of images, float32 (3, H, W) with values in 0 to 1, not normalised
-    and of sizes of their own, and of what is in them (`DetectionFiles`). Images without objects
-    are used too. Training resumes with the batches that it would have seen
-    (`fastvim.data.sampler`). The defaults are the published COCO recipe.
+    and of sizes of their own, and of what is in them (`DetectionFiles`). Training resumes with the
+    batches that it would have seen (`fastvim.data.sampler`). The defaults are the published COCO
+    recipe, but for `antialias`.
 
     Args:
         root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
@@ -174,6 +131,8 @@ class DetectionData(DenseDataModule):
         eval_size: longer side of an image in evaluation; None for `img_size`.
         scale: range of the random factor of large-scale jitter; at 1 an image fits `img_size`.
         hflip: probability of a horizontal flip in training.
+        train_all: train on images without an annotation too, and on those with a side under 32
+            pixels.
         categories: names of the categories by their ids, in the order of a model's labels: a file
             may have some of them. None takes the file's.
         kwargs: further arguments of `DenseDataModule`.
@@ -200,6 +159,7 @@ class DetectionData(DenseDataModule):
         eval_size: int | None = None,
         scale: tuple[float, float] = (0.1, 2.0),
         hflip: float = 0.5,
+        train_all: bool = False,
         categories: dict[int, str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -214,7 +174,8 @@ class DetectionData(DenseDataModule):
         validation = val_folder, val_file
         test = (test_folder, test_file) if test_folder and test_file else validation
         self._splits = {"train": (train_folder, train_file), "val": validation, "test": test}
-        self._jitter = LargeScaleJitter(img_size, scale, hflip)
+        self._jitter = LargeScaleJitter(img_size, scale, hflip, self.antialias)
+        self._train_all = train_all
         self._categories = categories
         self._category_ids: list[int] = []
 
@@ -248,7 +209,8 @@ class DetectionData(DenseDataModule):
         return SplitReport(self._splits[role][0], files, known.errors, known.dropped, known.facts)
 
     def _read(self, role: str) -> Instances:
-        return read_instances(self.path(self._splits[role][1]), self._folder(role))
+        whole = role != "train" or self._train_all
+        return read_instances(self.path(self._splits[role][1]), self._folder(role), whole)
 
     def _files(self, role: str, instances: Instances) -> DetectionFiles:
         jitter = self._jitter if role == "train" else None

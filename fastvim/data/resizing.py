@@ -10,6 +10,8 @@ import math
 import numpy as np
 from PIL import Image
 
+Window = tuple[int, int, int, int]  # left, top, right and bottom in the resized image
+
 _ONE = 2048  # a weight of 1: OpenCV's have 11 bits
 _BAND = 16  # rows at a time, so that sums stay in the cache
 
@@ -20,45 +22,83 @@ def fit(size: tuple[int, int], bounds: tuple[float, float]) -> tuple[int, int]:
     return max(1, math.floor(size[0] * factor + 0.5)), max(1, math.floor(size[1] * factor + 0.5))
 
 
-def resize(image: Image.Image, size: tuple[int, int], antialias: bool = True) -> Image.Image:
+def resize(
+    image: Image.Image, size: tuple[int, int], antialias: bool = True, window: Window | None = None
+) -> Image.Image:
     """An image at another size (width, height), by bilinear interpolation.
 
     Args:
         image: 8 bits per channel.
-        size: of the result.
+        size: of the whole result.
         antialias: average over all pixels that a smaller image covers, as Pillow does; False takes
             the nearest four alone, as OpenCV does.
+        window: the part of the result to compute; None for all of it.
     """
-    if antialias:
+    if not antialias:
+        return Image.fromarray(linear(np.asarray(image), size, window))
+    if window is None:
         return image.resize(size, Image.Resampling.BILINEAR)
-    return Image.fromarray(linear(np.asarray(image), size))
+    across, down = image.width / size[0], image.height / size[1]
+    left, top, right, bottom = window
+    box = left * across, top * down, right * across, bottom * down
+    box = *box[:2], min(box[2], image.width), min(box[3], image.height)
+    return image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box)
 
 
-def linear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def nearest(
+    pixels: np.ndarray, size: tuple[int, int], centred: bool = True, window: Window | None = None
+) -> np.ndarray:
+    """Labels or masks at another size: each pixel takes one of the stored ones.
+
+    Args:
+        pixels: (H, W, ...).
+        size: width and height of the whole result.
+        centred: the one under the middle of the new pixel, as Pillow does; False takes the one
+            under its corner, as OpenCV does.
+        window: the part of the result to compute; None for all of it.
+    """
+    left, top, right, bottom = window or (0, 0, *size)
+    half = 0.5 if centred else 0.0
+    rows, columns = (
+        # OpenCV's way to the ratio, which decides at the edge between two pixels.
+        ((np.arange(start, end) + half) * (1 / (wanted / stored)))
+        .astype(np.int64)
+        .clip(0, stored - 1)
+        for start, end, stored, wanted in (
+            (top, bottom, pixels.shape[0], size[1]),
+            (left, right, pixels.shape[1], size[0]),
+        )
+    )
+    return pixels[rows][:, columns]
+
+
+def linear(pixels: np.ndarray, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
     """Bilinear interpolation between four pixels, bit for bit OpenCV's `INTER_LINEAR` of 8 bits.
 
     Args:
         pixels: uint8 (H, W) or (H, W, C).
-        size: width and height of the result.
+        size: width and height of the whole result.
+        window: the part of the result to compute; None for all of it.
 
     Returns:
-        uint8 (height, width) or (height, width, C).
+        uint8 (height, width) or (height, width, C) of the window.
     """
     height, width = pixels.shape[:2]
+    start_x, start_y, end_x, end_y = window or (0, 0, *size)
     if size == (width, height):
-        return pixels
-    left, share = _positions(width, size[0])
+        return pixels[start_y:end_y, start_x:end_x]
+    left, share = _positions(width, size[0], start_x, end_x)
     share[(left < 0) | (left >= width - 1)] = 0
     left = left.clip(0, width - 1)
-    top, share_below = _positions(height, size[1])
+    top, share_below = _positions(height, size[1], start_y, end_y)
     above, below = top.clip(0, height - 1), (top + 1).clip(0, height - 1)
 
     right = (left + 1).clip(0, width - 1)
     channels = (1,) * (pixels.ndim - 2)
     across = [weight.reshape(-1, *channels) for weight in _weights(share)]
     down = [weight.reshape(-1, 1, *channels) for weight in _weights(share_below)]
-    result = np.empty((size[1], size[0], *pixels.shape[2:]), dtype=np.uint8)
-    for start in range(0, size[1], _BAND):
+    result = np.empty((len(top), len(left), *pixels.shape[2:]), dtype=np.uint8)
+    for start in range(0, len(top), _BAND):
         band = slice(start, start + _BAND)
         rows, places = np.unique(np.concatenate([above[band], below[band]]), return_inverse=True)
         used = pixels[rows]
@@ -72,9 +112,9 @@ def linear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return result
 
 
-def _positions(stored: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of the wanted pixels: the pixel before its middle, and how far it lies behind it."""
-    positions = ((np.arange(wanted) + 0.5) * (stored / wanted) - 0.5).astype(np.float32)
+def _positions(stored: int, wanted: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the wanted pixels from start to end: the pixel before its middle, and how far before."""
+    positions = ((np.arange(start, end) + 0.5) * (stored / wanted) - 0.5).astype(np.float32)
     before = np.floor(positions)
     return before.astype(np.int64), positions - before
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
+from fastvim.data import colours
 from fastvim.data.base import DenseDataModule
 from fastvim.data.dense_data import (
     chance,
@@ -29,7 +30,7 @@ from fastvim.data.dense_data import (
 )
 from fastvim.data.files import UnreadableImageError
 from fastvim.data.issues import Issues, SplitReport
-from fastvim.data.resizing import fit
+from fastvim.data.resizing import Window, fit, nearest, resize
 from fastvim.errors import UserError
 from fastvim.labels import IGNORE_INDEX
 
@@ -57,37 +58,61 @@ class TrainingTransform:
         distortion: float,
         mean: Sequence[float],
         std: Sequence[float],
+        antialias: bool = True,
     ) -> None:
         self.img_size, self.base_size = img_size, base_size
         self.ratio, self.max_share = ratio, max_share
         self.hflip, self.distortion = hflip, distortion
         self.mean, self.std = list(mean), list(std)
+        self.antialias = antialias
 
     def __call__(self, image: Image.Image, mask: np.ndarray) -> Pair:
         """An RGB image and its classes, uint8 (H, W), to a pair of `img_size`."""
-        factor = uniform(*self.ratio)
-        longer, shorter = self.base_size or image.size
-        size = fit(image.size, (longer * factor, shorter * factor))
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-        left, top, right, bottom = self._crop(mask)
-        pixels = to_tensor(image.crop((left, top, right, bottom)))
-        classes = torch.from_numpy(mask[top:bottom, left:right].astype(np.int64))
-        if chance(self.hflip):
-            pixels, classes = pixels.flip(-1), classes.flip(-1)
-        pixels = TF.normalize(distort(pixels, self.distortion), self.mean, self.std)
-        missing = (0, self.img_size[1] - (right - left), 0, self.img_size[0] - (bottom - top))
-        return F.pad(pixels, missing), F.pad(classes, missing, value=IGNORE_INDEX)
+        size = self.resized(image.size, uniform(*self.ratio))
+        window = self._crop(nearest(mask, size, self.antialias))
+        pixels, classes = self.cut(image, mask, size, window, chance(self.hflip))
+        return self.finish(distort(pixels, self.distortion), classes)
 
-    def _crop(self, mask: np.ndarray) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of a random crop, in which no class has too large a share."""
+    def resized(self, stored: tuple[int, int], factor: float) -> tuple[int, int]:
+        """Width and height of an image resized by a factor on `base_size`, or on its own size."""
+        longer, shorter = self.base_size or (max(stored), min(stored))
+        return fit(stored, (max(1, int(longer * factor)), max(1, int(shorter * factor))))
+
+    def cut(
+        self,
+        image: Image.Image,
+        mask: np.ndarray,
+        size: tuple[int, int],
+        window: Window,
+        flipped: bool,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The window of a resized image, uint8 (h, w, 3), and its classes (h, w)."""
+        pixels = np.asarray(resize(image, size, self.antialias, window))
+        classes = nearest(mask, size, self.antialias, window)
+        return (pixels[:, ::-1], classes[:, ::-1]) if flipped else (pixels, classes)
+
+    def finish(self, pixels: np.ndarray, classes: np.ndarray) -> Pair:
+        """Normalise and pad to `img_size`."""
+        tensor = to_tensor(Image.fromarray(np.ascontiguousarray(pixels)))
+        labels = torch.from_numpy(classes.astype(np.int64))
+        missing = (0, self.img_size[1] - labels.shape[1], 0, self.img_size[0] - labels.shape[0])
+        image = F.pad(TF.normalize(tensor, self.mean, self.std), missing)
+        return image, F.pad(labels, missing, value=IGNORE_INDEX)
+
+    def _crop(self, mask: np.ndarray) -> Window:
+        """A random crop of two classes or more, of which none has too large a share.
+
+        It is drawn again up to ten times, and then taken as it is; at once with `max_share` 1.
+        """
         height, width = (min(pair) for pair in zip(self.img_size, mask.shape, strict=True))
-        for _ in range(CROP_TRIES):
+        tries = CROP_TRIES if self.max_share < 1 else 0
+        for attempt in range(tries + 1):
             top = integer(mask.shape[0] - height)
             left = integer(mask.shape[1] - width)
             crop = mask[top : top + height, left : left + width]
-            counts = np.bincount(crop[crop != IGNORE_INDEX], minlength=1)
-            if 0 < counts.max() <= self.max_share * counts.sum():
+            counts = np.bincount(crop[crop != IGNORE_INDEX])
+            varied = np.count_nonzero(counts) > 1
+            if attempt == tries or (varied and counts.max() < self.max_share * counts.sum()):
                 break
         return left, top, left + width, top + height
 
@@ -186,7 +211,8 @@ class SegmentationData(DenseDataModule):
     A training batch is (images, classes): float32 (B, 3, H, W), normalised, and int64 (B, H, W). An
     evaluation batch is a pair of lists, of one image (3, H, W) whose shorter side is resized, and
     of its classes (H', W') as stored. Training resumes with the batches that it would have seen
-    (`fastvim.data.sampler`). The defaults are the published ADE20K recipe.
+    (`fastvim.data.sampler`). The defaults are the published ADE20K recipe, but
+    for `antialias`.
 
     Args:
         root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
@@ -203,7 +229,8 @@ class SegmentationData(DenseDataModule):
         base_size: longer and shorter side that an image is resized to fit in, keeping its shape;
             None for its own size.
         ratio: range of a random factor on `base_size` in training.
-        max_share: a crop with a larger share of one class is drawn again, ten times at most.
+        max_share: a crop of one class alone, or in which one has this share or more, is drawn
+            again, ten times at most.
         hflip: probability of a horizontal flip.
         distortion: probability of each change of brightness, contrast, saturation and hue.
         mean: per channel, for values in 0..1.
@@ -255,7 +282,7 @@ class SegmentationData(DenseDataModule):
         self._splits = {"train": train_split, "val": val_split, "test": test}
         crop = (img_size, img_size) if isinstance(img_size, int) else img_size
         self._train_transform = TrainingTransform(
-            crop, base_size, ratio, max_share, hflip, distortion, mean, std
+            crop, base_size, ratio, max_share, hflip, distortion, mean, std, self.antialias
         )
         self._eval_transform = EvaluationTransform(base_size, mean, std, self.antialias)
 
@@ -317,24 +344,24 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues]
     return pairs, missing
 
 
-def distort(image: Tensor, probability: float) -> Tensor:
+def distort(image: np.ndarray, probability: float) -> np.ndarray:
     """Change colours as in SSD (arXiv 1512.02325); each change is drawn independently.
 
-    Brightness up to ±32/255, contrast and saturation by 0.5 to 1.5, hue by up to a tenth of the
-    circle; contrast comes before the two others or after them.
+    Brightness by up to 32 of 255, contrast and saturation by 0.5 to 1.5, hue by up to 36 degrees;
+    contrast comes before the two others or after them.
 
     Args:
-        image: (3, H, W) in 0..1.
+        image: RGB, uint8 (h, w, 3).
         probability: of each change.
     """
     if chance(probability):
-        image = (image + uniform(-32 / 255, 32 / 255)).clamp(0, 1)
+        image = colours.linear(image, bias=uniform(-32, 32))
     contrast_first = chance(0.5)
     contrast = uniform(0.5, 1.5) if chance(probability) else 1.0
     if contrast_first:
-        image = (image * contrast).clamp(0, 1)
+        image = colours.linear(image, contrast)
     if chance(probability):
-        image = TF.adjust_saturation(image, uniform(0.5, 1.5))
+        image = colours.saturate(image, uniform(0.5, 1.5))
     if chance(probability):
-        image = TF.adjust_hue(image, uniform(-0.1, 0.1))
-    return image if contrast_first else (image * contrast).clamp(0, 1)
+        image = colours.turn_hue(image, integer(35) - 18)
+    return image if contrast_first else colours.linear(image, contrast)
