@@ -28,6 +28,7 @@ def root(tmp_path) -> Path:
 
 def data(root: Path, **options) -> DetectionData:
     defaults = {"num_workers": 0, "batch_size": 3, "img_size": 64, "scale": (0.5, 2.0)}
+    defaults["train_all"] = True
     return DetectionData(str(root), **{**defaults, **options})
 
 
@@ -203,12 +204,20 @@ def quarters() -> tuple[Image.Image, np.ndarray]:
     return Image.fromarray(np.stack([greys] * 3, -1)), masks
 
 
+def changed(jitter: LargeScaleJitter, image: Image.Image, masks: np.ndarray):
+    """A random change of an image and of masks whose boxes are the whole image."""
+    whole = torch.tensor([[0.0, 0.0, *image.size]]).repeat(masks.shape[-1], 1)
+    pixels, _, shown, kept = jitter.apply(jitter.draw(image.size), image, whole, masks)
+    every = torch.zeros(masks.shape[-1], *shown.shape[1:], dtype=shown.dtype)
+    return pixels, every.index_copy(0, kept, shown)
+
+
 def test_image_and_masks_stay_together():
     image, masks = quarters()
     jitter, sizes, flips = LargeScaleJitter(64, (0.1, 2.0), 0.5), set(), set()
     for seed in range(60):
         with seeded(seed):
-            pixels, shown = jitter(image, masks)
+            pixels, shown = changed(jitter, image, masks)
         sizes.add(tuple(pixels.shape[1:]))
         assert shown.shape == (4, *pixels.shape[1:])
         assert (shown.sum(0) == 1).all()
@@ -231,7 +240,8 @@ def test_the_crop_is_a_part_of_the_resized_image():
     numbers = np.stack(np.broadcast_arrays(np.arange(30)[:, None], np.arange(40)))
     masks = np.concatenate([(n[..., None] >> np.arange(6)) & 1 for n in numbers], axis=-1)
     with seeded(3):
-        pixels, shown = LargeScaleJitter(32, (2.0, 2.0), 0.0)(image, masks.astype(np.uint8))
+        jitter = LargeScaleJitter(32, (2.0, 2.0), 0.0)
+        pixels, shown = changed(jitter, image, masks.astype(np.uint8))
     assert pixels.shape == (3, 32, 32)
     weights = 2 ** torch.arange(6)[:, None, None]
     row, column = ((shown[i : i + 6] * weights).sum(0)[16, 16].item() for i in (0, 6))
@@ -259,6 +269,54 @@ def test_objects_cut_off_are_gone(root):
 
 
 # Odd files.
+
+
+def test_published_training_leaves_out_empty_and_tiny_images(root, caplog):
+    content = instances(root)
+    content["images"][0] |= {"width": 31}
+    square = {"bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]]}
+    for annotation in content["annotations"]:
+        if annotation["image_id"] == content["images"][0]["id"]:
+            annotation |= square
+    write_instances(root, "train2017", content)
+    with caplog.at_level(logging.WARNING):
+        files = plain(root, train_all=False)
+    assert len(files) == len(content["images"]) - 2
+    assert "1 x image with a side under 32 pixels (first: 0.png)" in caplog.text
+    assert "1 x image without objects (first: 8.png)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"bbox": [5, 5, 0.5, 9]}, "box under a pixel"),
+        ({"bbox": [70, 5, 9, 9]}, "box outside the image"),
+        ({"area": 0}, "mask without area"),
+        ({"ignore": 1}, "annotation marked to be ignored"),
+    ],
+)
+def test_annotations_that_training_leaves_out(root, caplog, changes, reason):
+    change(root, **changes)
+    with caplog.at_level(logging.WARNING):
+        files = plain(root)
+    assert f"training leaves out 1 x {reason} (first: annotation 1 of 0.png" in caplog.text
+    assert len(files[0][1]["labels"]) == 1
+
+
+def test_an_image_whose_masks_are_cut_off_gives_way_to_another(root):
+    """Its box reaches into every crop, its mask into none."""
+    content = instances(root)
+    content["images"] = content["images"][:2]
+    first, second = (image["id"] for image in content["images"])
+    box = {"bbox": [0, 0, 64, 64], "segmentation": [[0, 0, 1, 0, 1, 1, 0, 1]], "area": 1}
+    ours = [a for a in content["annotations"] if a["image_id"] == second]
+    content["annotations"] = [{**ours[0], **box, "image_id": first}, *ours]
+    write_instances(root, "train2017", content)
+    files = fitted(root, scale=(0.1, 0.1), hflip=0.0)._datasets["train"]
+    for seed in range(20):
+        with seeded(seed):
+            _, target = files[0]
+        assert len(target["labels"]) == len(ours)
 
 
 def test_a_box_of_zero_size_is_left_out_and_counted(root, caplog):

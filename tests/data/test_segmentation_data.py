@@ -134,7 +134,7 @@ def test_image_and_classes_stay_together():
         inside = classes != IGNORE_INDEX
         greys = torch.from_numpy(GREYS / 255)[classes[inside]]
         away = (pixels[0][inside] - greys).abs() > 0.02
-        assert away.float().mean() < 0.25  # between two stripes
+        assert away.sum() <= 4 * 2 * inside.any(1).sum()  # two columns between two stripes
         assert (pixels[:, ~inside] == 0).all()
         row = classes[0][inside[0]]
         seen.add(bool(row[0] > row[-1]))
@@ -194,16 +194,16 @@ def test_fit(size, expected):
 
 
 def test_distortion():
-    image = torch.rand(3, 8, 8)
-    assert torch.equal(distort(image, 0.0), image)
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    assert np.array_equal(distort(image, 0.0), image)
     results = []
     for seed in range(20):
         with seeded(seed):
             results.append(distort(image, 1.0))
     for result in results:
         assert result.shape == image.shape
-        assert 0 <= result.min() <= result.max() <= 1
-        assert not torch.equal(result, image)
+        assert result.dtype == np.uint8
+        assert not np.array_equal(result, image)
 
 
 @pytest.mark.parametrize("table", [True, False])
