@@ -28,8 +28,8 @@ Batch = tuple[Iterable[Tensor], Iterable[Tensor]]
 class Segmentation(DenseTask):
     """Trains and evaluates UPerNet over a FastVim or Vim on (image, class of each pixel) batches.
 
-    The defaults are the published ADE20K recipe: AdamW, a linear warm-up, then a line to 0. A
-    prediction is resized to the size of the classes that it is compared with.
+    The defaults are the published ADE20K recipe: AdamW, a linear warm-up, then a line to 0. A loss
+    is the mean over all pixels of a batch, ignored ones included, which count as 0. A prediction is resized to the size of the classes that it is compared with.
 
     Args:
         out_indices: blocks whose maps the head reads.
@@ -192,6 +192,6 @@ class Segmentation(DenseTask):
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """Mean over the pixels that count, (B, K, H, W) and (B, H, W); 0 if none does."""
+    """Mean over all pixels, (B, K, H, W) and (B, H, W), where an ignored one counts as 0."""
     total = F.cross_entropy(logits.float(), classes, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (classes != IGNORE_INDEX).sum().clamp(min=1)
+    return total / classes.numel()

@@ -275,9 +275,9 @@ def test_published_training_leaves_out_empty_and_tiny_images(root, caplog):
     content = instances(root)
     content["images"][0] |= {"width": 31}
     square = {"bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]]}
-    for annotation in content["annotations"]:
-        if annotation["image_id"] == content["images"][0]["id"]:
-            annotation |= square
+    for each in content["annotations"]:
+        if each["image_id"] == content["images"][0]["id"]:
+            each |= square
     write_instances(root, "train2017", content)
     with caplog.at_level(logging.WARNING):
         files = plain(root, train_all=False)
