@@ -14,6 +14,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from fastvim.data import colours
 from fastvim.data.jitter import Change, LargeScaleJitter
 from fastvim.data.segmentation import TrainingTransform
+from fastvim.data.transforms import training_transform
 from fastvim.labels import IGNORE_INDEX
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "training"
@@ -161,3 +162,21 @@ def test_colours_of_every_pixel_come_back():
     image = torch.randint(256, (200, 200, 3)).byte().numpy()
     again = colours.to_rgb(*colours.to_hsv(image))
     assert np.abs(again.astype(int) - image).max() <= 6
+
+
+@pytest.mark.parametrize("draws", GEOMETRY["imagenet_crop"])
+def test_random_resized_crop(monkeypatch, draws):
+    """The share of the area, then the logarithm of the aspect, pair by pair until one fits."""
+    (crop,) = [
+        step
+        for step in training_transform(scale=tuple(draws["scale"])).transforms[1].transforms
+        if hasattr(step, "get_params")
+    ]
+    drawn = iter(draws["drawn"])
+    places = iter([draws["top"], draws["left"]])
+    monkeypatch.setattr("random.uniform", lambda low, high: next(drawn))
+    monkeypatch.setattr("random.randint", lambda low, high: next(places))
+    image = Image.new("RGB", tuple(draws["width_height"]))
+    found = crop.get_params(image, crop.scale, crop.ratio)
+    assert list(found) == [draws[name] for name in ("top", "left", "height", "width")]
+    assert next(drawn, None) is None
