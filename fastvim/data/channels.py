@@ -43,7 +43,8 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
     Args:
         paths: files that `read` opens.
         targets: class index of each.
-        transform: from the stored values, float32 (C, H, W), to the image.
+        transform: from the stored values (C, H, W), uint8 as such and others as float32, to the
+            image.
         in_chans: what every file must have.
         read: opens a path as an array (C, H, W).
         on_error: "raise" or "skip".
@@ -106,7 +107,7 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
             raise UnreadableFileError(
                 f"{self.filename(index)}: shape {array.shape}: expected {self.in_chans} channels"
             )
-        return torch.from_numpy(array.astype(np.float32))
+        return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from timm.utils.misc import natural_key
-
 from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
 from fastvim.data.channels import ChannelData, Rows
 from fastvim.data.remote import join
@@ -16,6 +14,8 @@ from fastvim.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+CONTROL = "negcon"  # as JUMP-CP's metadata call the negative control
+
 _logger = logging.getLogger(__name__)
 
 
@@ -24,9 +24,10 @@ class CellData(ChannelData):
 
     The cell table has each cell's file and well, the plate map each well's sample, the metadata
     each sample's label. An empty sample counts as a sample: in the published plate maps it stands
-    for wells with solvent alone. Class 0 is the negative control; the labels of the plate's other
-    wells follow in natural order. The cell table is split 60/20/20 by a permutation drawn with
-    `split_seed`. Then cells of wells without a label are left out; a log line counts them.
+    for wells with solvent alone. As published, class 0 is the negative control: the samples without
+    a label. The labels of the plate's other samples follow in the order in which the metadata first
+    name them. The cell table is split 60/20/20 by a permutation drawn with `split_seed`. Then cells
+    of wells whose sample the metadata lack are left out; a log line counts them.
 
     Args:
         root: directory or URL of relative paths, also those of the tables; "" for the working
@@ -39,13 +40,11 @@ class CellData(ChannelData):
         well_column: of the cell table: the well.
         position_column: of the plate map: the well.
         sample_column: of plate map and metadata: the sample.
-        control_column: of the metadata: which kind of control a sample is.
-        control: the negative control's value there, and the name of class 0.
         kwargs: further arguments of `ChannelData`.
 
     Raises:
         UserError: in `setup`, for a table that is missing, lacks a column or contradicts itself,
-            and when no cell has a label.
+            when every sample has a label, and when no cell has a sample.
     """
 
     def __init__(
@@ -62,8 +61,6 @@ class CellData(ChannelData):
         well_column: str = "well_loc",
         position_column: str = "well_position",
         sample_column: str = "broad_sample",
-        control_column: str = "control_type",
-        control: str = "negcon",
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -83,47 +80,51 @@ class CellData(ChannelData):
         self.well_column = well_column
         self.position_column = position_column
         self.sample_column = sample_column
-        self.control_column = control_column
-        self.control = control
 
     def _read_rows(self) -> Rows:
         url = self._table_url()
         cells = read_table(url, **self._reading)
         require_columns(cells, (self.path_column, self.well_column), url)
         require_values(cells, self.path_column, url)
-        label_by_well = self._label_by_well()
+        label_by_well, class_names = self._labels()
         wells = _texts(cells[self.well_column])
         known = wells.isin(list(label_by_well)).to_numpy()
         if not known.any():
-            raise UserError(f"{url}: none of its wells, such as {wells.iloc[0]!r}, has a label")
+            raise UserError(f"{url}: none of its wells, such as {wells.iloc[0]!r}, has a sample")
         if not known.all():
             _logger.warning(
-                "%s: %d of %d cells left out: their wells have no label",
+                "%s: %d of %d cells left out: the metadata lack the samples of their wells",
                 url,
                 (~known).sum(),
                 len(cells),
             )
-        names = sorted({*label_by_well.values()} - {self.control}, key=natural_key)
         return Rows(
             cells[self.path_column].astype(str).to_numpy(dtype=object)[known],
             wells[known].map(label_by_well).to_numpy(dtype=object),
             random_splits(len(cells), self.split_seed)[known],
-            [self.control, *names],
+            class_names,
         )
 
-    def _label_by_well(self) -> dict[str, str]:
-        """The class of each well that has one."""
+    def _labels(self) -> tuple[dict[str, str], list[str]]:
+        """The label of each well whose sample the metadata have, and the classes in order."""
         url, plate = self._read(self.plate_map)
         sample_by_well = _pairs(plate, self.position_column, self.sample_column, url)
         url, metadata = self._read(self.metadata)
-        control_by_sample = _pairs(metadata, self.sample_column, self.control_column, url)
         label_by_sample = _pairs(metadata, self.sample_column, self.label, url)
-        controls = [sample for sample, kind in control_by_sample.items() if kind == self.control]
-        if not controls:
-            raise UserError(f"{url}: no sample whose {self.control_column!r} is {self.control!r}")
-        label_by_sample |= dict.fromkeys(controls, self.control)
-        labels = {well: label_by_sample.get(name, "") for well, name in sample_by_well.items()}
-        return {well: label for well, label in labels.items() if label}
+        placed = set(sample_by_well.values())
+        labels = [label for sample, label in label_by_sample.items() if sample in placed]
+        if "" not in labels:
+            raise UserError(
+                f"{url}: no sample of the plate without a {self.label!r}: expected one, "
+                "the negative control"
+            )
+        names = {label: label or CONTROL for label in labels}  # in order of first appearance
+        label_by_well = {
+            well: names[label_by_sample[sample]]
+            for well, sample in sample_by_well.items()
+            if sample in label_by_sample
+        }
+        return label_by_well, list(dict.fromkeys([CONTROL, *names.values()]))
 
     def _read(self, table: str) -> tuple[str, pd.DataFrame]:
         url = join(self.directory(), table)

@@ -30,7 +30,7 @@ CHANNELS = 5
 LABELS = ("a2", "a10", "b")
 MEAN, STD = (10.0, 20.0, 30.0, 40.0, 50.0), (1.0, 2.0, 3.0, 4.0, 5.0)
 # No augmentation, so that a pixel tells the file.
-PLAIN = {"min_size": 16, "rotate": False, "defocus": 0.0, "dropout": 0.0}
+PLAIN = {"min_size": 16, "orientation": 0.0, "defocus": 0.0, "dropout": 0.0}
 SPLITS = ("train",) * 12 + ("val",) * 6 + ("test",) * 3
 
 
@@ -144,6 +144,17 @@ def test_random_splits() -> None:
     assert 0.5 < np.mean(names[:500] == "train") < 0.7  # not the first rows
 
 
+@pytest.mark.parametrize("size", [1, 4, 5, 21, 999, 1234])
+def test_the_published_split(size: int) -> None:
+    np.random.seed(0)
+    order = np.random.permutation(size)
+    first, second = int(0.6 * size), int(0.6 * size) + int(0.2 * size)
+    names = random_splits(size, seed=0)
+    assert set(names[order[:first]]) <= {"train"}
+    assert set(names[order[first:second]]) <= {"val"}
+    assert set(names[order[second:]]) == {"test"}
+
+
 def test_a_table_without_splits(root: Path) -> None:
     read_table(str(root / "table.csv")).drop(columns="split").to_csv(
         root / "table.csv", index=False
@@ -153,7 +164,7 @@ def test_a_table_without_splits(root: Path) -> None:
         data = open_data(root, seed=seed)
         data.setup("test")
         parts = [[Path(d.filename(i)).stem for i in range(len(d))] for d in data._datasets.values()]
-        assert [len(part) for part in parts] == [13, 4, 4]
+        assert [len(part) for part in parts] == [12, 4, 5]
         assert sorted(int(name) for part in parts for name in part) == list(range(21))
         seen.append(parts)
     assert seen[0] == seen[1]
@@ -336,7 +347,7 @@ def test_the_count_is_told_at_the_end_of_an_epoch(
         ({"in_chans": 0}, "in_chans 0: expected 1 or more"),
         ({"mean": (1.0, 2.0)}, "mean .*: expected 1 value or in_chans = 5, got 2"),
         ({"on_error": "ignore"}, "on_error 'ignore': expected 'raise' or 'skip'"),
-        ({"augment": {"rotat": True}}, r"augment has no option 'rotat' \(nearest: rotate"),
+        ({"augment": {"rotat": True}}, r"augment has no option 'rotat' \(nearest: rotation"),
         ({"table": "none.csv"}, r"none\.csv: no such file"),
         ({"table": "table.xlsx"}, r"table\.xlsx: expected a table ending in \.csv"),
         ({"label_column": "lable"}, r"no column 'lable' \(nearest: label\); it has path, label"),

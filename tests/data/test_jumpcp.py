@@ -27,17 +27,18 @@ B02\tBRD-4\tDMSO
 B03	BRD-1	DMSO
 B04\tBRD-5\tDMSO
 """
+# In another order than the plate's; BRD-9 is not on the plate, of BRD-4 there is nothing.
 METADATA = """broad_sample\ttarget\tgene\tcontrol_type
-BRD-1\tTNF\tG10\t
-BRD-2\tAKT1\tG2\tposcon_cp
-BRD-3\t\t\t
-BRD-5\tWHOLE\tG3\t
 BRD-9\tUNUSED\tG9\t
+BRD-5\tWHOLE\tG3\t
+BRD-1\tTNF\tG10\t
+BRD-3\t\t\t
+BRD-2\tAKT1\tG2\tposcon_cp
 \t\t\tnegcon
 """
 WELLS = ("A01", "A02", "A03", "B01", "B02", "B03", "H12")
-CLASS_OF_WELL = {"A01": "TNF", "A02": "negcon", "A03": "AKT1", "B03": "TNF"}
-CELLS = 70  # 10 of each well, of which three have no label
+CLASS_OF_WELL = {"A01": "TNF", "A02": "negcon", "A03": "AKT1", "B01": "negcon", "B03": "TNF"}
+CELLS = 70  # 10 of each well; two of the wells have no sample in the metadata
 
 
 @pytest.fixture
@@ -72,12 +73,8 @@ def cells_of(data: CellData, role: str) -> list[int]:
 def test_classes_and_labels(root: Path) -> None:
     data = open_data(root)
     data.setup("test")
-    assert data.class_names == [
-        "negcon",
-        "AKT1",
-        "TNF",
-        "WHOLE",
-    ]  # of the plate's wells, if without cells
+    # Of the plate's wells, even if without cells, in the order of the metadata.
+    assert data.class_names == ["negcon", "WHOLE", "TNF", "AKT1"]
     assert data.num_classes == 4
     seen = {}
     for role, dataset in data._datasets.items():
@@ -97,24 +94,42 @@ def test_images_are_normalised_by_the_published_statistics(root: Path) -> None:
 
 
 def test_genes_are_labels_too(root: Path) -> None:
-    assert open_data(root, label="gene").class_names == ["negcon", "G2", "G3", "G10"]
+    assert open_data(root, label="gene").class_names == ["negcon", "G3", "G10", "G2"]
 
 
-def test_cells_without_a_label_are_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_classes_are_numbered_as_the_joined_table_is_factorised(root: Path) -> None:
+    """Published: one more than pandas' code of a row, which is -1 where a value is missing."""
+    plate, metadata = (
+        pd.read_csv(root / name, sep="\t") for name in ("plate_map.txt", "metadata.tsv")
+    )
+    joined = metadata.merge(plate, how="inner", on="broad_sample")
+    codes, _ = pd.factorize(joined["target"])
+    expected = dict(zip(joined["well_position"], (codes + 1).tolist(), strict=True))
     data = open_data(root)
     data.setup("test")
-    assert sum(len(dataset) for dataset in data._datasets.values()) == 40
+    for role, dataset in data._datasets.items():
+        for index, cell in enumerate(cells_of(data, role)):
+            assert dataset[index][1] == expected[WELLS[cell % len(WELLS)]]
+
+
+def test_cells_without_a_sample_are_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = open_data(root)
+    data.setup("test")
+    assert sum(len(dataset) for dataset in data._datasets.values()) == 50
     told = [record.getMessage() for record in caplog.records]
-    assert told == [f"{root}/cells.parquet: 30 of 70 cells left out: their wells have no label"]
+    assert told == [
+        f"{root}/cells.parquet: 20 of 70 cells left out: the metadata lack the samples of their "
+        "wells"
+    ]
 
 
 def test_the_split_is_of_the_whole_cell_table(root: Path) -> None:
     data = open_data(root, split_seed=5)
     data.setup("test")
     names = random_splits(CELLS, seed=5)
-    labelled = [WELLS[cell % len(WELLS)] in CLASS_OF_WELL for cell in range(CELLS)]
+    known = [WELLS[cell % len(WELLS)] in CLASS_OF_WELL for cell in range(CELLS)]
     for role in ("train", "val", "test"):
-        assert cells_of(data, role) == np.flatnonzero((names == role) & labelled).tolist()
+        assert cells_of(data, role) == np.flatnonzero((names == role) & known).tolist()
 
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet"])
@@ -138,11 +153,15 @@ def test_other_column_names(root: Path) -> None:
     frame.rename(columns={"path": "file", "well_loc": "well"}).to_csv(root / "c.csv", index=False)
     for name, old, new in (
         ("plate_map.txt", "well_position\tbroad_sample", "position\tsample"),
-        ("metadata.tsv", "broad_sample\ttarget\tgene\tcontrol_type", "sample\tt\tgene\tkind"),
+        (
+            "metadata.tsv",
+            "broad_sample\ttarget\tgene\tcontrol_type",
+            "sample\tt\tgene\tcontrol_type",
+        ),
     ):
         (root / name).write_text((root / name).read_text().replace(old, new))
     columns = {"path_column": "file", "well_column": "well", "position_column": "position"}
-    columns |= {"sample_column": "sample", "label": "t", "control_column": "kind"}
+    columns |= {"sample_column": "sample", "label": "t"}
     data = open_data(root, cells="c.csv", **columns)
     assert cells_of(data, "train") == cells_of(open_data_of_fixture(root), "train")
 
@@ -177,8 +196,8 @@ def test_an_unreadable_cell(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("metadata.tsv", "negcon", "", "no sample whose 'control_type' is 'negcon'"),
-        ("metadata.tsv", "BRD-9\tUNUSED", "BRD-1\tAKT1", "broad_sample 'BRD-1' has target 'TNF'"),
+        ("metadata.tsv", "\t\t\t", "\tX\tX\t", "no sample of the plate without a 'target'"),
+        ("metadata.tsv", "BRD-9\tUNUSED", "BRD-1\tAKT1", "broad_sample 'BRD-1' has target 'AKT1'"),
         ("plate_map.txt", "B03", "A01", "well_position 'A01' has|none"),
         ("plate_map.txt", "broad_sample", "sample", r"map\.txt: no column 'broad_sample'"),
         ("metadata.tsv", "target", "targets", r"no column 'target' \(nearest: targets\)"),
@@ -197,7 +216,7 @@ def test_odd_tables(root: Path, name: str, old: str, new: str, message: str) -> 
 def test_wells_that_are_written_in_another_way(root: Path) -> None:
     text = PLATE_MAP.replace("A0", "A").replace("B0", "B")
     (root / "plate_map.txt").write_text(text)
-    with pytest.raises(UserError, match="none of its wells, such as 'A01', has a label"):
+    with pytest.raises(UserError, match="none of its wells, such as 'A01', has a sample"):
         open_data(root)
 
 
