@@ -38,6 +38,7 @@ class PatchEmbed(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """LeCun normal, bias 0."""
         lecun_normal_(self.proj.weight)
         if self.proj.bias is not None:
             nn.init.zeros_(self.proj.bias)
@@ -98,6 +99,10 @@ class ChannelPatchEmbed(PatchEmbed):
         self.known_chans = in_chans
         self.channel_embed = nn.Embedding(in_chans, embed_dim)
         trunc_normal_(self.channel_embed.weight, std=0.02)
+
+    def reset_parameters(self) -> None:
+        """The projection as PyTorch's convolutions: uniform in ±1 / patch_size, with its bias."""
+        self.proj.reset_parameters()
 
     def forward(
         self, image: Tensor, channels: Sequence[int] | Tensor | None = None

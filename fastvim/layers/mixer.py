@@ -23,7 +23,8 @@ class Mixer(nn.Module):
 
     Args:
         dim: model width d.
-        depth: blocks of the model. The initial `out_proj` is divided by √depth.
+        depth: blocks of the model, of an autoencoder's encoder. The initial `out_proj` is divided
+            by √depth.
         d_state: state size N.
         d_conv: taps K of the convolution.
         expand: E / d.
@@ -83,9 +84,11 @@ class Mixer(nn.Module):
         for projection in self.x_proj:
             nn.init.kaiming_uniform_(projection, a=math.sqrt(5))
         nn.init.uniform_(self.dt_proj, -(rank**-0.5), rank**-0.5)
-        log_step = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1))
-        step = log_step.exp().clamp(min=1e-4)
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        # Forward steps begin between 0.001 and 0.1. Backward ones begin at softplus(0) = ln 2, as
+        # in every published model.
+        step = torch.empty_like(self.dt_bias[0]).uniform_(math.log(0.001), math.log(0.1)).exp()
+        self.dt_bias[0] = step + torch.log(-torch.expm1(-step))  # inverse of softplus
+        self.dt_bias[1] = 0
         self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32).log())
         nn.init.ones_(self.D)
         if self.norm is not None:

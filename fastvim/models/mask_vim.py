@@ -48,8 +48,12 @@ class FastMaskVim(FastVim):
         )
 
     def init_weights(self) -> None:
-        """As `FastVim`'s, but for Xavier-uniform patches and the fixed position embedding."""
+        """As `FastVim`'s, but for the patches and the fixed position embedding.
+
+        The patches' weight is Xavier uniform as a matrix, their bias as PyTorch's.
+        """
         super().init_weights()
+        self.patch_embed.proj.reset_parameters()
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.detach().flatten(1))
         cells = self.grid_size[0] * self.grid_size[1]
         middle = cells // 2 if self.cls_token is not None else None

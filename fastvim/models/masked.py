@@ -143,15 +143,16 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_blocks = nn.ModuleList(
             Block(
                 AddNorm(decoder_embed_dim, norm),
-                Mixer(decoder_embed_dim, depth=decoder_depth, **mixer),
+                Mixer(decoder_embed_dim, depth=depth, **mixer),
             )
             for _ in range(decoder_depth)
         )
         self.decoder_norm = AddNorm(decoder_embed_dim, norm)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
         trunc_normal_(self.mask_token, std=0.02)
-        nn.init.zeros_(self.decoder_embed.bias)
-        nn.init.zeros_(self.decoder_pred.bias)
+        for linear in (self.decoder_embed, self.decoder_pred):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     # Training and transfer.
 

@@ -106,7 +106,7 @@ def test_padding_keeps_the_image_in_the_middle() -> None:
 
 
 def test_the_published_padding_and_crop() -> None:
-    """Images of 224 pixels go to any of 33 x 33 places in 256, and any of as many crops is taken."""
+    """An image of 224 pixels goes to one of 33 x 33 places in 256; so does the crop."""
     theirs = PUBLISHED["padding"]
     image = torch.zeros(1, 224, 224, dtype=torch.uint8)
     image[0, 0, 0] = 1
@@ -196,7 +196,7 @@ def test_other_orientations(size: int | tuple[int, int], rotation: str, expected
 
 def rotated(image: np.ndarray, degrees: float) -> np.ndarray:
     """What `rotate` should give, pixel by pixel in float64."""
-    channels, height, width = image.shape
+    height, width = image.shape[1:]
     result = np.empty_like(image)
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     middle_y, middle_x = (height - 1) / 2, (width - 1) / 2

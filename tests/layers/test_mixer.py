@@ -48,14 +48,15 @@ def test_uniform_initial_values(mixer, name, bound):
         assert not torch.equal(tensor[0], tensor[1])
 
 
-def test_initial_steps_lie_between_a_thousandth_and_a_tenth():
+def test_initial_steps():
+    """Forward ones lie between a thousandth and a tenth; backward ones are ln 2, as published."""
     torch.manual_seed(0)
-    steps = F.softplus(Mixer(16, expand=256).dt_bias.detach())
+    steps, backward = F.softplus(Mixer(16, expand=256).dt_bias.detach())
     assert 0.001 * (1 - 1e-4) < steps.min() < 0.00101
     assert 0.099 < steps.max() < 0.1 * (1 + 1e-4)
     # Uniform in the logarithm: half of them below a hundredth.
     assert 0.48 < float((steps < 0.01).float().mean()) < 0.52
-    assert not torch.equal(steps[0], steps[1])
+    torch.testing.assert_close(backward, torch.full_like(backward, math.log(2)))
 
 
 def test_initial_rates_skips_and_scales(mixer):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastvim import UserError, use_engine
 from fastvim.models import FastChannelVim, sample_channels
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 OPTIONS = {"img_size": 24, "patch_size": 8, "in_chans": 5, "embed_dim": 16, "num_classes": 4}
 
 
@@ -169,6 +173,21 @@ def test_sampled_channels_are_uniform_in_number_and_in_choice():
     assert all(torch.equal(d, d.unique()) for d in draws)
     unordered = [sample_channels(4, generator, ordered=False) for _ in range(100)]
     assert any(not torch.equal(d, d.sort().values) for d in unordered)
+
+
+def test_channels_are_sampled_as_published():
+    theirs = json.loads((GOLDEN / "training" / "cells.json").read_text())["channels_of_8"]
+    generator, count = torch.Generator().manual_seed(0), 40_000
+    draws = [sample_channels(8, generator) for _ in range(count)]
+    sizes = torch.bincount(torch.tensor([len(d) for d in draws]), minlength=9)[1:]
+    expected = torch.tensor([theirs["how_many"][str(k)] for k in range(1, 9)])
+    drawn = torch.bincount(torch.cat(draws), minlength=8)
+    for ours, published in ((sizes, expected), (drawn, torch.tensor(theirs["each_channel"]))):
+        share = published / theirs["draws"]
+        error = (share * (1 - share) * (1 / count + 1 / theirs["draws"])).sqrt()
+        assert ((ours / count - share).abs() < 4 * error).all()
+    assert theirs["ascending"] == theirs["draws"]
+    assert all(torch.equal(d, d.unique()) for d in draws)
 
 
 def test_sampled_channels_come_from_the_generator():

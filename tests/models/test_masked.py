@@ -339,8 +339,10 @@ def test_initial_values(kind):
     weight = model.encoder.patch_embed.proj.weight.detach()
     bound = (6 / (64 + 3 * 16**2)) ** 0.5  # Xavier, of the flattened kernel
     assert 0.99 * bound < float(weight.abs().max()) <= bound
-    for bias in (model.encoder.patch_embed.proj, model.decoder_embed, model.decoder_pred):
-        assert not bias.bias.any()
+    bias = model.encoder.patch_embed.proj.bias.detach()
+    assert 0.9 / 768**0.5 < float(bias.abs().max()) <= 1 / 768**0.5  # of 3 · 16² inputs
+    for linear in (model.decoder_embed, model.decoder_pred):
+        assert not linear.bias.any()
     mask_token = create(kind, decoder_embed_dim=4096, decoder_depth=1).mask_token.detach()
     torch.testing.assert_close(float(mask_token.std()), 0.02, rtol=0.1, atol=0.0)
     cells = model.encoder._cell_positions((4, 4))

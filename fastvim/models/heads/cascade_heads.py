@@ -101,6 +101,10 @@ class BoxStage(RoIHeads):
             detections_per_img=options.detections,
         )
         self.box_coder = OffsetCoder(stds)
+        for layer in self.box_head:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
         # As in Fast R-CNN (arXiv 1504.08083): an untrained stage hardly moves its boxes.
         nn.init.normal_(self.box_predictor.cls_score.weight, std=0.01)
         nn.init.normal_(self.box_predictor.bbox_pred.weight, std=0.001)
@@ -204,6 +208,9 @@ class MaskStage(nn.Module):
         self.pool = RegionPooling(MASK_SIDE // 2, stride)
         self.head = MaskRCNNHeads(channels, [channels] * 4, 1, ChannelNorm)
         self.predictor = MaskRCNNPredictor(channels, channels, num_classes)
+        # As published, these begin as PyTorch's do, not as torchvision's.
+        self.predictor.conv5_mask.reset_parameters()
+        self.predictor.mask_fcn_logits.reset_parameters()
 
     def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> Tensor:
         """Logits (N, K, 28, 28) of the masks in boxes."""

@@ -63,6 +63,9 @@ class SimpleFeaturePyramid(nn.Module):
                 for name, scaling in scalings.items()
             }
         )
+        for layer in self.modules():  # the transposed convolutions keep PyTorch's values
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """(B, d, H, W) to (B, C, 4H, 4W), (B, C, 2H, 2W), (B, C, H, W), and two smaller ones."""
