@@ -144,17 +144,6 @@ def test_random_splits() -> None:
     assert 0.5 < np.mean(names[:500] == "train") < 0.7  # not the first rows
 
 
-@pytest.mark.parametrize("size", [1, 4, 5, 21, 999, 1234])
-def test_the_published_split(size: int) -> None:
-    np.random.seed(0)
-    order = np.random.permutation(size)
-    first, second = int(0.6 * size), int(0.6 * size) + int(0.2 * size)
-    names = random_splits(size, seed=0)
-    assert set(names[order[:first]]) <= {"train"}
-    assert set(names[order[first:second]]) <= {"val"}
-    assert set(names[order[second:]]) == {"test"}
-
-
 def test_a_table_without_splits(root: Path) -> None:
     read_table(str(root / "table.csv")).drop(columns="split").to_csv(
         root / "table.csv", index=False
