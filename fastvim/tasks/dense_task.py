@@ -19,6 +19,8 @@ from fastvim.weights import (
     load_state,
     take_backbone,
 )
+from fastvim.weights.fit import without_class_token
+from fastvim.weights.names import is_channel
 
 _logger = logging.getLogger(__name__)
 
@@ -94,15 +96,20 @@ class DenseTask(Task):
 def load_backbone(backbone: FastVim, checkpoint: Checkpoint) -> None:
     """Load all weights of a file but those of the head and the last norm.
 
-    The file is a classifier's, a masked autoencoder's or a dense model's.
-
-    LayerNorms take the weights of RMS norms and keep their own biases of 0.
+    The file is a classifier's, a masked autoencoder's or a dense model's. As published, what is
+    said once: LayerNorms take the weights of RMS norms and keep their own biases of 0; a backbone
+    without a class token leaves out the file's; norms after the scan that the file lacks keep their
+    initial values.
 
     Raises:
         UserError: the weights are of another architecture.
     """
     own = backbone.state_dict()
-    state = checkpoint_filter_fn(take_backbone(checkpoint).state, backbone)
+    state = take_backbone(checkpoint).state
+    if backbone.cls_token is None and "cls_token" in state and not is_channel(state):
+        _logger.warning("%s: the class token is left out, the model has none", checkpoint.path)
+        state = without_class_token(state)
+    state = checkpoint_filter_fn(state, backbone)
     unused = ("head.", "norm.", "norms.")
     state = {name: weight for name, weight in state.items() if not name.startswith(unused)}
     state |= {name: weight for name, weight in own.items() if name.startswith(unused)}
@@ -111,4 +118,8 @@ def load_backbone(backbone: FastVim, checkpoint: Checkpoint) -> None:
     if absent and len(absent) == sum(name.startswith("blocks.") for name in biases):
         _logger.warning("%s has RMS norms: LayerNorms take their weights", checkpoint.path)
         state |= {name: torch.zeros_like(own[name]) for name in absent}
+    scan_norms = [name for name in own if ".mixer.norm." in name]
+    if scan_norms and not any(name in state for name in scan_norms):
+        _logger.warning("%s has no norms after the scan: they are new", checkpoint.path)
+        state |= {name: own[name] for name in scan_norms}
     load_state(backbone, replace(checkpoint, state=state))

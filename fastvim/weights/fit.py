@@ -183,6 +183,14 @@ def _grid_of(cells: int, model: FastVim) -> tuple[int, int]:
     return side, side
 
 
+def without_class_token(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Vim's weights, our names or published ones, without the class token and its position."""
+    position = state["pos_embed"]
+    middle = (position.shape[1] - 1) // 2
+    kept = torch.cat([position[:, :middle], position[:, middle + 1 :]], dim=1)
+    return {**{n: t for n, t in state.items() if n != "cls_token"}, "pos_embed": kept}
+
+
 def _resize_position(position: Tensor, with_class: bool, model: FastVim) -> Tensor:
     """An embedding of another grid, with or without a class token, on the model's grid."""
     cells = position.shape[1] - int(with_class)

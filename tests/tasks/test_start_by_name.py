@@ -17,9 +17,11 @@ import fastvim
 from fastvim.data.detection import DetectionData
 from fastvim.data.segmentation import SegmentationData
 from fastvim.errors import UserError
+from fastvim.models import create_model
 from fastvim.tasks import Detection
-from fastvim.tasks.dense_task import DenseTask
+from fastvim.tasks.dense_task import DenseTask, load_backbone
 from fastvim.tasks.segmentation import Segmentation
+from fastvim.weights import Checkpoint
 from fastvim.weights.table import ENTRIES
 
 MODEL = "fastvim_tiny_patch16_224"
@@ -131,3 +133,22 @@ def test_a_classifier_is_not_evaluated_as_a_segmentor(
     publish(monkeypatch, f"{MODEL}.in1k", SIZES)
     with pytest.raises(UserError, match="holds no segmentation head"):
         started(home, "segmentation", f"{MODEL}.in1k", stage="test")
+
+
+def test_a_vim_leaves_its_class_token_behind(caplog):
+    """As the published detector over the original Vim's classifier started."""
+    sizes = {**SIZES, "num_classes": 5}
+    classifier = create_model("vim_tiny_patch16_224", **sizes, norm_after_ssm=False)
+    options = {"norm": "layer", "class_token": False, "global_pool": "avg"}
+    backbone = create_model("vim_tiny_patch16_224", **SIZES, **options)
+    new = [name for name in backbone.state_dict() if ".mixer.norm." in name]
+    before = {name: backbone.get_parameter(name).detach().clone() for name in new}
+    load_backbone(backbone, Checkpoint(Path("vim.pth"), classifier.state_dict(), "raw"))
+    assert "vim.pth: the class token is left out" in caplog.text
+    assert "vim.pth has no norms after the scan: they are new" in caplog.text
+    middle = 4 * 4 // 2
+    kept = torch.cat([classifier.pos_embed[:, :middle], classifier.pos_embed[:, middle + 1 :]], 1)
+    assert torch.equal(backbone.pos_embed, kept)
+    weight = "blocks.1.mixer.in_proj.weight"
+    assert torch.equal(backbone.get_parameter(weight), classifier.get_parameter(weight))
+    assert all(torch.equal(backbone.get_parameter(name), before[name]) for name in new)
