@@ -29,8 +29,8 @@ def test_a_good_set(tmp_path, capsys):
     assert (code, error) == (0, "")
     assert output.splitlines() == [
         "train2017: 9 images, 2 categories, 16 objects, 0 crowds, 1 images without objects",
+        "  1 x image without objects, left out in training, first: 8.png",
         "val2017: 5 images, 2 categories, 8 objects, 0 crowds, 1 images without objects",
-        "nothing wrong",
     ]
 
 
@@ -61,6 +61,7 @@ def test_all_mistakes_are_counted_and_named(tmp_path, capsys):
         "1 x image of another size",
         "1 x unreadable image",
         "1 x box of zero size",
+        "1 x image without objects",
     }
     assert "first: annotation 1 of 0.png, category_id 91" in found["2 x unknown category"]
     assert found["1 x missing image file"].endswith("train2017/7.png")

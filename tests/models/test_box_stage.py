@@ -78,6 +78,7 @@ def test_losses_of_a_stage():
         matched=[torch.zeros(1, dtype=torch.int64)] * 2,
         labels=[torch.tensor([2]), torch.tensor([0])],
         offsets=[torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.full((1, 4), -torch.inf)],
+        given=[torch.tensor([False])] * 2,
     )
     logits = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]]).log()
     offsets = torch.zeros(2, 12)

@@ -111,7 +111,8 @@ def test_an_image_without_objects_trains():
 def test_gradients_reach_every_parameter():
     torch.manual_seed(0)
     model = tiny().train()
-    sizes = [(64, 48), (30, 64)]
+    model.rpn.fg_bg_sampler.batch_size_per_image = 100_000  # all anchors
+    sizes = [(160, 144), (150, 160)]  # anchors of each level with weights lie inside
     targets = [target_of([(4, 8, 40, 50), (2, 2, 20, 20)], [1, 2], sizes[0])]
     targets.append(target_of([], [], sizes[1]))
     losses = model([torch.rand(3, *size) for size in sizes], targets)

@@ -50,7 +50,7 @@ def started(home: Path, kind: str, checkpoint: str, stage: str = "fit") -> Dense
         data: Any = SegmentationData(stage, num_classes=3, base_size=(64, 40), **sizes)
         task = Segmentation(MODEL, **options, **SCENES)
     else:
-        coco_sets.write_set(home / stage, train=2, val=1)
+        coco_sets.write_set(home / stage, train=3, val=1)
         data = DetectionData(stage, **sizes)
         task = Detection(MODEL, **options, **OBJECTS, **BOXES)
     run = trainer(home, limit_train_batches=1, limit_val_batches=0)
