@@ -66,5 +66,5 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     wrong = sum(n for report in reports.values() for n, _ in report.errors.values())
     if wrong:
         raise UserError(f"{wrong:,} mistakes would stop a run")
-    if not any(report.dropped for report in reports.values()):
+    if not any(report.dropped or report.warnings for report in reports.values()):
         print("nothing wrong")

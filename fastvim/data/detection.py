@@ -206,7 +206,8 @@ class DetectionData(DenseDataModule):
     def check(self, role: str) -> SplitReport:
         known = self._read(role)
         files = self._files(role, known)
-        return SplitReport(self._splits[role][0], files, known.errors, known.dropped, known.facts)
+        split = self._splits[role][0]
+        return SplitReport(split, files, known.errors, known.dropped, facts=known.facts)
 
     def _read(self, role: str) -> Instances:
         whole = role != "train" or self._train_all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -52,14 +53,24 @@ class SplitReport:
         files: the samples that are left to be read.
         errors: what a run would stop at; at first, what the lists of files tell.
         dropped: what training leaves out.
+        warnings: what looks odd; a run goes on, and says it once.
         facts: counts that are not mistakes.
+        classes: what each class has, by its name, in the order of the labels.
+        counted: what `classes` counts: "images", "objects" or "pixels".
+        sizes: images of each width and height.
+        modes: images of each mode, as their files store them.
     """
 
     split: str
     files: Readable
     errors: Issues = field(default_factory=Issues)
     dropped: Issues = field(default_factory=Issues)
+    warnings: Issues = field(default_factory=Issues)
     facts: dict[str, int] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    counted: str = "images"
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
 
     def read(self, workers: int) -> Iterator[UnreadableImageError | None]:
         """Why each sample cannot be used, in order; None where it can, or its file is missing.
@@ -77,11 +88,13 @@ class SplitReport:
             yield None if error is None or error.kind == MISSING_IMAGE else error
 
     def __str__(self) -> str:
-        """A line of facts, then a line for each kind of mistake."""
+        """A line of facts, then a line for each kind of mistake and of what looks odd."""
         facts = ", ".join(f"{number:,} {what}" for what, number in self.facts.items())
         lines = [f"{self.split}: {facts}"]
         for kind, (number, first) in self.errors.items():
             lines.append(f"  {number:,} x {kind}, first: {first}")
         for kind, (number, first) in self.dropped.items():
             lines.append(f"  {number:,} x {kind}, left out in training, first: {first}")
+        for kind, (number, first) in self.warnings.items():
+            lines.append(f"  {number:,} x {kind}, first: {first}")
         return "\n".join(lines)
