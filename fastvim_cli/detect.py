@@ -53,9 +53,10 @@ def run(argv: list[str]) -> None:
 
     import torch
     from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
     from fastvim.data.dense_data import prepare_objects
-    from fastvim.data.inputs import pictures, rgb_pixels, upright
+    from fastvim.data.inputs import picture_reader, pictures
     from fastvim.models import CascadeMaskRCNN
     from fastvim.models.heads.results import coco_results
     from fastvim.pictures.detections import draw_detections
@@ -86,7 +87,7 @@ def run(argv: list[str]) -> None:
         text = ", ".join(f"{number} x {name}" for name, number in counts) or "nothing"
         return f"{text}, drawn in {target}_detections.png"
 
-    read = pictures(upright(rgb_pixels))
+    read = pictures(picture_reader(metadata, arguments.max_pixels), pil_to_tensor)
     draw_each(paths, failures, read, "detecting", arguments.out, draw)
     file = arguments.out / "detections.json"
     file.write_text(json.dumps(everything), encoding="utf-8")

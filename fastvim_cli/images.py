@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvim_cli.arguments import add_device, local_path
+from fastvim_cli.arguments import add_device, at_least, local_path
 from fastvim_cli.console import note, track
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_images(parser: argparse.ArgumentParser, out: str | None, writes: str) -> None:
-    """IMAGES, and the options `--out` and `--device`.
+    """IMAGES, and the options `--out`, `--max-pixels` and `--device`.
 
     Args:
         parser: of the command.
@@ -28,6 +28,8 @@ def add_images(parser: argparse.ArgumentParser, out: str | None, writes: str) ->
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGES", help="files, folders or globs")
     add("--out", default=out, type=local_path, metavar="DIR", help=f"writes {writes} here{default}")
+    help = "refuse an image of more pixels (default: 179 million)"
+    add("--max-pixels", type=at_least(1), metavar="N", help=help)
     add_device(parser)
 
 

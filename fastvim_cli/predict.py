@@ -44,7 +44,7 @@ def run(argv: list[str]) -> None:
     model, metadata = load(arguments, "predict")
     names = class_names(model, metadata)
     settings = image_settings(model, metadata)
-    read, endings = reader(model, settings)
+    read, endings = reader(model, metadata, settings, arguments.max_pixels)
     paths, failures = chosen_images(arguments, endings)
     model = model.to(device).eval()
 

@@ -46,8 +46,8 @@ def run(argv: list[str]) -> None:
     """Run the command; see `fastvim reconstruct --help`."""
     arguments = _parser().parse_intermixed_args(argv)
 
-    from fastvim.data.inputs import image_settings, pictures, upright
-    from fastvim.data.transforms import evaluation_transform
+    from fastvim.data.inputs import image_settings, picture_reader, pictures
+    from fastvim.data.transforms import IMAGE_MODES, evaluation_transform
     from fastvim.models import MaskedAutoencoder
     from fastvim.pictures.reconstruction import draw_reconstruction
     from fastvim.reconstruction import reconstruct
@@ -69,5 +69,6 @@ def run(argv: list[str]) -> None:
         draw_reconstruction(result).save(f"{target}_reconstruction.png")
         return f"loss {result.loss:.4f}, drawn in {target}_reconstruction.png"
 
-    read = pictures(upright(evaluation_transform(**settings)))
+    reader = picture_reader(metadata, arguments.max_pixels, IMAGE_MODES[settings["in_chans"]])
+    read = pictures(reader, evaluation_transform(**settings))
     draw_each(paths, failures, read, "reconstructing", arguments.out, draw)

@@ -54,9 +54,10 @@ def run(argv: list[str]) -> None:
 
     import torch
     from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
     from fastvim.data.dense_data import prepare_scene
-    from fastvim.data.inputs import pictures, rgb_pixels, upright
+    from fastvim.data.inputs import picture_reader, pictures
     from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
     from fastvim.pictures.segmentation import draw_classes, index_image, legend
 
@@ -87,7 +88,7 @@ def run(argv: list[str]) -> None:
         shares = ", ".join(entry.text for entry in legend([classes], names)[:3])
         return f"{shares}, drawn in {target}_overlay.png"
 
-    read = pictures(upright(rgb_pixels))
+    read = pictures(picture_reader(metadata, arguments.max_pixels), pil_to_tensor)
     draw_each(paths, failures, read, "segmenting", arguments.out, draw)
 
 

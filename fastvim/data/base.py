@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastvim.data import samples
 from fastvim.data.issues import SplitReport
+from fastvim.data.pixels import MAX_PIXELS, PictureReader
 from fastvim.data.remote import is_url
 from fastvim.data.sampler import evaluation_loader, training_loader
 from fastvim.errors import UserError
@@ -29,6 +30,9 @@ class DataModule(L.LightningDataModule):
         eval_batch_size: images per process in evaluation; None for `batch_size`.
         num_workers: loading processes per process.
         seed: of order and augmentation, at least 0.
+        value_range: the stored values that become black and white, as `[0, 4095]` of a camera of 12
+            bits; None takes the type's (`fastvim.data.pixels`).
+        max_pixels: an image of more is refused; None for no limit.
 
     Raises:
         UserError: for an argument out of range.
@@ -44,6 +48,8 @@ class DataModule(L.LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 4,
         seed: int = 0,
+        value_range: tuple[float, float] | None = None,
+        max_pixels: int | None = MAX_PIXELS,
     ) -> None:
         super().__init__()
         self.root = str(root)
@@ -51,6 +57,8 @@ class DataModule(L.LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.value_range, self.max_pixels = value_range, max_pixels
+        self.read_picture = PictureReader("RGB", value_range, max_pixels)
         self._class_names: list[str] = []
         self._datasets: dict[str, Dataset[Any]] = {}
         self.check_least(batch_size=1, eval_batch_size=1, num_workers=0, seed=0)

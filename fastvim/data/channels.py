@@ -192,6 +192,10 @@ class ChannelData(DataModule):
         self.in_chans = in_chans
         self.on_error = on_error
         self.check_least(split_seed=0, in_chans=1)
+        if self.value_range is not None:
+            raise UserError(
+                "value_range: channels keep their stored values; give mean and std of them"
+            )
         if on_error not in ("raise", "skip"):
             raise UserError(f"on_error {on_error!r}: expected 'raise' or 'skip'")
         self.mean = per_channel("mean", mean, in_chans)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from faster_coco_eval.core import mask as mask_api
 
-from fastvim.data.dense_data import MISSING_IMAGE
 from fastvim.data.issues import Issues
+from fastvim.data.pixels import MISSING_IMAGE
 from fastvim.errors import UserError
 
 LEAST_SIDE = 32  # pixels of an image to train on

@@ -1,4 +1,4 @@
-"""Helpers of the segmentation and detection data: files, images to evaluate, random numbers.
+"""Helpers of the segmentation and detection data: images to evaluate, random numbers.
 
 H W  height and width of a prepared image
 """
@@ -6,34 +6,13 @@ H W  height and width of a prepared image
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from fastvim.data.files import UNREADABLE, UnreadableImageError
 from fastvim.data.resizing import fit, resize
-
-MISSING_IMAGE = "missing image file"  # a kind of `UnreadableImageError`
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file, decoded.
-
-    Raises:
-        UnreadableImageError: no such file, or a damaged one.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError as error:
-        raise UnreadableImageError(f"{path}: no such file", MISSING_IMAGE) from error
-    except UNREADABLE as error:
-        message = f"{path}: unreadable image ({error}); repair or delete it"
-        raise UnreadableImageError(message) from error
-    return image
 
 
 def prepare_scene(

@@ -18,14 +18,10 @@ from torch.utils.data import Dataset
 
 from fastvim.data.base import DenseDataModule
 from fastvim.data.coco import DAMAGED_MASK, Instances, is_learned, masks_of, read_instances
-from fastvim.data.dense_data import (
-    integer,
-    open_image,
-    prepare_objects,
-)
-from fastvim.data.files import UnreadableImageError
+from fastvim.data.dense_data import integer, prepare_objects
 from fastvim.data.issues import SplitReport
 from fastvim.data.jitter import LargeScaleJitter
+from fastvim.data.pixels import PictureReader, UnreadableImageError
 from fastvim.errors import UserError, first_few
 
 _logger = logging.getLogger(__name__)
@@ -47,6 +43,7 @@ class DetectionFiles(Dataset[Sample]):
         folder: of its images.
         eval_size: longer side of an image in evaluation.
         jitter: the augmentation in training; None in evaluation.
+        read_picture: opens an image file.
         antialias: in evaluation, as of `DenseDataModule`.
 
     Raises:
@@ -60,10 +57,12 @@ class DetectionFiles(Dataset[Sample]):
         folder: Path,
         eval_size: int,
         jitter: LargeScaleJitter | None,
+        read_picture: PictureReader,
         antialias: bool = True,
     ) -> None:
         self.records, self.folder = instances.records, folder
         self.eval_size, self.jitter, self.antialias = eval_size, jitter, antialias
+        self.read_picture = read_picture
         self._labels = {category: label for label, category in enumerate(instances.category_ids, 1)}
 
     def __len__(self) -> int:
@@ -73,7 +72,7 @@ class DetectionFiles(Dataset[Sample]):
         if self.jitter is not None:
             return self._training_sample(index, self.jitter)
         record = self.records[index]
-        image = read_image(self.folder, record)
+        image = self._read_image(record)
         size = {"size": (record["height"], record["width"])}
         target = {"image_id": record["id"], **size, "annotations": record["annotations"]}
         return prepare_objects(image, self.eval_size, self.antialias), target
@@ -81,13 +80,24 @@ class DetectionFiles(Dataset[Sample]):
     def read(self, index: int) -> tuple[Image.Image, list[dict[str, Any]], np.ndarray]:
         """An RGB image, the objects that training learns, and their masks, uint8 (H, W, n)."""
         record = self.records[index]
-        image = read_image(self.folder, record)
+        image = self._read_image(record)
         objects = [a for a in record["annotations"] if is_learned(a, image.width, image.height)]
         try:
             return image, objects, masks_of(objects, image.height, image.width)
         except ValueError as error:
             path = self.folder / record["file_name"]
             raise UnreadableImageError(f"{path}: {DAMAGED_MASK} ({error})", DAMAGED_MASK) from error
+
+    def _read_image(self, record: dict[str, Any]) -> Image.Image:
+        path = self.folder / record["file_name"]
+        image = self.read_picture(path)
+        if image.size != (record["width"], record["height"]):
+            raise UnreadableImageError(
+                f"{path}: {image.width}x{image.height} pixels; expected "
+                f"{record['width']}x{record['height']}, as its instances say",
+                "image of another size",
+            )
+        return image
 
     def _training_sample(self, index: int, jitter: LargeScaleJitter) -> Sample:
         changed = None
@@ -216,7 +226,9 @@ class DetectionData(DenseDataModule):
     def _files(self, role: str, instances: Instances) -> DetectionFiles:
         jitter = self._jitter if role == "train" else None
         folder = self._folder(role)
-        return DetectionFiles(instances, folder, self.eval_size, jitter, self.antialias)
+        return DetectionFiles(
+            instances, folder, self.eval_size, jitter, self.read_picture, self.antialias
+        )
 
     def _folder(self, role: str) -> Path:
         return self.path(self._splits[role][0])
@@ -240,20 +252,3 @@ def _among(instances: Instances, categories: dict[int, str]) -> Instances:
             )
     names = list(categories.values())
     return replace(instances, category_ids=list(categories), class_names=names)
-
-
-def read_image(folder: Path, record: dict[str, Any]) -> Image.Image:
-    """The RGB image of a record.
-
-    Raises:
-        UnreadableImageError: it is damaged, or of another size than the record says.
-    """
-    path = folder / record["file_name"]
-    image = open_image(path).convert("RGB")
-    if image.size != (record["width"], record["height"]):
-        raise UnreadableImageError(
-            f"{path}: {image.width}x{image.height} pixels; expected "
-            f"{record['width']}x{record['height']}, as its instances say",
-            "image of another size",
-        )
-    return image

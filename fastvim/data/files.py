@@ -15,6 +15,7 @@ from timm.data import ImageDataset, create_dataset, get_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
+from fastvim.data.pixels import DAMAGED, PictureReader, UnreadableImageError
 from fastvim.data.transforms import Transform
 from fastvim.errors import UserError, first_few
 
@@ -25,34 +26,19 @@ SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "validation", "valid", "eval", "evaluation"),
 }
-# What Pillow raises on damaged files.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 MAX_UNREADABLE = 10  # in a row; then more than single files are wrong
-
-
-class UnreadableImageError(UserError):
-    """An image file that cannot be decoded or used.
-
-    Args:
-        message: what is wrong with which file.
-        kind: what is wrong, to count it by.
-    """
-
-    def __init__(self, message: str, kind: str = "unreadable image") -> None:
-        # A DataLoader raises a worker's error with the traceback as message: keep the last line.
-        super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
-        self.kind = kind
 
 
 class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
     """Images of one split and their class indices, (float32 (C, H, W), int).
 
-    In training, the next readable image replaces an unreadable one, with a warning. In evaluation
+    In training, the next readable image replaces a damaged one, with a warning. In evaluation
     it is an error, since a metric is of the whole split.
 
     Args:
         reader: a `Reader` of timm, whose base class declares neither length nor items.
-        location: what the reader reads, for messages.
+        location: what `reader` reads, for messages.
+        read_picture: opens an image file.
         transform: from a PIL image to a tensor.
         class_names: all classes in index order; the reader's own are mapped to them by name, and
             a reader without names gives these indices itself.
@@ -68,12 +54,14 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         self,
         reader: Any,
         location: str,
+        read_picture: PictureReader,
         transform: Transform,
         class_names: Sequence[str],
         training: bool,
     ) -> None:
         self.reader = reader
         self.location = location
+        self.read_picture = read_picture
         self.transform = transform
         self.training = training
         # From an index of the reader's own classes to one of `class_names`.
@@ -89,11 +77,11 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
             position = (index + attempt) % len(self)
             try:
                 image, target = self._read(position)
-            except UNREADABLE as error:
-                message = f"{self.filename(position)}: unreadable image ({error})"
-                if not self.training:
-                    raise UnreadableImageError(f"{message}; repair or delete it") from error
-                _logger.warning("%s: the next one takes its place", message)
+            except UnreadableImageError as error:
+                if not self.training or error.kind != DAMAGED:
+                    raise
+                message = str(error)
+                _logger.warning("%s; the next one takes its place", message)
             else:
                 return self.transform(image), self._class_of(position, target)
         raise UnreadableImageError(f"{message}, the last of {MAX_UNREADABLE} such in a row")
@@ -104,9 +92,8 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index]
-        with file, Image.open(file) as image:
-            image.load()
-        return image, int(target)
+        with file:
+            return self.read_picture(file, self.filename(index)), int(target)
 
     def _class_of(self, index: int, target: int) -> int:
         last = len(self._class_index) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import VisionDataset
+from torchvision.transforms import Compose
 
 from fastvim.data.base import DataModule
 from fastvim.data.files import ImageFiles, find_split, open_folder, reader_classes
@@ -18,6 +20,7 @@ from fastvim.data.transforms import (
     IMAGE_MODES,
     Transform,
     evaluation_transform,
+    to_mode,
     training_transform,
 )
 from fastvim.errors import UserError, nearest
@@ -123,7 +126,8 @@ class ImageData(DataModule):
         self._eval_transform = evaluation_transform(
             img_size, mean, std, crop_pct, interpolation, in_chans
         )
-        self._image_mode = IMAGE_MODES[in_chans]
+        self.read_picture = replace(self.read_picture, mode=IMAGE_MODES[in_chans])
+        self._to_mode = to_mode(in_chans, self.value_range)
         self._num_classes = num_classes
         self._classes = classes
         self._folders: list[str] = []  # the folder of each class
@@ -145,15 +149,16 @@ class ImageData(DataModule):
         if isinstance(source, IterableImageDataset):
             if training and self.train_images is not None:
                 raise UserError(f"{self.dataset}: train_images needs a dataset with a length")
-            source.transform = transform
+            source.transform = Compose([self._to_mode, transform])
             return source
         files: Dataset[Any]
         if isinstance(source, VisionDataset):
-            source.transform = transform
+            source.transform = Compose([self._to_mode, transform])
             files = source
         else:
             location = f"{self.dataset}/{split}" if self.dataset else str(source.reader.root)
-            files = ImageFiles(source.reader, location, transform, self._folders, training)
+            read, folders = self.read_picture, self._folders
+            files = ImageFiles(source.reader, location, read, transform, folders, training)
         return self._choose(files) if training and self.train_images is not None else files
 
     def _choose(self, files: Dataset[Any]) -> Dataset[Any]:
@@ -193,7 +198,7 @@ class ImageData(DataModule):
                 is_training=training,
                 batch_size=self.batch_size if training else self.eval_batch_size,
                 seed=self.seed,
-                input_img_mode=self._image_mode,
+                input_img_mode="",  # `to_mode` converts
             )
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]

@@ -14,15 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo, get_img_extensions, resolve_model_data_config
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as TF
 
 from fastvim.data import channel_transforms
 from fastvim.data.arrays import DECODERS, read_array
-from fastvim.data.files import UNREADABLE
-from fastvim.data.transforms import Transform, evaluation_transform
+from fastvim.data.pixels import MAX_PIXELS, PictureReader
+from fastvim.data.transforms import IMAGE_MODES, Transform, evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
 
@@ -85,38 +83,15 @@ def read_batches(
             try:
                 images.append(read(path))
                 files.append(path)
-            except UserError as error:  # a ValueError, as damage is
+            except UserError as error:
                 failures.append(Failure(path, str(error).removeprefix(f"{path}: ")))
-            except UnidentifiedImageError:
-                failures.append(Failure(path, "not an image"))
-            except UNREADABLE as error:
-                failures.append(Failure(path, f"damaged: {error}"))
         if files:
             yield files, torch.stack(images)
 
 
-def pictures(transform: Transform) -> Read:
+def pictures(reader: PictureReader, transform: Transform) -> Read:
     """Reads the image files that Pillow opens."""
-
-    def read(path: Path) -> Tensor:
-        with Image.open(path) as image:
-            return transform(image)
-
-    return read
-
-
-def upright(transform: Transform) -> Transform:
-    """The transform after a photograph is turned as its EXIF orientation says."""
-
-    def turned(image: Image.Image) -> Tensor:
-        return transform(ImageOps.exif_transpose(image))
-
-    return turned
-
-
-def rgb_pixels(image: Image.Image) -> Tensor:
-    """uint8 (3, H, W)."""
-    return TF.pil_to_tensor(image.convert("RGB"))
+    return lambda path: transform(reader(path))
 
 
 def arrays(transform: Callable[[Tensor], Tensor]) -> Read:
@@ -158,17 +133,36 @@ def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]
     return settings
 
 
-def reader(model: nn.Module, settings: dict[str, Any]) -> tuple[Read, Collection[str]]:
+def picture_reader(
+    metadata: dict[str, Any], max_pixels: int | None, mode: str = "RGB"
+) -> PictureReader:
+    """Reads pictures as the training of a model did.
+
+    Args:
+        metadata: of the weights' file.
+        max_pixels: of a picture; None for `MAX_PIXELS`.
+        mode: of the pictures.
+    """
+    value_range = metadata.get("value_range")
+    return PictureReader(mode, value_range and tuple(value_range), max_pixels or MAX_PIXELS)
+
+
+def reader(
+    model: nn.Module, metadata: dict[str, Any], settings: dict[str, Any], max_pixels: int | None
+) -> tuple[Read, Collection[str]]:
     """How a classifier's images are read, and the endings of the files that it takes.
 
     Args:
         model: the classifier.
+        metadata: of the weights' file.
         settings: of `image_settings`.
+        max_pixels: of an image; None for `MAX_PIXELS`.
     """
     if isinstance(model, FastChannelVim):
         size = (settings["img_size"], settings["mean"], settings["std"])
         return arrays(channel_transforms.evaluation_transform(*size)), DECODERS
-    return pictures(evaluation_transform(**settings)), get_img_extensions()
+    read_picture = picture_reader(metadata, max_pixels, IMAGE_MODES[settings["in_chans"]])
+    return pictures(read_picture, evaluation_transform(**settings)), get_img_extensions()
 
 
 def class_names(model: nn.Module, metadata: dict[str, Any]) -> list[str]:

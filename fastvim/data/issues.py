@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from fastvim.data.dense_data import MISSING_IMAGE
-from fastvim.data.files import UnreadableImageError
 from fastvim.data.parallel import read_in_order
+from fastvim.data.pixels import MISSING_IMAGE, UnreadableImageError
 
 
 class Issue(NamedTuple):

@@ -6,6 +6,7 @@ C, H, W: channels, height and width
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ from fastvim.data.base import DenseDataModule
 from fastvim.data.dense_data import (
     chance,
     integer,
-    open_image,
     prepare_scene,
     to_tensor,
     uniform,
 )
-from fastvim.data.files import UnreadableImageError
 from fastvim.data.issues import Issues, SplitReport
+from fastvim.data.pixels import PictureReader, UnreadableImageError
 from fastvim.data.resizing import Window, fit, nearest, resize
 from fastvim.errors import UserError
 from fastvim.labels import IGNORE_INDEX
@@ -147,6 +147,7 @@ class SegmentationFiles(Dataset[Pair]):
         transform: of both.
         num_classes: indices are below it, or `IGNORE_INDEX`.
         reduce_zero_label: a stored 0 is ignored and the classes are stored from 1.
+        read_picture: opens an image file.
 
     Raises:
         UnreadableImageError: when reading, naming the file: it is damaged, its indices are out of
@@ -159,11 +160,13 @@ class SegmentationFiles(Dataset[Pair]):
         transform: TrainingTransform | EvaluationTransform,
         num_classes: int,
         reduce_zero_label: bool,
+        read_picture: PictureReader,
     ) -> None:
         self.pairs = pairs
         self.transform = transform
         self.num_classes = num_classes
         self.reduce_zero_label = reduce_zero_label
+        self.read_picture = read_picture
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -174,7 +177,7 @@ class SegmentationFiles(Dataset[Pair]):
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """An RGB image and its classes, uint8 (H, W), as they are stored."""
         image_path, mask_path = self.pairs[index]
-        image = open_image(image_path).convert("RGB")
+        image = self.read_picture(image_path)
         mask = self._read_mask(mask_path)
         if mask.shape != (image.height, image.width):
             raise UnreadableImageError(
@@ -185,7 +188,7 @@ class SegmentationFiles(Dataset[Pair]):
         return image, mask
 
     def _read_mask(self, path: Path) -> np.ndarray:
-        image = open_image(path)
+        image = replace(self.read_picture, mode=None)(path)
         if image.mode not in MASK_MODES:
             raise UnreadableImageError(
                 f"{path}: mode {image.mode}; expected one number a pixel", "classes as colours"
@@ -302,7 +305,9 @@ class SegmentationData(DenseDataModule):
 
     def _files(self, role: str, pairs: list[tuple[Path, Path]]) -> SegmentationFiles:
         transform = self._train_transform if role == "train" else self._eval_transform
-        return SegmentationFiles(pairs, transform, self._count, self.reduce_zero_label)
+        return SegmentationFiles(
+            pairs, transform, self._count, self.reduce_zero_label, self.read_picture
+        )
 
     def _find_class_names(self) -> list[str]:
         if self.class_file is None:

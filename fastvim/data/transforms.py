@@ -6,7 +6,7 @@ C, H, W: channels, height and width of the tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import methodcaller
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment, post
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms import Compose
 
+from fastvim.data.pixels import PictureReader
 from fastvim.errors import UserError, nearest
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -53,7 +54,7 @@ def evaluation_transform(
         raise UserError(f"crop_pct {crop_pct}: expected more than 0 and at most 1")
     settings = _common_settings(img_size, mean, std, interpolation, in_chans)
     return Compose(
-        [_to_mode(in_chans), create_transform(is_training=False, crop_pct=crop_pct, **settings)]
+        [to_mode(in_chans), create_transform(is_training=False, crop_pct=crop_pct, **settings)]
     )
 
 
@@ -99,7 +100,7 @@ def training_transform(
             f"auto_augment {auto_augment!r}: expected a policy of timm, as rand-m9-mstd0.5-inc1"
         ) from error
     _fix_posterize(transform)
-    return Compose([_to_mode(in_chans), transform])
+    return Compose([to_mode(in_chans), transform])
 
 
 def _common_settings(
@@ -134,8 +135,12 @@ def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[floa
     return tuple(values) * (in_chans if len(values) == 1 else 1)
 
 
-def _to_mode(in_chans: int) -> Callable[[Image.Image], Image.Image]:
-    return methodcaller("convert", IMAGE_MODES[in_chans])  # unlike a lambda, it can be pickled
+def to_mode(
+    in_chans: int, value_range: tuple[float, float] | None = None
+) -> Callable[[Image.Image], Image.Image]:
+    """Makes a decoded image grey or RGB, as `PictureReader.convert` does; can be pickled."""
+    reader = PictureReader(IMAGE_MODES[in_chans], value_range)
+    return partial(reader.convert, name="image")
 
 
 def _fix_posterize(transform: Compose) -> None:

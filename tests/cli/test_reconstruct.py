@@ -147,7 +147,11 @@ def test_the_rest_is_drawn(weights, photo, tmp_path, capsys):
     arguments = ["--checkpoint", str(weights), "--out", str(out), *map(str, sources)]
     assert main(["reconstruct", *arguments]) == 0
     errors = capsys.readouterr().err
-    for line in ("notes.jpg: not an image", "cut.png: damaged", "none.png: no such file"):
+    for line in (
+        "notes.jpg: unreadable image (of no format",
+        "cut.png: unreadable image",
+        "none.png: no such file",
+    ):
         assert line in errors
     assert [file.name for file in out.iterdir()] == ["photo_reconstruction.png"]
 

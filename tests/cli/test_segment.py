@@ -155,7 +155,11 @@ def test_the_rest_is_drawn(weights, photo, tmp_path, capsys):
     sources = [tmp_path / "notes.jpg", photo, tmp_path / "cut.png", tmp_path / "none.png"]
     assert segment(weights, *sources, "--out", tmp_path / "out") == 0
     errors = capsys.readouterr().err
-    for line in ("notes.jpg: not an image", "cut.png: damaged", "none.png: no such file"):
+    for line in (
+        "notes.jpg: unreadable image (of no format",
+        "cut.png: unreadable image",
+        "none.png: no such file",
+    ):
         assert line in errors
     assert len(list((tmp_path / "out").iterdir())) == 2
 

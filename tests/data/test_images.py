@@ -15,6 +15,7 @@ from PIL import Image
 from fastvim.data import samples
 from fastvim.data.files import MAX_UNREADABLE, ImageFiles, UnreadableImageError
 from fastvim.data.images import ImageData
+from fastvim.data.pixels import PictureReader
 from fastvim.data.transforms import evaluation_transform
 from fastvim.errors import UserError
 
@@ -183,7 +184,9 @@ def test_labels_without_names(image_root: Path) -> None:
 
     def label(target: int) -> int:
         reader = IndexReader(path, target)
-        return ImageFiles(reader, "hfds/x", transform, ["a", "b"], training=True)[0][1]
+        return ImageFiles(reader, "hfds/x", PictureReader(), transform, ["a", "b"], training=True)[
+            0
+        ][1]
 
     assert label(1) == 1
     for target in (-1, 2):

@@ -1,0 +1,218 @@
+"""`PictureReader`: what stored values mean, which way is up, how large an image may be."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim.data.pixels import TOO_LARGE, UNKNOWN_VALUES, PictureReader, UnreadableImageError
+from fastvim.data.pixels import stored as stored_as
+from fastvim.errors import UserError
+
+GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "picture"
+
+
+def pixels(path: Path, mode: str = "L", **options: object) -> np.ndarray:
+    return np.asarray(PictureReader(mode, **options)(path))
+
+
+def saved(path: Path, values: np.ndarray, kind: str = "TIFF", **options: object) -> Path:
+    Image.fromarray(values).save(path, kind, **options)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_16_bits_are_the_8_bit_image(path, kind, mode):
+    saved(path, GREY.astype(np.uint16) * 257, kind)
+    expected = GREY if mode == "L" else np.repeat(GREY[..., None], 3, axis=2)
+    np.testing.assert_array_equal(pixels(path, mode), expected)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_16_bits_of_either_byte_order(path, order, compression):
+    saved(path, (GREY.astype(np.uint16) * 257).astype(order), compression=compression)
+    np.testing.assert_array_equal(pixels(path), GREY)
+
+
+def test_16_bits_with_white_as_0(path):
+    saved(path, 65535 - GREY.astype(np.uint16) * 257, tiffinfo={262: 0})
+    with Image.open(path) as image:
+        assert image.tag_v2[262] == 0
+    np.testing.assert_array_equal(pixels(path), GREY)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_a_range_says_what_is_black_and_white(path, dtype):
+    values = GREY.astype(dtype) * 10 + 100
+    saved(path, values)
+    np.testing.assert_array_equal(pixels(path, value_range=(100, 2650)), GREY)
+    clipped = np.clip((values - 600.0) * 255 / 1000, 0, 255)
+    found = pixels(path, value_range=(600, 1600))
+    assert np.abs(found - clipped).max() <= 0.5 + 1e-4  # rounding
+    assert {0, 255} <= set(found.ravel())
+
+
+def test_floats_within_0_to_1(path):
+    saved(path, GREY.astype(np.float32) / 255)
+    np.testing.assert_array_equal(pixels(path), GREY)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (GREY.astype(np.int32), "int32 values 0 to 235; expected value_range"),
+        (GREY.astype(np.float32), "float32 values 0 to 235; expected value_range"),
+        (GREY.astype(np.float32) / 255 - 0.5, "float32 values -0.5 to .*; expected value_range"),
+        (np.full((4, 4), np.nan, np.float32), "not finite"),
+        (np.full((4, 4), np.inf, np.float32), "not finite"),
+    ],
+)
+def test_values_of_unknown_meaning_are_refused(path, values, told):
+    saved(path, values)
+    with pytest.raises(UnreadableImageError, match=f"picture: .*{told}") as caught:
+        pixels(path)
+    assert caught.value.kind == UNKNOWN_VALUES
+    if np.isnan(values).any():  # no range helps
+        with pytest.raises(UnreadableImageError, match="not finite"):
+            pixels(path, value_range=(0, 1))
+
+
+def test_8_bits_and_a_range(path):
+    saved(path, GREY, "PNG")
+    for beyond in ((0, 4095), (0.0, 1.0)):  # of 16 bits, of floating point
+        np.testing.assert_array_equal(pixels(path, value_range=beyond), GREY)
+    expected = np.rint(np.clip(GREY / 100, 0, 1) * 255)
+    np.testing.assert_array_equal(pixels(path, value_range=(0, 100)), expected)
+    assert (pixels(path, "RGB", value_range=(0, 100)) == expected[..., None]).all()
+
+
+def image_of(mode: str) -> Image.Image:
+    """Red on the left, green on the right, in any mode that files have."""
+    image = Image.new("RGB", (8, 4), (200, 60, 60))
+    image.paste((60, 180, 90), (4, 0, 8, 4))
+    if mode == "P":
+        return image.quantize(2)
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("P", "PNG"), ("P", "TIFF"), ("P", "GIF"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("RGBA", "PNG")],
+)
+def test_colours_of_any_mode(path, mode, kind):
+    image_of(mode).save(path, kind)
+    found = PictureReader()(path)
+    assert (found.mode, stored_as(found).mode) == ("RGB", mode)
+    error = np.abs(np.asarray(found).astype(int) - np.asarray(image_of("RGB")))
+    assert error.max() <= 4  # LAB is rounded to 8 bits
+    grey = np.asarray(image_of("RGB").convert("L")).astype(int)
+    assert np.abs(pixels(path) - grey).max() <= 4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("transparency", [0, b"\x00\x80"])
+def test_a_palette_with_transparency(path, transparency):
+    image_of("P").save(path, "PNG", transparency=transparency)
+    np.testing.assert_array_equal(pixels(path, "RGB"), np.asarray(image_of("P").convert("RGB")))
+
+
+def test_one_bit_and_grey_with_alpha(path):
+    bits = Image.fromarray(GREY > 100)
+    bits.save(path, "PNG")
+    np.testing.assert_array_equal(pixels(path), (GREY > 100) * 255)
+    both = Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(255 - GREY)))
+    both.save(path, "PNG")
+    assert (pixels(path, "RGB") == GREY[..., None]).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation(path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    values = np.repeat(GREY[..., None], 3, axis=2)
+    saved(path, values, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    quarter = {5: values.transpose(1, 0, 2), 6: np.rot90(values, 3), 8: np.rot90(values)}
+    quarter[7] = np.rot90(values, 2).transpose(1, 0, 2)
+    upright = {1: values, 2: values[:, ::-1], 3: np.rot90(values, 2), 4: values[::-1], **quarter}
+    found = PictureReader()(path)
+    np.testing.assert_array_equal(np.asarray(found), upright[orientation])
+    assert stored_as(found)[1:3] == ((8, 6), orientation)
+    again = PictureReader().convert(found, "")  # is turned once
+    np.testing.assert_array_equal(np.asarray(again), upright[orientation])
+    left = PictureReader()(path, exif=False)
+    np.testing.assert_array_equal(np.asarray(left), values)
+    if kind != "TIFF":  # which Pillow turns when it opens it
+        with Image.open(path) as image:
+            image.load()
+        turned = PictureReader().convert(image, "")
+        np.testing.assert_array_equal(np.asarray(turned), upright[orientation])
+
+
+def test_damaged_exif_data_turn_nothing(path):
+    saved(path, GREY, "JPEG", exif=b"Exif\0\0II*\0 and no more", quality=100, subsampling=0)
+    assert np.abs(pixels(path).astype(int) - GREY).max() < 8
+
+
+def test_indices_are_read_as_stored(path):
+    index = image_of("P")
+    index.save(path, "PNG")
+    read = PictureReader(None, value_range=(0, 4095))
+    np.testing.assert_array_equal(np.asarray(read(path)), np.asarray(index))
+    saved(path, GREY.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(np.asarray(read(path)), GREY.astype(np.uint16) * 257)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_limit_of_the_size_is_ours(path, monkeypatch):
+    saved(path, GREY, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # less than half of the image's 48
+    with pytest.raises(
+        UnreadableImageError, match="8x6 = 48 pixels; expected at most max_pixels 47"
+    ) as e:
+        pixels(path, max_pixels=47)
+    assert e.value.kind == TOO_LARGE
+    for limit in (48, None):
+        np.testing.assert_array_equal(pixels(path, max_pixels=limit), GREY)
+    assert Image.MAX_IMAGE_PIXELS == 20
+
+
+def test_what_is_no_image(path):
+    path.write_text("not an image")
+    with pytest.raises(UnreadableImageError, match=r"picture: unreadable image .of no format that"):
+        pixels(path)
+    saved(path, GREY, "PNG")
+    path.write_bytes(path.read_bytes()[:45])
+    with pytest.raises(UnreadableImageError, match="picture: unreadable image"):
+        pixels(path)
+    with pytest.raises(UnreadableImageError, match="none: no such file"):
+        pixels(path.with_name("none"))
+
+
+def test_open_files_and_pickles(path):
+    saved(path, GREY, "PNG")
+    reader = pickle.loads(pickle.dumps(PictureReader("L", (0, 100), None)))
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(np.asarray(reader(file, "a.png")), np.asarray(reader(path)))
+
+
+@pytest.mark.parametrize("value_range", [(1, 1), (5, 2), (0, float("inf")), (float("nan"), 1)])
+def test_ranges_that_are_none(value_range):
+    with pytest.raises(UserError, match=r"value_range .*: expected two numbers, the lower first"):
+        PictureReader(value_range=value_range)
+
+
+def test_max_pixels_out_of_range():
+    with pytest.raises(UserError, match="max_pixels 0: expected 1 or more"):
+        PictureReader(max_pixels=0)
