@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.images import add_images, chosen_images, draw_each
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(argv: list[str]) -> None:
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     from fastvim.data.dense_data import prepare_objects
-    from fastvim.data.inputs import picture_reader, pictures
+    from fastvim.data.inputs import Pictures
     from fastvim.models import CascadeMaskRCNN
     from fastvim.models.heads.results import coco_results
     from fastvim.pictures.detections import draw_detections
@@ -87,7 +87,7 @@ def run(argv: list[str]) -> None:
         text = ", ".join(f"{number} x {name}" for name, number in counts) or "nothing"
         return f"{text}, drawn in {target}_detections.png"
 
-    read = pictures(picture_reader(metadata, arguments.max_pixels), pil_to_tensor)
+    read = Pictures(chosen_reader(arguments, metadata), pil_to_tensor)
     draw_each(paths, failures, read, "detecting", arguments.out, draw)
     file = arguments.out / "detections.json"
     file.write_text(json.dumps(everything), encoding="utf-8")

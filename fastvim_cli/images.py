@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import add_device, at_least, local_path
 from fastvim_cli.console import note, track
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastvim.data.inputs import Failure, Read
+    from fastvim.data.pixels import PictureReader
 
 
 def add_images(parser: argparse.ArgumentParser, out: str | None, writes: str) -> None:
-    """IMAGES, and the options `--out`, `--max-pixels` and `--device`.
+    """IMAGES, and the options `--out`, `--value-range`, `--max-pixels` and `--device`.
 
     Args:
         parser: of the command.
@@ -28,6 +29,8 @@ def add_images(parser: argparse.ArgumentParser, out: str | None, writes: str) ->
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGES", help="files, folders or globs")
     add("--out", default=out, type=local_path, metavar="DIR", help=f"writes {writes} here{default}")
+    help = "values that are black and white (default: of the training, else of the files' type)"
+    add("--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help=help)
     help = "refuse an image of more pixels (default: 179 million)"
     add("--max-pixels", type=at_least(1), metavar="N", help=help)
     add_device(parser)
@@ -45,8 +48,20 @@ def chosen_images(
 
     paths, failures = find_images(arguments.images, endings)
     if not paths:
-        report_failures(failures, read=0)
+        report(failures)
     return paths, failures
+
+
+def chosen_reader(arguments: argparse.Namespace, metadata: dict[str, Any]) -> PictureReader:
+    """Reads pictures as the training did, or as `--value-range` and `--max-pixels` say.
+
+    Args:
+        arguments: with those of `add_images`.
+        metadata: of the weights' file.
+    """
+    from fastvim.data.inputs import picture_reader
+
+    return picture_reader(metadata, arguments.value_range, arguments.max_pixels)
 
 
 def draw_each(
@@ -78,23 +93,31 @@ def draw_each(
     for (path,), image in track(read_batches(paths, read, 1, failures), doing, len(paths)):
         out.mkdir(parents=True, exist_ok=True)
         lines.append(f"{path}: {draw(path, image, out / _free_stem(path, taken))}")
-    report_failures(failures, read=len(lines))
+    report(failures, read, len(lines))
     for line in lines:
         print(line)
 
 
-def report_failures(failures: list[Failure], *, read: int) -> None:
-    """Print a line for each file that gave no image.
+def report(failures: list[Failure], read: Read | None = None, count: int = 0) -> None:
+    """Print a line for each file that gave no image, and one if the others are dark.
+
+    Args:
+        failures: the files without an image.
+        read: how the others were read.
+        count: of the others.
 
     Raises:
         UserError: none was read.
     """
+    from fastvim.data.inputs import Pictures
     from fastvim.errors import UserError
 
     for failure in failures:
         note(f"skipped {failure.path}: {failure.reason}")
-    if not read:
+    if not count:
         raise UserError(f"no image among {len(failures)} files could be read")
+    if isinstance(read, Pictures) and (warning := read.brightest.warning()):
+        note(f"{warning} (--value-range)")
 
 
 def _free_stem(path: Path, taken: set[str]) -> str:

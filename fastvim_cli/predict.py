@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
 from fastvim_cli.console import table, track
-from fastvim_cli.images import add_images, chosen_images, report_failures
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, report
 from fastvim_cli.weights import add_model, load
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> None:
     model, metadata = load(arguments, "predict")
     names = class_names(model, metadata)
     settings = image_settings(model, metadata)
-    read, endings = reader(model, metadata, settings, arguments.max_pixels)
+    read, endings = reader(model, settings, chosen_reader(arguments, metadata))
     paths, failures = chosen_images(arguments, endings)
     model = model.to(device).eval()
 
@@ -64,7 +64,7 @@ def run(argv: list[str]) -> None:
             if len(shown) < SHEET_IMAGES:
                 shown.append((images[i], top[0]))
 
-    report_failures(failures, read=len(lines))
+    report(failures, read, len(lines))
     rows = [(line["file"], line["class"], f"{line['probability']:.1%}") for line in lines]
     print(table(("image", "class", "probability"), rows, left=("image", "class")))
     if arguments.out is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.images import add_images, chosen_images, draw_each
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
 from fastvim_cli.weights import add_model, load
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def run(argv: list[str]) -> None:
     """Run the command; see `fastvim reconstruct --help`."""
     arguments = _parser().parse_intermixed_args(argv)
 
-    from fastvim.data.inputs import image_settings, picture_reader, pictures
+    from fastvim.data.inputs import Pictures, image_settings
     from fastvim.data.transforms import IMAGE_MODES, evaluation_transform
     from fastvim.models import MaskedAutoencoder
     from fastvim.pictures.reconstruction import draw_reconstruction
@@ -69,6 +70,6 @@ def run(argv: list[str]) -> None:
         draw_reconstruction(result).save(f"{target}_reconstruction.png")
         return f"loss {result.loss:.4f}, drawn in {target}_reconstruction.png"
 
-    reader = picture_reader(metadata, arguments.max_pixels, IMAGE_MODES[settings["in_chans"]])
-    read = pictures(reader, evaluation_transform(**settings))
+    reader = replace(chosen_reader(arguments, metadata), mode=IMAGE_MODES[settings["in_chans"]])
+    read = Pictures(reader, evaluation_transform(**settings))
     draw_each(paths, failures, read, "reconstructing", arguments.out, draw)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import Parser, UsageError, at_least, usable_device
-from fastvim_cli.images import add_images, chosen_images, draw_each
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> None:
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     from fastvim.data.dense_data import prepare_scene
-    from fastvim.data.inputs import picture_reader, pictures
+    from fastvim.data.inputs import Pictures
     from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
     from fastvim.pictures.segmentation import draw_classes, index_image, legend
 
@@ -88,7 +88,7 @@ def run(argv: list[str]) -> None:
         shares = ", ".join(entry.text for entry in legend([classes], names)[:3])
         return f"{shares}, drawn in {target}_overlay.png"
 
-    read = pictures(picture_reader(metadata, arguments.max_pixels), pil_to_tensor)
+    read = Pictures(chosen_reader(arguments, metadata), pil_to_tensor)
     draw_each(paths, failures, read, "segmenting", arguments.out, draw)
 
 

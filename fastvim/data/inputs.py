@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fastvim.data import channel_transforms
 from fastvim.data.arrays import DECODERS, read_array
-from fastvim.data.pixels import MAX_PIXELS, PictureReader
+from fastvim.data.pixels import MAX_PIXELS, Brightest, PictureReader
 from fastvim.data.transforms import IMAGE_MODES, Transform, evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
@@ -89,9 +90,25 @@ def read_batches(
             yield files, torch.stack(images)
 
 
-def pictures(reader: PictureReader, transform: Transform) -> Read:
-    """Reads the image files that Pillow opens."""
-    return lambda path: transform(reader(path))
+class Pictures:
+    """Reads the image files that Pillow opens.
+
+    Args:
+        reader: from a file to an image.
+        transform: of the image.
+
+    Attributes:
+        brightest: of what was read.
+    """
+
+    def __init__(self, reader: PictureReader, transform: Transform) -> None:
+        self.reader, self.transform = reader, transform
+        self.brightest = Brightest(whole=False)
+
+    def __call__(self, path: Path) -> Tensor:
+        image = self.reader(path)
+        self.brightest.add(image)
+        return self.transform(image)
 
 
 def arrays(transform: Callable[[Tensor], Tensor]) -> Read:
@@ -134,35 +151,39 @@ def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]
 
 
 def picture_reader(
-    metadata: dict[str, Any], max_pixels: int | None, mode: str = "RGB"
+    metadata: dict[str, Any],
+    value_range: Sequence[float] | None = None,
+    max_pixels: int | None = None,
 ) -> PictureReader:
     """Reads pictures as the training of a model did.
 
     Args:
         metadata: of the weights' file.
+        value_range: the values of black and white; None for those of the training.
         max_pixels: of a picture; None for `MAX_PIXELS`.
-        mode: of the pictures.
     """
-    value_range = metadata.get("value_range")
-    return PictureReader(mode, value_range and tuple(value_range), max_pixels or MAX_PIXELS)
+    told = value_range or metadata.get("value_range")
+    limits = (told[0], told[1]) if told else None
+    return PictureReader("RGB", limits, max_pixels or MAX_PIXELS)
 
 
 def reader(
-    model: nn.Module, metadata: dict[str, Any], settings: dict[str, Any], max_pixels: int | None
+    model: nn.Module, settings: dict[str, Any], read_picture: PictureReader
 ) -> tuple[Read, Collection[str]]:
     """How a classifier's images are read, and the endings of the files that it takes.
 
     Args:
         model: the classifier.
-        metadata: of the weights' file.
         settings: of `image_settings`.
-        max_pixels: of an image; None for `MAX_PIXELS`.
+        read_picture: opens an image file.
     """
     if isinstance(model, FastChannelVim):
+        if read_picture.value_range is not None:
+            raise UserError("value_range: a channel model takes the values as stored")
         size = (settings["img_size"], settings["mean"], settings["std"])
         return arrays(channel_transforms.evaluation_transform(*size)), DECODERS
-    read_picture = picture_reader(metadata, max_pixels, IMAGE_MODES[settings["in_chans"]])
-    return pictures(read_picture, evaluation_transform(**settings)), get_img_extensions()
+    read_picture = replace(read_picture, mode=IMAGE_MODES[settings["in_chans"]])
+    return Pictures(read_picture, evaluation_transform(**settings)), get_img_extensions()
 
 
 def class_names(model: nn.Module, metadata: dict[str, Any]) -> list[str]:

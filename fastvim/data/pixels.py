@@ -68,7 +68,7 @@ class Stored(NamedTuple):
         size: width and height.
         orientation: EXIF's, from 1 (upright) to 8.
         highest: value, where more than 8 bits are stored; else None.
-        white: the value that becomes white, likewise.
+        white: the value of the type that becomes white, likewise; None with a `value_range`.
     """
 
     mode: str
@@ -161,7 +161,7 @@ class PictureReader:
     def _convert(
         self, image: Image.Image, name: str
     ) -> tuple[Image.Image, float | None, float | None]:
-        """An image in the wanted mode; its highest value and white, of more than 8 bits."""
+        """An image in the wanted mode; its highest value and white, as in `Stored`."""
         mode = self.mode
         if mode is None:
             return image, None, None
@@ -169,7 +169,8 @@ class PictureReader:
             values = _values(image)
             low, high = self._black_and_white(values, image, name)
             image = Image.fromarray(_scaled(values, low, high, _is_inverted(image)))
-            return image.convert(mode), float(values.max()), high
+            white = high if self.value_range is None else None
+            return image.convert(mode), float(values.max()), white
         if image.mode == "L" and _tag(image, SAMPLE_FORMAT) == SIGNED:
             raise _refused(name, "signed 8-bit values", "8 bits without sign")
         if image.mode == "P" and "transparency" in image.info:
@@ -212,6 +213,40 @@ class PictureReader:
 def stored(image: Image.Image) -> Stored:
     """What the file of an image held that a `PictureReader` has read or converted."""
     return image.info["stored"]
+
+
+class Brightest:
+    """The highest values of a set of images, to find those that use little of their range.
+
+    Args:
+        whole: look at images of 8 bits too.
+    """
+
+    def __init__(self, whole: bool = True) -> None:
+        self._whole = whole
+        self._highest: dict[float, float] = {}  # by the value that is white
+
+    def add(self, image: Image.Image) -> None:
+        """Look at an image that a `PictureReader` has read."""
+        known = stored(image)
+        if known.white is not None and known.highest is not None:
+            white, highest = known.white, known.highest
+        elif known.highest is None and self._whole:
+            white, highest = 255, float(np.max(image.getextrema()))
+        else:
+            return
+        self._highest[white] = max(highest, self._highest.get(white, highest))
+
+    def warning(self) -> str:
+        """One line if all values lie below a quarter of white; "" otherwise."""
+        if not self._highest or any(4 * top >= white for white, top in self._highest.items()):
+            return ""
+        white, top = max(self._highest.items())
+        usual = 2 ** max(1, int(top).bit_length()) - 1 if white > 1 else top or 1
+        return (
+            f"the highest value is {top:g}, less than a quarter of {white:g}, which is white: the "
+            f"images are dark; value_range tells the values of black and white, as [0, {usual:g}]"
+        )
 
 
 def _values(image: Image.Image) -> np.ndarray:

@@ -90,6 +90,11 @@ def _published(
     else:
         weights = {f"backbone.{n}": t for n, t in names.to_published(state, grid).items()}
     licence = {"licence": metadata["licence"]} if "licence" in metadata else {}
+    if metadata.get("value_range"):
+        _logger.warning(
+            "%s cannot say value_range %s: its commands need --value-range",
+            *(target, metadata["value_range"]),
+        )
     if {"segmentation", "detection", "features"} & metadata.keys():
         return {"meta": config_text.compose(metadata), "state_dict": weights, **licence}
     options = metadata["model_args"]

@@ -20,7 +20,7 @@ from fastvim.tasks.task import Task
 # The arguments of a data module that prediction needs again.
 IMAGE_SETTINGS = (
     *("img_size", "in_chans", "mean", "std"),
-    *("base_size", "eval_size", "crop_pct", "interpolation", "antialias"),
+    *("base_size", "eval_size", "crop_pct", "interpolation", "antialias", "value_range"),
 )
 
 

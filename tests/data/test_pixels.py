@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim.data.pixels import TOO_LARGE, UNKNOWN_VALUES, PictureReader, UnreadableImageError
+from fastvim.data.pixels import (
+    TOO_LARGE,
+    UNKNOWN_VALUES,
+    Brightest,
+    PictureReader,
+    UnreadableImageError,
+)
 from fastvim.data.pixels import stored as stored_as
 from fastvim.errors import UserError
 
@@ -160,6 +166,7 @@ def test_exif_orientation(path, kind, orientation):
         np.testing.assert_array_equal(np.asarray(turned), upright[orientation])
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_data_turn_nothing(path):
     saved(path, GREY, "JPEG", exif=b"Exif\0\0II*\0 and no more", quality=100, subsampling=0)
     assert np.abs(pixels(path).astype(int) - GREY).max() < 8
@@ -216,3 +223,25 @@ def test_ranges_that_are_none(value_range):
 def test_max_pixels_out_of_range():
     with pytest.raises(UserError, match="max_pixels 0: expected 1 or more"):
         PictureReader(max_pixels=0)
+
+
+def brightest(*values: np.ndarray, path: Path, whole: bool = True, **options: object) -> str:
+    found = Brightest(whole)
+    for each in values:
+        found.add(PictureReader("L", **options)(saved(path, each)))
+    return found.warning()
+
+
+def test_images_that_use_little_of_their_range(path):
+    dark, bright = GREY.astype(np.uint16) * 16, GREY.astype(np.uint16) * 257
+    told = brightest(dark, dark, path=path)
+    assert told.startswith("the highest value is 3760, less than a quarter of 65535")
+    assert told.endswith("value_range tells the values of black and white, as [0, 4095]")
+    assert not brightest(dark, bright, path=path)
+    assert not brightest(dark, path=path, value_range=(0, 4095))
+    assert not brightest(path=path)
+    assert brightest(GREY // 5, path=path).endswith("as [0, 63]")
+    assert not brightest(GREY // 5, path=path, whole=False)
+    assert not brightest(GREY // 5, GREY, path=path)
+    assert not brightest(dark, GREY, path=path)
+    assert "less than a quarter of 1, which" in brightest(np.full((4, 4), 0.1, "f"), path=path)
