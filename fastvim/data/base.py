@@ -11,6 +11,7 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from fastvim.data import samples
+from fastvim.data.classes import KnownClasses
 from fastvim.data.issues import SplitReport
 from fastvim.data.pixels import MAX_PIXELS, PictureReader
 from fastvim.data.remote import is_url
@@ -34,8 +35,12 @@ class DataModule(L.LightningDataModule):
             bits; None takes the type's (`fastvim.data.pixels`).
         max_pixels: an image of more is refused; None for no limit.
 
+    Attributes:
+        known: classes of the weights that are evaluated or trained on, set before `setup`: the
+            targets are then places among these, by name. None takes the classes of the data.
+
     Raises:
-        UserError: for an argument out of range.
+        UserError: for an argument out of range, and in `setup` for a class that is not `known`.
     """
 
     # Roles whose batches are a pair of lists, since their samples differ in size.
@@ -59,6 +64,7 @@ class DataModule(L.LightningDataModule):
         self.seed = seed
         self.value_range, self.max_pixels = value_range, max_pixels
         self.read_picture = PictureReader("RGB", value_range, max_pixels)
+        self.known: KnownClasses | None = None
         self._class_names: list[str] = []
         self._datasets: dict[str, Dataset[Any]] = {}
         self.check_least(batch_size=1, eval_batch_size=1, num_workers=0, seed=0)
@@ -80,6 +86,11 @@ class DataModule(L.LightningDataModule):
     def num_classes(self) -> int:
         """The number of classes; known after `setup`."""
         return len(self.class_names)
+
+    @property
+    def classes_from(self) -> str:
+        """The file or folder that has the classes, for messages."""
+        return self.root
 
     def prepare_data(self) -> None:
         """Fetch a sample set, once for all processes of a machine."""

@@ -236,6 +236,10 @@ class ChannelData(DataModule):
             )
         return batch
 
+    @property
+    def classes_from(self) -> str:
+        return self._table_url()
+
     def open(self, role: str) -> ChannelImages:
         if self._rows is None:
             self._rows = self._read_rows()

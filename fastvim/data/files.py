@@ -1,31 +1,23 @@
-"""Image files of one split: folders and tar files, classes, damaged files."""
+"""Image files of one split: their classes, and damaged files."""
 
 from __future__ import annotations
 
 import logging
 import os
-import tarfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, get_img_extensions
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
+from fastvim.data.classes import places
 from fastvim.data.pixels import DAMAGED, PictureReader, UnreadableImageError
 from fastvim.data.transforms import Transform
-from fastvim.errors import UserError, first_few
+from fastvim.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-# Names of a split's folder, the usual one first.
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid", "eval", "evaluation"),
-}
 MAX_UNREADABLE = 10  # in a row; then more than single files are wrong
 
 
@@ -36,18 +28,19 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
     it is an error, since a metric is of the whole split.
 
     Args:
-        reader: a `Reader` of timm, whose base class declares neither length nor items.
+        reader: `ClassFolders` or a `Reader` of timm: gives open files and class indices.
         location: what `reader` reads, for messages.
         read_picture: opens an image file.
         transform: from a PIL image to a tensor.
         class_names: all classes in index order; the reader's own are mapped to them by name, and
-            a reader without names gives these indices itself.
+            a reader without names gives these indices itself. None for images without classes,
+            whose index is -1.
         training: replace unreadable images.
+        of: whose the classes are, for messages.
 
     Raises:
-        UserError: when the split has a class that `class_names` lacks, or has images without a
-            class folder, or has a label out of range (hidden labels are often -1);
-            `UnreadableImageError` when reading, naming the file.
+        UserError: when the split has a class that `class_names` lacks, or has a label out of range
+            (hidden labels are often -1); `UnreadableImageError` when reading, naming the file.
     """
 
     def __init__(
@@ -56,8 +49,9 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         location: str,
         read_picture: PictureReader,
         transform: Transform,
-        class_names: Sequence[str],
+        class_names: Sequence[str] | None,
         training: bool,
+        of: str = "expected",
     ) -> None:
         self.reader = reader
         self.location = location
@@ -65,9 +59,9 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         self.transform = transform
         self.training = training
         # From an index of the reader's own classes to one of `class_names`.
-        self._class_index = list(range(len(class_names)))
-        if own := reader_classes(reader):
-            self._class_index = _map_classes(own, class_names, location)
+        self._class_index = None if class_names is None else list(range(len(class_names)))
+        if class_names is not None and (own := reader_classes(reader)):
+            self._class_index = places(own, class_names, location, of)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -91,61 +85,24 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         return os.path.join(self.location, str(self.reader.filename(index)))
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        file, target = self.reader[index]
+        name = self.filename(index)
+        try:
+            file, target = self.reader[index]
+        except OSError as error:
+            raise UnreadableImageError(f"{name}: unreadable image ({error.strerror})") from error
         with file:
-            return self.read_picture(file, self.filename(index)), int(target)
+            return self.read_picture(file, name), int(target)
 
     def _class_of(self, index: int, target: int) -> int:
+        if self._class_index is None:
+            return -1
         last = len(self._class_index) - 1
         if not 0 <= target <= last:
             raise UserError(f"{self.filename(index)}: label {target}; expected 0 to {last}")
         return self._class_index[target]
 
 
-def find_split(root: str, split: str) -> Path | None:
-    """`root/SPLIT/` or `root/SPLIT.tar`, under any of the names of that split."""
-    names = next((names for names in SPLIT_NAMES.values() if split in names), ())
-    for name in (split, *names):
-        for path in (Path(root, name), Path(root, f"{name}.tar")):
-            if path.exists():
-                return path
-    return None
-
-
-def open_folder(root: str, split: str) -> ImageDataset:
-    """timm's dataset of a split in the folder layout.
-
-    Raises:
-        UserError: when there is no such split, or no image in it.
-    """
-    if not Path(root).is_dir():
-        raise UserError(f"{root}: no such directory; expected one with {split}/CLASS/*.jpg")
-    path = find_split(root, split)
-    if path is None:
-        raise UserError(f"{root}: no split {split!r}; expected {root}/{split}/CLASS/*.jpg")
-    try:
-        return create_dataset("", root=str(path), search_split=False)
-    except (RuntimeError, ValueError, OSError, tarfile.TarError) as error:
-        endings = ", ".join(get_img_extensions())
-        raise UserError(f"{path}: no images; expected {path}/CLASS/* ending {endings}") from error
-
-
 def reader_classes(reader: Any) -> list[str]:
     """The names of a reader's classes in index order; empty when it has none."""
-    in_tar = isinstance(reader, ReaderImageInTar)
-    index = reader.class_name_to_idx if in_tar else reader.class_to_idx
+    index = reader.class_to_idx
     return [str(name) for name in sorted(index, key=index.__getitem__)]
-
-
-def _map_classes(own: list[str], class_names: Sequence[str], location: str) -> list[int]:
-    """The index in `class_names` of each of a split's own classes."""
-    if "" in own:
-        raise UserError(f"{location}: images outside class folders; expected {location}/CLASS/*")
-    index = {name: position for position, name in enumerate(class_names)}
-    unknown = [name for name in own if name not in index]
-    if unknown:
-        raise UserError(
-            f"{location}: class {unknown[0]!r} is none of the {len(class_names)} classes expected, "
-            f"{first_few(class_names)}"
-        )
-    return [index[name] for name in own]

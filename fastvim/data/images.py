@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data import IterableImageDataset, create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import Compose
 
 from fastvim.data.base import DataModule
-from fastvim.data.files import ImageFiles, find_split, open_folder, reader_classes
+from fastvim.data.classes import places
+from fastvim.data.files import ImageFiles, reader_classes
+from fastvim.data.folders import ClassFolder, ClassFolders, find_split, open_folder
 from fastvim.data.torch_datasets import NAMES, PREFIX, open_torch_dataset, torch_class_names
 from fastvim.data.transforms import (
     IMAGE_MODES,
@@ -33,11 +36,13 @@ READERS = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's, besides folders a
 class ImageData(DataModule):
     """Images in class folders, or what timm's dataset readers open.
 
-    The folder layout is `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` (.jpg, .jpeg, .png;
-    `validation` serves for `val`; `train.tar` for `train/`). The class of an image is the name of
-    the folder that holds it; the training split's names, in natural order, number the classes, and
-    the other splits are mapped by name. When validating or testing without a training split, that
-    split's own names do.
+    The folder layout is `root/train/CLASS/**` and `root/val/CLASS/**`, of all files that Pillow
+    reads but hidden ones (`validation` serves for `val`; `train.tar` for `train/`). The class of an
+    image is the first folder below the split; the training split's names, in natural order, number
+    the classes, and the other splits are mapped by name. When validating or testing without a
+    training split, that split's own names do; where weights know the classes (`known`), they
+    number them. What is left out is said once. Pre-training takes images without class folders
+    too: they have the target -1, and asking for their `class_names` is an error.
 
     A batch is (images, targets): float32 (B, C, H, W), normalised, and int64 (B,). The defaults
     are the published ImageNet recipe; Mixup is the task's. Training resumes with the batches that
@@ -54,6 +59,8 @@ class ImageData(DataModule):
         train_split: name of the training split.
         val_split: name of the validation split.
         test_split: name of the test split; None for `test` if the folder has one, else `val_split`.
+        class_folder: which folder is the class of the images in it: "outer", the first one below
+            the split, or "inner", the one that holds the image.
         train_images: number of training images, a random choice drawn with `seed`; None for all.
         num_classes: for datasets that do not name their classes (`wds/`); None to read them.
         classes: name of the class of each folder, by the folder's name, in the order of a model's
@@ -85,6 +92,7 @@ class ImageData(DataModule):
         train_split: str = "train",
         val_split: str = "val",
         test_split: str | None = None,
+        class_folder: ClassFolder = "outer",
         train_images: int | None = None,
         num_classes: int | None = None,
         classes: dict[str, str] | None = None,
@@ -109,6 +117,7 @@ class ImageData(DataModule):
         self.train_split = train_split
         self.val_split = val_split
         self.test_split = test_split
+        self.class_folder: ClassFolder = class_folder
         self.train_images = train_images
         self.mean, self.std = tuple(mean), tuple(std)
         self._check_arguments()
@@ -131,10 +140,26 @@ class ImageData(DataModule):
         self._num_classes = num_classes
         self._classes = classes
         self._folders: list[str] = []  # the folder of each class
+        self._unlabelled = ""  # why there are no classes
 
     def eval_transform(self) -> Transform:
         """What evaluation does to a PIL image: a function to a float32 tensor (C, H, W)."""
         return self._eval_transform
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes in index order; known after `setup`.
+
+        Raises:
+            UserError: there are images outside class folders.
+        """
+        if self._unlabelled:
+            raise UserError(self._unlabelled)
+        return super().class_names
+
+    @property
+    def classes_from(self) -> str:
+        return self.dataset or str(find_split(self.directory(), self.train_split) or self.root)
 
     def open(self, role: str) -> Dataset[Any]:
         """The dataset of a role, "train", "val" or "test"; the first one settles the classes."""
@@ -142,23 +167,28 @@ class ImageData(DataModule):
         training = role == "train"
         transform = self._train_transform if training else self._eval_transform
         source = self._source(split, training)
-        if not self._class_names:
-            self._folders = self._find_folders(source, training)
-            names = self._classes or {}
-            self._class_names = [names.get(folder, folder) for folder in self._folders]
+        if isinstance(source, ClassFolders):
+            self._unlabelled = self._unlabelled or source.outside
+            for remark in source.remarks:
+                _logger.warning(remark)
+        if not self._class_names and not self._unlabelled:
+            self._settle_classes(source, training)
         if isinstance(source, IterableImageDataset):
             if training and self.train_images is not None:
                 raise UserError(f"{self.dataset}: train_images needs a dataset with a length")
             source.transform = Compose([self._to_mode, transform])
+            source.target_transform = self._indices(source)
             return source
         files: Dataset[Any]
         if isinstance(source, VisionDataset):
             source.transform = Compose([self._to_mode, transform])
+            source.target_transform = self._indices(source)
             files = source
         else:
-            location = f"{self.dataset}/{split}" if self.dataset else str(source.reader.root)
-            read, folders = self.read_picture, self._folders
-            files = ImageFiles(source.reader, location, read, transform, folders, training)
+            location = f"{self.dataset}/{split}" if self.dataset else str(source.root)
+            read, of = self.read_picture, self._whose
+            folders = None if self._unlabelled else self._folders
+            files = ImageFiles(source, location, read, transform, folders, training, of)
         return self._choose(files) if training and self.train_images is not None else files
 
     def _choose(self, files: Dataset[Any]) -> Dataset[Any]:
@@ -182,16 +212,14 @@ class ImageData(DataModule):
     def _is_torch(self) -> bool:
         return self.dataset.lower().startswith(PREFIX)
 
-    def _source(
-        self, split: str, training: bool
-    ) -> ImageDataset | IterableImageDataset | VisionDataset:
-        """The dataset of a split, without a transform."""
+    def _source(self, split: str, training: bool) -> Any:
+        """The dataset of a split without a transform, or its `ClassFolders` or timm's reader."""
         if not self.dataset:
-            return open_folder(self.directory(), split)
+            return open_folder(self.directory(), split, self.class_folder)
         if self._is_torch:
             return open_torch_dataset(self.dataset, self.directory(), split)
         try:
-            return create_dataset(
+            source = create_dataset(
                 self.dataset,
                 root=self.directory(),
                 split=split,
@@ -203,6 +231,35 @@ class ImageData(DataModule):
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self.dataset}: cannot open split {split!r}: {reason}") from error
+        return source if isinstance(source, IterableImageDataset) else source.reader
+
+    def _settle_classes(self, source: Any, training: bool) -> None:
+        """The classes that the weights know, by name; without any, those of the data."""
+        names = self._classes or {}
+        if self.known is None:
+            self._folders = self._find_folders(source, training)
+        elif not names and not _own_classes(source):
+            if self._num_classes not in (None, len(self.known.names)):
+                known = f"{self.known.source} knows {len(self.known.names)} classes"
+                raise UserError(f"num_classes {self._num_classes}: {known}")
+            self._folders = self.known.names
+        else:
+            places(list(names.values()), self.known.names, "classes", self._whose)
+            folder_of = {name: folder for folder, name in names.items()}
+            self._folders = [folder_of.get(name, name) for name in self.known.names]
+        self._class_names = [names.get(folder, folder) for folder in self._folders]
+
+    @property
+    def _whose(self) -> str:
+        """Whose the classes are, for messages."""
+        return "expected" if self.known is None else f"of {self.known.source}"
+
+    def _indices(self, source: VisionDataset | IterableImageDataset) -> Callable[[int], int] | None:
+        """From the index that a dataset gives to that of the weights; None for the same."""
+        own = _own_classes(source)
+        if self.known is None or self._classes is not None or not own:
+            return None
+        return places(own, self._folders, self.dataset, self._whose).__getitem__
 
     def _find_folders(self, source: Any, training: bool) -> list[str]:
         """The classes as the files name them: those given, or the training split's.
@@ -211,15 +268,14 @@ class ImageData(DataModule):
         """
         if self._classes is not None:
             return self._checked(list(self._classes))
-        if isinstance(source, VisionDataset):
-            return self._checked(torch_class_names(source))
-        reader = source.reader
-        if not training and not self.dataset:
+        if isinstance(source, ClassFolders) and not training:
             if find_split(self.directory(), self.train_split):
-                reader = open_folder(self.directory(), self.train_split).reader
+                source = self._source(self.train_split, training)
+                if source.outside:
+                    raise UserError(source.outside)
             else:
-                _logger.warning("%s: no training split; its own folders give classes", reader.root)
-        return self._checked(reader_classes(reader))
+                _logger.warning("%s: no training split; its own folders give classes", source.root)
+        return self._checked(_own_classes(source))
 
     def _checked(self, names: list[str]) -> list[str]:
         """The class names; without any, numbers up to `num_classes`."""
@@ -245,3 +301,10 @@ class ImageData(DataModule):
                 + ", ".join(f"{reader}/" for reader in READERS)
                 + nearest(self.dataset, NAMES)
             )
+
+
+def _own_classes(source: Any) -> list[str]:
+    """The names of a source's classes in index order; empty where it has none."""
+    if isinstance(source, VisionDataset):
+        return torch_class_names(source)
+    return reader_classes(source.reader if isinstance(source, IterableImageDataset) else source)

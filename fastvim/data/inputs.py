@@ -6,6 +6,7 @@ C, H, W: channels, height and width of an image
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -15,17 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo, get_img_extensions, resolve_model_data_config
+from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
 from fastvim.data import channel_transforms
 from fastvim.data.arrays import DECODERS, read_array
+from fastvim.data.folders import describe_endings, image_endings, list_images
 from fastvim.data.pixels import MAX_PIXELS, Brightest, PictureReader
 from fastvim.data.transforms import IMAGE_MODES, Transform, evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
 
-ALL_ENDINGS = (*get_img_extensions(), *DECODERS)  # of images for any model
+_logger = logging.getLogger(__name__)
+
+ALL_ENDINGS = image_endings() | set(DECODERS)  # of images for any model
 Read = Callable[[Path], Tensor]  # from a file to a prepared image (C, H, W)
 
 
@@ -41,20 +45,22 @@ def find_images(
 ) -> tuple[list[Path], list[Failure]]:
     """Image files that files, folders (with all below them) and globs name, each once.
 
-    A name without a file is one of the failures, not an error.
+    A name without a file is one of the failures, not an error. A line says how many files of a
+    folder are left out, of which endings.
 
     Args:
         patterns: files, folders or globs.
-        endings: of image files, for folders; None for what Pillow opens.
+        endings: of image files, for folders; None for what Pillow reads.
     """
-    endings = get_img_extensions() if endings is None else endings
     found: dict[Path, None] = {}
     failures = []
     for pattern in patterns:
         path = Path(os.path.expanduser(pattern))
         if path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in endings]
-            reason = "a folder without images"
+            listing = list_images(path, endings)
+            files, reason = [path / below for below in listing.paths], "a folder without images"
+            if listing.left_out:
+                _logger.warning("%s: left out %s", path, describe_endings(listing.left_out))
         elif path.exists():
             files, reason = [path], ""
         else:
@@ -183,7 +189,7 @@ def reader(
         size = (settings["img_size"], settings["mean"], settings["std"])
         return arrays(channel_transforms.evaluation_transform(*size)), DECODERS
     read_picture = replace(read_picture, mode=IMAGE_MODES[settings["in_chans"]])
-    return Pictures(read_picture, evaluation_transform(**settings)), get_img_extensions()
+    return Pictures(read_picture, evaluation_transform(**settings)), image_endings()
 
 
 def class_names(model: nn.Module, metadata: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ C, H, W: channels, height and width
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +29,13 @@ from fastvim.data.dense_data import (
     to_tensor,
     uniform,
 )
+from fastvim.data.folders import list_images
 from fastvim.data.issues import Issues, SplitReport
 from fastvim.data.pixels import PictureReader, UnreadableImageError
 from fastvim.data.resizing import Window, fit, nearest, resize
 from fastvim.errors import UserError
 from fastvim.labels import IGNORE_INDEX
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
 MASK_MODES = ("1", "L", "P", "I", "I;16")  # PIL's modes with one number a pixel
 CROP_TRIES = 10
 
@@ -208,8 +209,9 @@ class SegmentationFiles(Dataset[Pair]):
 class SegmentationData(DenseDataModule):
     """Images and the class of each pixel, in the layout of ADE20K (ADEChallengeData2016).
 
-    The images are `root/images/{training,validation}/NAME.jpg` (.jpeg, .png), their classes
-    `root/annotations/{training,validation}/NAME.png`, an index a pixel; 255 does not count.
+    The images are `root/images/{training,validation}/NAME.jpg` (or another file that Pillow reads),
+    their classes `root/annotations/{training,validation}/NAME.png`, an index a pixel; 255 does not
+    count. Both may lie in subfolders of the same names.
 
     A training batch is (images, classes): float32 (B, 3, H, W), normalised, and int64 (B, H, W). An
     evaluation batch is a pair of lists, of one image (3, H, W) whose shorter side is resized, and
@@ -335,17 +337,19 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues]
         raise UserError(
             f"{images}: no such directory; expected {images}/NAME.jpg and {masks}/NAME.png"
         )
-    files = sorted(file for file in images.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"{images}: no images; expected files ending {', '.join(SUFFIXES)}")
-    labelled = {file.name for file in masks.glob("*.png")}
+    listing = list_images(images)
+    if not listing.paths:
+        raise UserError(f"{images}: no images; expected files that Pillow reads, such as NAME.jpg")
+    labelled = {}
+    if masks.is_dir():
+        labelled = {os.path.splitext(path)[0]: path for path in list_images(masks, [".png"]).paths}
     pairs, missing = [], Issues()
-    for file in files:
-        path = masks / f"{file.stem}.png"
-        if path.name in labelled:
-            pairs.append((file, path))
+    for path in sorted(listing.paths):
+        stem = os.path.splitext(path)[0]
+        if stem in labelled:
+            pairs.append((images / path, masks / labelled[stem]))
         else:
-            missing.add("missing annotation", str(path))
+            missing.add("missing annotation", str(masks / f"{stem}.png"))
     return pairs, missing
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvim.data.files import SPLIT_NAMES
+from fastvim.data.folders import SPLIT_NAMES
 from fastvim.data.remote import UnreadableFileError, is_url, join, read_bytes
 from fastvim.errors import UserError, nearest
 from fastvim.extras import install

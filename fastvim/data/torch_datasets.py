@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.data import create_dataset
 from torchvision.datasets import VisionDataset
 
-from fastvim.data.files import SPLIT_NAMES
+from fastvim.data.folders import SPLIT_NAMES
 from fastvim.errors import UserError, nearest
 
 PREFIX = "torch/"

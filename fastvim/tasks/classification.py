@@ -37,7 +37,7 @@ class Classification(Task):
         **options: of `Task`.
 
     Raises:
-        UserError: as `Task`; batch of odd size with Mixup or CutMix.
+        UserError: as `Task`; fewer than two classes; batch of odd size with Mixup or CutMix.
     """
 
     monitor, monitor_mode = "val/acc1", "max"
@@ -73,6 +73,12 @@ class Classification(Task):
         self.sample_channels = sample_channels
         self.mixup: Mixup | None = None
 
+    def setup(self, stage: str) -> None:
+        self._require_two(self.num_classes)
+        if self.fitting:
+            self._require_two(None)
+        super().setup(stage)
+
     def configure_model(self) -> None:
         """Build the network and what depends on the number of classes; Lightning calls it."""
         if self.model is not None:
@@ -83,6 +89,7 @@ class Classification(Task):
                 f"fastvim.tasks.Pretraining, then train {self.model_name.removeprefix('mae_')} "
                 "with its weights as the checkpoint"
             )
+        self._require_two(self.num_classes)
         num_classes = self.head_classes
         self.model = self.build_model(num_classes=num_classes)
         if self.sample_channels and not isinstance(self.model, FastChannelVim):
@@ -109,6 +116,15 @@ class Classification(Task):
             accuracy["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         self.val_metrics = MetricCollection(accuracy, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
+
+    def _require_two(self, num_classes: int | None) -> None:
+        """Refuse a single class: the option's, or with None the data's."""
+        found = self.data.num_classes if num_classes is None else num_classes
+        if found < 2:
+            where = f"num_classes {num_classes}"
+            if num_classes is None:
+                where = f"{self.data.classes_from}: one class, {self.data.class_names[0]}"
+            raise UserError(f"{where}: a classifier needs two classes or more")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of normalised images (B, C, H, W)."""

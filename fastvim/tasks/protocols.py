@@ -27,6 +27,7 @@ class TaskData(Normalised, Protocol):
         seed: of the order of the images, and of random choices that all processes share.
         num_classes: of the targets.
         class_names: in the order of the class indices.
+        classes_from: the file or folder that has the classes, for messages.
         category_ids: COCO's ids of the classes, in that order; of detection data.
     """
 
@@ -38,6 +39,9 @@ class TaskData(Normalised, Protocol):
 
     @property
     def class_names(self) -> list[str]: ...
+
+    @property
+    def classes_from(self) -> str: ...
 
     @property
     def category_ids(self) -> list[int]: ...

@@ -239,6 +239,24 @@ def test_an_unknown_model_is_answered_with_the_nearest():
         Classification("fastvim_tinny_patch16_224", num_classes=2).configure_model()
 
 
+def test_one_class_is_refused(tmp_path, image_folder):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "ant").symlink_to(image_folder / "train" / "ant")
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    for settings in ({}, {"num_classes": 5}):
+        with pytest.raises(UserError, match="train: one class, ant: a classifier needs two"):
+            trainer(tmp_path).fit(task(**settings), datamodule=ImageData(str(tmp_path)))
+    with pytest.raises(UserError, match="num_classes 1: a classifier needs two"):
+        trainer(tmp_path).fit(task(num_classes=1), datamodule=ImageData(str(image_folder)))
+
+
+def test_images_without_classes_are_refused(tmp_path, image_folder):
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(image_folder / split / "ant")
+    with pytest.raises(UserError, match=r"train: .* images outside class folders"):
+        trainer(tmp_path).fit(task(num_classes=2), datamodule=ImageData(str(tmp_path)))
+
+
 @pytest.mark.parametrize("poison", ["loss", "weight"])
 def test_a_loss_that_is_not_finite_stops_the_run(write_recipe, poison, capsys):
     # 6 steps an epoch, a checkpoint every 2: the damage is in the second epoch, at step 9.

@@ -1,0 +1,207 @@
+"""Which files are images, and of which class: folders, tar files, hidden and other files."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvim.data.folders import ClassFolders, image_endings, list_images, natural_key
+from fastvim.data.images import ImageData
+from fastvim.data.inputs import find_images
+from fastvim.data.segmentation import find_pairs
+from fastvim.errors import UserError
+
+FILES = (
+    *("cat/1.jpg", "cat/2.JPG", "cat/10.jpg", "cat/day/3.webp", "cat/day/old/4.bmp"),
+    *("dog/day/1.tif", "dog/night/2.png"),
+    *(".ipynb_checkpoints/1.jpg", "__MACOSX/cat/1.jpg", "cat/._1.jpg", "cat/.DS_Store"),
+    *("Thumbs.db", "dog/Thumbs.db", "cat/notes.txt", "dog/a.heic", "dog/b.HEIC", "dog/README"),
+)
+SEEN = ["cat/1.jpg", "cat/2.JPG", "cat/10.jpg", "cat/day/3.webp", "cat/day/old/4.bmp"]
+SEEN += ["dog/day/1.tif", "dog/night/2.png"]
+
+
+def picture(ending: str, value: int = 0) -> bytes:
+    stream = io.BytesIO()
+    kind = Image.registered_extensions()[ending.lower()]
+    Image.new("RGB", (16, 16), (value, 100, 200)).save(stream, kind)
+    return stream.getvalue()
+
+
+def write(folder: Path, names: tuple[str, ...] = FILES) -> Path:
+    """A small picture for each name, another file where Pillow does not know its ending."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = path.suffix.lower() in image_endings()
+        path.write_bytes(picture(path.suffix, number) if known else b"other")
+    return folder
+
+
+def pack(folder: Path, archive: Path, arcname: str) -> Path:
+    with tarfile.open(archive, "w") as tar:
+        tar.add(folder, arcname=arcname)
+    return archive
+
+
+def pack_classes(folder: Path, archive: Path) -> Path:
+    """A tar file for each class folder, in a tar file."""
+    with tarfile.open(archive, "w") as tar:
+        for name in ("cat", "dog"):
+            inner = pack(folder / name, archive.with_name(f"{name}.tar"), ".")
+            tar.add(inner, arcname=inner.name)
+            inner.unlink()
+    return archive
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar of train/", "tar of tars"])
+def test_what_counts(tmp_path: Path, kind: str) -> None:
+    folder = write(tmp_path / "train")
+    if kind == "folder":
+        split = ClassFolders(folder)
+    elif kind == "tar of tars":
+        split = ClassFolders(pack_classes(folder, tmp_path / "train.tar"))
+    else:
+        above = "." if kind == "tar" else "data/train"
+        split = ClassFolders(pack(folder, tmp_path / "train.tar", above))
+    prefix = "data/train/" if kind == "tar of train/" else ""
+    assert [split.filename(i) for i in range(len(split))] == [prefix + name for name in SEEN]
+    assert split.class_to_idx == {"cat": 0, "dog": 1}
+    assert split.targets.tolist() == [0] * 5 + [1] * 2
+    assert split.left_out == {".heic": 2, ".txt": 1, "without ending": 1}
+    for index, name in enumerate(SEEN):
+        file, _ = split[index]
+        with file:
+            assert file.read() == (folder / name).read_bytes()
+    (line,) = split.remarks
+    assert "4 files are no images and left out: 2 .heic, 1 .txt, 1 without ending" in line
+
+
+def test_the_innermost_folder_is_the_class(tmp_path: Path) -> None:
+    folder = write(tmp_path / "train", ("cat/day/1.jpg", "cat/night/2.jpg", "dog/day/3.jpg"))
+    for location in (folder, pack(folder, tmp_path / "train.tar", "train")):
+        split = ClassFolders(location, "inner")
+        assert split.class_to_idx == {"day": 0, "night": 1}
+        assert split.targets.tolist() == [0, 1, 0]
+    with pytest.raises(UserError, match="class_folder 'leaf': expected 'outer' or 'inner'"):
+        ClassFolders(folder, "leaf")  # type: ignore[arg-type]
+
+
+def test_numbers_are_ordered_by_value_and_letters_by_case_at_last() -> None:
+    names = ["b", "a10", "A2", "a2", "١٠", "9", "1²2"]  # noqa: RUF001
+    assert sorted(names, key=natural_key) == ["1²2", "9", "١٠", "A2", "a2", "a10", "b"]  # noqa: RUF001
+
+
+def test_class_folders_without_an_image_are_named(tmp_path: Path) -> None:
+    split = ClassFolders(write(tmp_path / "train", ("cat/1.jpg", "emu/1.raw", "emu/b/2.raw")))
+    assert split.empty == ["emu"]
+    assert split.remarks[1].endswith("class folders without an image are left out: emu")
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "train", ("cat/1.jpg", "dog/1.jpg", "emu/1.heic"))
+    write(tmp_path / "val", ("cat/1.jpg",))
+    data = ImageData(str(tmp_path), num_workers=0)
+    data.setup("fit")
+    assert data.class_names == ["cat", "dog"]
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "1 files are no images and left out: 1 .heic",
+        "class folders without an image are left out: emu",
+    ]
+
+
+def test_links(tmp_path: Path) -> None:
+    """Links to folders are followed, one that leads in a circle is not."""
+    folder = write(tmp_path / "train", ("cat/1.jpg",))
+    (folder / "dog").symlink_to(write(tmp_path / "elsewhere", ("2.jpg",)))
+    (folder / "cat" / "again").symlink_to(folder)
+    split = ClassFolders(folder)
+    assert [split.filename(i) for i in range(len(split))] == ["cat/1.jpg", "dog/2.jpg"]
+
+
+def test_a_broken_link_is_an_unreadable_image(tmp_path: Path) -> None:
+    write(tmp_path / "val", ("cat/1.jpg",))
+    (tmp_path / "val" / "cat" / "2.jpg").symlink_to(tmp_path / "gone.jpg")
+    data = ImageData(str(tmp_path), num_workers=0, img_size=16)
+    data.setup("validate")
+    with pytest.raises(UserError, match=r"2\.jpg: unreadable image \(No such file"):
+        list(data.val_dataloader())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = write(tmp_path / "train", ("cat/1.jpg", "dog/1.jpg"))
+    (folder / "dog").chmod(0)
+    with pytest.raises(UserError, match="dog: cannot be listed"):
+        list_images(folder)
+    (folder / "dog").chmod(0o700)
+
+
+def test_a_damaged_tar_file(tmp_path: Path) -> None:
+    archive = pack(write(tmp_path / "train"), tmp_path / "train.tar", "train")
+    archive.write_bytes(archive.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"train\.tar: no images: not a tar file, or damaged"):
+        ClassFolders(archive)
+
+
+def test_images_without_classes_serve_where_no_label_is_needed(tmp_path: Path) -> None:
+    write(tmp_path / "train", ("1.jpg", "2.png", "more/3.webp"))
+    write(tmp_path / "val", ("cat/1.jpg", "dog/2.jpg"))
+    data = ImageData(str(tmp_path), img_size=16, batch_size=3, num_workers=0)
+    data.setup("fit")
+    images, targets = next(iter(data.train_dataloader()))
+    assert (images.shape, targets.tolist()) == ((3, 3, 16, 16), [-1] * 3)
+    with pytest.raises(UserError, match=r"train: 2 of 3 images outside class folders, such as 1"):
+        _ = data.class_names
+
+
+def test_file_names_of_any_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    name = os.fsdecode(b"caf\xe9.jpg")
+    write(folder, (f"cat/{name}",))
+    split = ClassFolders(folder)
+    assert split.filename(0) == f"cat/{name}"
+    split[0][0].close()
+
+
+def test_commands_find_the_same_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path / "photos")
+    found, failures = find_images([str(folder)])
+    assert [str(path.relative_to(folder)) for path in found] == SEEN
+    assert not failures
+    assert "photos: left out 2 .heic, 1 .txt, 1 without ending" in caplog.text
+
+
+def test_images_with_classes_of_pixels(tmp_path: Path) -> None:
+    images, masks = (tmp_path / part / "training" for part in ("images", "annotations"))
+    names = ("a.WEBP", "town/b.bmp", "town/c.jpg", ".hidden/d.jpg", "._a.jpg", "e.txt")
+    write(images, names)
+    write(masks, ("a.png", "town/b.PNG", "._a.png"))
+    pairs, missing = find_pairs(tmp_path, "training")
+    assert [(image.name, mask.name) for image, mask in pairs] == [
+        ("a.WEBP", "a.png"),
+        ("b.bmp", "b.PNG"),
+    ]
+    assert missing["missing annotation"] == (1, str(masks / "town" / "c.png"))
+
+
+def test_reading_in_workers(tmp_path: Path) -> None:
+    """Every process opens the tar file itself."""
+    folder = write(tmp_path / "folder" / "train", ("cat/1.jpg", "cat/2.png", "dog/3.webp"))
+    pack(folder, tmp_path / "train.tar", "train")
+    batches = []
+    for root in (tmp_path / "folder", tmp_path):
+        data = ImageData(
+            str(root), val_split="train", img_size=16, eval_batch_size=3, num_workers=2
+        )
+        data.setup("validate")
+        batches.append(next(iter(data.val_dataloader())))
+    assert torch.equal(batches[0][0], batches[1][0])
+    assert np.array_equal(batches[0][1], batches[1][1])
