@@ -8,7 +8,7 @@ EXTRAS = {
         *("faster_coco_eval", "jsonargparse", "lightning", "matplotlib", "rich"),
         *("tensorboard", "torchmetrics"),
     ),
-    "microscopy": ("fsspec", "pandas", "pyarrow", "s3fs", "tifffile"),
+    "microscopy": ("fsspec", "imagecodecs", "pandas", "pyarrow", "s3fs", "tifffile"),
 }
 
 

@@ -12,15 +12,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image
 
+from fastvim.data.decoding import DAMAGED, UnreadableImageError, check_size, decode
+from fastvim.data.pixels import MAX_PIXELS
 from fastvim.data.remote import UnreadableFileError, is_url, read_bytes
 from fastvim.errors import UserError
 from fastvim.extras import install
 
 # tifffile's letters for an axis of channels: channel, sample, unknown, page.
 CHANNEL_AXES = "CSQI"
-COLOUR_PNG = (2, 4, 6)  # colour types with several samples a pixel
+# TIFF's compressions of bytes: none, LZW, deflate (two numbers), PackBits and zstd.
+BYTES_ALONE = (1, 5, 8, 32946, 32773, 50000)
 
 
 def read_array(
@@ -29,20 +31,25 @@ def read_array(
     attempts: int = 4,
     wait: float = 0.5,
     storage_options: dict[str, Any] | None = None,
+    max_pixels: int | None = MAX_PIXELS,
 ) -> np.ndarray:
     """The image (C, H, W) in a file, of its own integer or floating type.
 
     An NPY file holds (C, H, W) or (H, W) and never a pickle. The axes of a TIFF file are what
-    tifffile finds in it: height, width and at most one of channels, samples or pages.
+    tifffile finds in it: height, width and at most one of channels, samples or pages; images of one
+    size that were written one by one are channels. A palette stands for its colours. PNG, JPEG and
+    TIFF files are turned as their orientation tag says.
 
     Args:
         url: a path or URL ending in a key of `DECODERS`.
+        max_pixels: of a channel; None for any number.
 
     The other arguments are passed to `read_bytes`.
 
     Raises:
         UnreadableFileError: when the file cannot be fetched or decoded, or holds no such image.
-        UserError: for another ending, or when tifffile is not installed.
+        UserError: for another ending, too many pixels, or when tifffile or imagecodecs is not
+            installed.
     """
     path = urlsplit(url).path if is_url(url) else url
     suffix = PurePosixPath(path).suffix.lower()
@@ -50,11 +57,18 @@ def read_array(
         raise UserError(f"{url}: expected a file ending in {', '.join(DECODERS)}")
     data = read_bytes(url, attempts=attempts, wait=wait, storage_options=storage_options)
     try:
-        image = DECODERS[suffix](data)
+        image = DECODERS[suffix](data, url, max_pixels)
         _check(image)
+        check_size((image.shape[2], image.shape[1]), max_pixels, url)
+    except UnreadableImageError as error:
+        if error.kind == DAMAGED:
+            raise UnreadableFileError(str(error)) from error
+        raise
     except UserError:
         raise
     except Exception as error:  # the decoders raise nearly anything on damaged files
+        if "'imagecodecs'" in str(error):
+            raise UserError(f"{url}: {error}: {install('microscopy')}") from error
         raise UnreadableFileError(f"{url}: unreadable image ({error})") from error
     return image
 
@@ -68,12 +82,12 @@ def _check(image: np.ndarray) -> None:
         raise ValueError("values that are not finite")
 
 
-def _npy(data: bytes) -> np.ndarray:
+def _npy(data: bytes, *unused: object) -> np.ndarray:
     array = np.lib.format.read_array(BytesIO(data), allow_pickle=False)
     return array[None] if array.ndim == 2 else array
 
 
-def _tiff(data: bytes) -> np.ndarray:
+def _tiff(data: bytes, url: str, max_pixels: int | None) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
@@ -83,13 +97,40 @@ def _tiff(data: bytes) -> np.ndarray:
         count, end = len(file.pages), file.pages.next_page_offset
         if data[end : end + file.tiff.offsetsize] != bytes(file.tiff.offsetsize):
             raise ValueError(f"cut off after {count} pages")
-        if len(file.series) != 1:
-            raise ValueError(f"{len(file.series)} images of different kinds: expected one")
-        series = file.series[0]
-        axes = series.get_axes(squeeze=False)
-        if any(page is None for page in series):  # tifffile would fill them with zeros
-            raise ValueError("missing pages")
-        array = series.asarray(squeeze=False)
+        series = file.series
+        alike = {(each.get_axes(squeeze=True), each.shape, each.dtype) for each in series}
+        one_by_one = len(alike) == 1 and series[0].ndim == 2 and not file.is_ome
+        if len(series) != 1 and not one_by_one:
+            raise ValueError(f"{len(series)} images of different kinds: expected one")
+        page = series[0].keyframe
+        check_size((page.imagewidth, page.imagelength), max_pixels, url)
+        image = np.concatenate([_channels(each) for each in series])
+        image = _meant(image, page)
+        return _upright(image, page.tags.valueof("Orientation", 1))
+
+
+def _meant(image: np.ndarray, page: Any) -> np.ndarray:
+    """The values of tifffile's image (C, H, W) as PNG files have them: a palette's colours,
+    255 for a set bit, 0 for black.
+    """
+    photometric = page.photometric.name
+    if photometric == "PALETTE":
+        if len(image) > 1:
+            raise ValueError(f"{len(image)} channels of palette colours: expected one")
+        return (page.colormap >> 8).astype(np.uint8)[:, image[0]]
+    if photometric == "YCBCR" and page.compression in BYTES_ALONE:
+        raise ValueError("YCbCr colours without JPEG: expected RGB")
+    if photometric == "MINISWHITE" and image.dtype.kind in "bu":
+        image = ~image if image.dtype == bool else 2**page.bitspersample - 1 - image
+    return image.astype(np.uint8) * 255 if image.dtype == bool else image
+
+
+def _channels(series: Any) -> np.ndarray:
+    """The image (C, H, W) of one of tifffile's series."""
+    axes = series.get_axes(squeeze=False)
+    if any(page is None for page in series):  # tifffile would fill them with zeros
+        raise ValueError("missing pages")
+    array = series.asarray(squeeze=False)
     sizes = dict(zip(axes, array.shape, strict=True))
     kept = [axis for axis in axes if axis in "YX" or sizes[axis] > 1]
     channels = [axis for axis in kept if axis not in "YX"]
@@ -102,19 +143,27 @@ def _tiff(data: bytes) -> np.ndarray:
     return array if channels else array[None]
 
 
-def _picture(data: bytes) -> np.ndarray:
-    # Pillow would drop 8 of the 16 bits silently. Bytes 24 and 25 are the depth and colour type.
-    if data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25] in COLOUR_PNG:
-        raise ValueError("16-bit colour PNG, of which Pillow reads 8 bits: expected TIFF or NPY")
-    with Image.open(BytesIO(data)) as image:
-        image.load()
-    if image.mode in ("1", "P"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+def _picture(data: bytes, url: str, max_pixels: int | None) -> np.ndarray:
+    known = decode(BytesIO(data), url, max_pixels)
+    array = known.values
+    if array is None:
+        named = {"1": "L", "P": "RGB"}.get(known.image.mode, known.image.mode)
+        array = np.asarray(known.image.convert(named))
+    return _upright(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), known.left)
 
 
-DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """An image (C, H, W) turned from an EXIF orientation."""
+    if not 1 < orientation <= 8:
+        return image
+    if orientation > 4:
+        image = image.swapaxes(1, 2)
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    across = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(image[:, ::down, ::across])
+
+
+DECODERS: dict[str, Callable[[bytes, str, int | None], np.ndarray]] = {
     ".npy": _npy,
     ".tif": _tiff,
     ".tiff": _tiff,

@@ -263,7 +263,7 @@ class ChannelData(DataModule):
             [index[label] for label in labels],
             self._train_transform if training else self._eval_transform,
             self.in_chans,
-            read=partial(read_array, **self._reading),
+            read=partial(read_array, max_pixels=self.max_pixels, **self._reading),
             on_error=self.on_error if training else "raise",
         )
 

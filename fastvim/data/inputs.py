@@ -117,11 +117,13 @@ class Pictures:
         return self.transform(image)
 
 
-def arrays(transform: Callable[[Tensor], Tensor]) -> Read:
+def arrays(transform: Callable[[Tensor], Tensor], max_pixels: int | None) -> Read:
     """Reads files of any number of channels (`fastvim.data.arrays`)."""
 
     def read(path: Path) -> Tensor:
-        return transform(torch.from_numpy(read_array(str(path)).astype(np.float32)))
+        return transform(
+            torch.from_numpy(read_array(str(path), max_pixels=max_pixels).astype(np.float32))
+        )
 
     return read
 
@@ -187,7 +189,8 @@ def reader(
         if read_picture.value_range is not None:
             raise UserError("value_range: a channel model takes the values as stored")
         size = (settings["img_size"], settings["mean"], settings["std"])
-        return arrays(channel_transforms.evaluation_transform(*size)), DECODERS
+        transform = channel_transforms.evaluation_transform(*size)
+        return arrays(transform, read_picture.max_pixels), DECODERS
     read_picture = replace(read_picture, mode=IMAGE_MODES[settings["in_chans"]])
     return Pictures(read_picture, evaluation_transform(**settings)), image_endings()
 

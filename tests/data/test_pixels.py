@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from struct import pack
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -144,25 +146,26 @@ def test_one_bit_and_grey_with_alpha(path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_exif_orientation(path, kind, orientation):
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_exif_orientation(path, kind, mode, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    values = np.repeat(GREY[..., None], 3, axis=2)
+    values = np.asarray(Image.fromarray(GREY).convert(mode))
     saved(path, values, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    quarter = {5: values.transpose(1, 0, 2), 6: np.rot90(values, 3), 8: np.rot90(values)}
-    quarter[7] = np.rot90(values, 2).transpose(1, 0, 2)
+    quarter = {5: values.swapaxes(0, 1), 6: np.rot90(values, 3), 8: np.rot90(values)}
+    quarter[7] = np.rot90(values, 2).swapaxes(0, 1)
     upright = {1: values, 2: values[:, ::-1], 3: np.rot90(values, 2), 4: values[::-1], **quarter}
-    found = PictureReader()(path)
+    found = PictureReader(mode)(path)
     np.testing.assert_array_equal(np.asarray(found), upright[orientation])
     assert stored_as(found)[1:3] == ((8, 6), orientation)
-    again = PictureReader().convert(found, "")  # is turned once
+    again = PictureReader(mode).convert(found, "")  # is turned once
     np.testing.assert_array_equal(np.asarray(again), upright[orientation])
-    left = PictureReader()(path, exif=False)
+    left = PictureReader(mode)(path, exif=False)
     np.testing.assert_array_equal(np.asarray(left), values)
     if kind != "TIFF":  # which Pillow turns when it opens it
         with Image.open(path) as image:
             image.load()
-        turned = PictureReader().convert(image, "")
+        turned = PictureReader(mode).convert(image, "")
         np.testing.assert_array_equal(np.asarray(turned), upright[orientation])
 
 
@@ -244,4 +247,72 @@ def test_images_that_use_little_of_their_range(path):
     assert not brightest(GREY // 5, path=path, whole=False)
     assert not brightest(GREY // 5, GREY, path=path)
     assert not brightest(dark, GREY, path=path)
-    assert "less than a quarter of 1, which" in brightest(np.full((4, 4), 0.1, "f"), path=path)
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG file of 16-bit values (H, W, C), whose rows take the five filters in turn."""
+    height, width, channels = values.shape
+    rows = np.zeros((height + 1, (width + 1) * 2 * channels), np.uint8)
+    step, out = 2 * channels, b""
+    rows[1:, step:] = np.frombuffer(values.astype(">u2").tobytes(), np.uint8).reshape(height, -1)
+    for y in range(1, height + 1):
+        line, left = rows[y, step:].astype(int), rows[y, :-step].astype(int)
+        up, corner = rows[y - 1, step:].astype(int), rows[y - 1, :-step].astype(int)
+        near = np.abs(left + up - corner - np.array((left, up, corner))).argmin(axis=0)
+        paeth = np.choose(near, (left, up, corner))
+        guess = (0 * line, left, up, (left + up) // 2, paeth)[y % 5]
+        out += bytes([y % 5]) + ((line - guess) % 256).astype(np.uint8).tobytes()
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return pack(">I", len(data)) + kind + data + pack(">I", crc32(kind + data))
+
+    colours = {2: 4, 3: 2, 4: 6}[channels]
+    header = pack(">IIBBBBB", width, height, 16, colours, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", compress(out)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_16_bit_colours_of_png_files(path, channels):
+    values = np.random.default_rng(0).integers(0, 4096, (13, 7, channels)).astype(np.uint16)
+    path.write_bytes(deep_png(values))
+    shown = values[..., : 1 if channels == 2 else 3]
+    found = PictureReader("RGB", value_range=(0, 4095))(path)
+    assert np.abs(np.asarray(found) - shown * (255 / 4095)).max() < 0.501  # rounding
+    with path.open("rb") as file:
+        dark = PictureReader()(file)
+    assert (np.asarray(dark) == np.rint(shown / 257)).all()
+    assert stored_as(dark)[3:] == (shown.max(), 65535)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    "settings", [{}, {"compression": "zlib"}, {"tile": (16, 16)}, {"rowsperstrip": 4}]
+)
+def test_16_bit_colours_of_tiff_files(path, order, settings):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 4096, (13, 7, 3)).astype(np.uint16)
+    tifffile.imwrite(path, values, photometric="rgb", byteorder=order, **settings)
+    found = PictureReader("RGB", value_range=(0, 4095))(path)
+    np.testing.assert_array_equal(np.asarray(found), np.rint(values * (255 / 4095)))
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_kinds_of_tiff_that_are_refused_by_name(path, compression):
+    tifffile = pytest.importorskip("tifffile")
+
+    def told(values: np.ndarray, **options: object) -> str:
+        tifffile.imwrite(path, values, compression=compression, **options)
+        with pytest.raises(UnreadableImageError) as caught:
+            pixels(path)
+        assert caught.value.kind == UNKNOWN_VALUES
+        return str(caught.value)
+
+    planes = GREY.astype(np.uint16)[None].repeat(3, axis=0)
+    assert "in separate planes" in told(planes, photometric="rgb", planarconfig="separate")
+    assert "a TIFF file of a type that Pillow cannot read" in told(GREY.astype(np.float64))
+    assert "values 0 to 235; expected value_range" in told(GREY.astype(np.int16))
+    assert "int8 values 0 to 47" in told((GREY // 5).astype(np.int8))
+    high = GREY.astype(np.uint32) << 24
+    assert f"uint32 values 0 to {high.max():g}" in told(high)
+    np.testing.assert_array_equal(pixels(path, value_range=(0, 255 << 24)), GREY)
