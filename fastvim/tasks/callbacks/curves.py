@@ -97,7 +97,8 @@ def draw_curves(rows: Sequence[dict[str, float]], steps_per_epoch: int) -> Figur
     loss, *middle, rate = figure.subplots(1, panels)
     loss.plot(*points("train/loss"), color=BLUE, alpha=0.25, linewidth=1)
     loss.plot(*points("train/loss_epoch"), color=BLUE, label="training", linewidth=2)
-    loss.plot(*points("val/loss"), color=ORANGE, label="validation", linewidth=2)
+    if any("val/loss" in row for row in rows):  # a detector's run has none
+        loss.plot(*points("val/loss"), color=ORANGE, label="validation", linewidth=2)
     loss.set_title("Loss")
     loss.legend(frameon=False)
 
