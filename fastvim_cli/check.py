@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import at_least
 from fastvim_cli.console import track
 
 if TYPE_CHECKING:
-    from fastvim.data.issues import SplitReport
+    from fastvim.data.base import DataModule
 
 DESCRIPTION = """\
-Reads all images of a recipe's data with boxes, or with a class for each pixel, and counts what is
-wrong: missing files and annotations, unknown categories, boxes of zero size, values out of range,
-images that cannot be read. Any value of the recipe can be overridden, as in fastvim fit:
+Opens all images of a recipe's data as training would, and prints their sizes, modes and classes,
+what is wrong (files that are missing, damaged or of another kind, labels that say nothing), what
+looks odd, and how the splits compare. Exit code 2 where training would go wrong. Any value of the
+recipe can be overridden, as in fastvim fit:
 fastvim data check --config recipes/coco/fastvim_tiny.yaml --data.root /path/to/coco
 """
-ROLES = ("train", "val", "test")
+
+SHOWN = 12  # samples in a picture
+
+_logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files read at a time (default: 4)",
     )
     add("--no-read", dest="read", action="store_false", help="look at the lists of files alone")
+    help = "folder for a picture of a few samples with their labels, as training sees them"
+    add("--out", metavar="DIR", help=help)
 
 
 def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -45,26 +54,67 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
         UserError: something is wrong that a run would stop at.
     """
     from fastvim.data.base import DataModule
+    from fastvim.data.checks import check_data, findings
     from fastvim.errors import UserError
     from fastvim_cli.train import load_data
 
-    data = load_data([f"--config={file}" for file in arguments.config] + overrides)
+    data, with_labels = load_data([f"--config={file}" for file in arguments.config] + overrides)
     if not isinstance(data, DataModule):
         raise UserError(f"{type(data).__name__} cannot be checked")
     data.prepare_data()
-    reports: dict[str, SplitReport] = {}
-    for role in ROLES:
-        report = data.check(role)
-        reports.setdefault(report.split, report)
-    for split, report in reports.items():
-        if arguments.read:
-            errors = report.read(arguments.workers)
-            for error in track(errors, f"reading {split}", len(report.files)):
-                if error is not None:
-                    report.errors.add(error.kind, str(error))
-        print(report)
-    wrong = sum(n for report in reports.values() for n, _ in report.errors.values())
-    if wrong:
-        raise UserError(f"{wrong:,} mistakes would stop a run")
-    if not any(report.dropped or report.warnings for report in reports.values()):
+    reports = check_data(
+        data,
+        sample=None if arguments.read else 0,
+        workers=arguments.workers,
+        with_labels=with_labels,
+        watch=track,
+    )
+    print("\n".join(map(str, reports)))
+    errors, warnings = findings(reports)
+    if arguments.out:
+        print(f"samples in {_draw(data, arguments.out, with_labels)}")
+    if errors:
+        wrong = sum(number for number, _ in errors.values())
+        raise UserError(f"{wrong:,} mistakes would stop a run: {errors}")
+    if not warnings and not any(report.dropped for report in reports):
         print("nothing wrong")
+
+
+def check_before_fit(data: DataModule, with_labels: bool) -> None:
+    """The short form of the check, at the start of a run: pixels of a sample of the files.
+
+    Args:
+        data: of the run.
+        with_labels: whether training uses the labels.
+
+    Raises:
+        UserError: something is wrong that the run would stop at, or would learn.
+    """
+    from fastvim.data.checks import SAMPLE, check_data, findings
+    from fastvim.errors import UserError
+
+    data.prepare_data()
+    reports = check_data(data, ("train", "val"), sample=SAMPLE, with_labels=with_labels)
+    errors, warnings = findings(reports)
+    if errors:
+        raise UserError(f"{errors}; see fastvim data check")
+    for report in reports:
+        if report.skips:  # what the lists drop is said when they are opened
+            for kind, issue in report.dropped.items():
+                warnings[f"{report.split}: {kind}, left out in training"] = issue
+    for kind, (number, first) in warnings.items():
+        _logger.warning("%s: %d, first: %s; see fastvim data check", kind, number, first)
+
+
+def _draw(data: DataModule, out: str, with_labels: bool) -> Path:
+    """Draw a few training samples of the first epoch; returns the picture's path."""
+    from fastvim.data.checks import training_samples
+    from fastvim.pictures.samples import draw_samples
+
+    names = data.class_names if with_labels else []
+    mean, std = getattr(data, "mean", (0.0,)), getattr(data, "std", (1.0,))
+    samples = training_samples(data, SHOWN)
+    path = Path(os.path.expanduser(out), "train.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_samples(samples, names, mean, std, "training samples with labels").save(path)
+    return path

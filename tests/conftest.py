@@ -34,7 +34,11 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device of the golden cases (default: cpu)")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "faults" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("faults")]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -67,6 +71,13 @@ def end_workers(monkeypatch):
     yield
     for iterator in iterators:
         iterator._shutdown_workers()
+
+
+@pytest.fixture(autouse=True)
+def own_checks(monkeypatch, tmp_path_factory):
+    """What a check keeps of the files of a test does not lie in the user's folder."""
+    folder = tmp_path_factory.getbasetemp() / "checked"
+    monkeypatch.setattr("fastvim.data.known.cache_directory", lambda: folder)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -99,8 +99,7 @@ class DataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the splits of a stage: "fit", "validate" or "test"; those already open stay so."""
         for role in ROLES.get(stage, ()):
-            if role not in self._datasets:
-                self._datasets[role] = self.open(role)
+            self.opened(role)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", training_loader, self.batch_size)
@@ -121,10 +120,19 @@ class DataModule(L.LightningDataModule):
         Raises:
             UserError: no such files at all, or data that cannot be checked.
         """
-        raise UserError(
-            f"{type(self).__name__} cannot be checked: expected images with boxes, or with a class "
-            "for each pixel"
-        )
+        raise UserError(f"{type(self).__name__} cannot be checked")
+
+    def reading(self, role: str) -> list[Any]:
+        """All that changes what the images of a role show, but their files; JSON's values."""
+        root = self.directory()
+        place = root if is_url(root) else os.path.abspath(root)
+        return [type(self).__name__, place, self.value_range, self.max_pixels]
+
+    def opened(self, role: str) -> Dataset[Any]:
+        """The dataset of a role, opened once."""
+        if role not in self._datasets:
+            self._datasets[role] = self.open(role)
+        return self._datasets[role]
 
     def directory(self) -> str:
         """Where the files are: the root, or a sample set's folder."""

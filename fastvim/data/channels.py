@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,9 @@ from fastvim.data.arrays import read_array
 from fastvim.data.base import DataModule
 from fastvim.data.channel_transforms import evaluation_transform, training_transform
 from fastvim.data.files import MAX_UNREADABLE
-from fastvim.data.remote import UnreadableFileError, join
+from fastvim.data.issues import Look, SplitReport, look_at, missing_files
+from fastvim.data.pixels import DAMAGED, MISSING_IMAGE, UnreadableImageError
+from fastvim.data.remote import UnreadableFileError, is_url, join
 from fastvim.data.table import read_table, require_columns, require_values, splits_of
 from fastvim.data.transforms import per_channel
 from fastvim.errors import UserError, nearest
@@ -101,13 +104,40 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
         """The path or URL of an image."""
         return self._paths[index].decode()
 
+    def look(self, index: int) -> Look:
+        """What an image shows, for `fastvim.data.checks`."""
+        if not all(map(os.path.exists, self.sources(index))):
+            raise UnreadableImageError(f"{self.filename(index)}: no such file", MISSING_IMAGE)
+        array = self._array(index)
+        mode = f"{len(array)} x {array.dtype}"
+        return look_at(array.transpose(1, 2, 0), mode)._replace(label=int(self._targets[index]))
+
+    def sources(self, index: int) -> tuple[str, ...]:
+        """The file, unless it is behind a URL."""
+        path = self.filename(index)
+        return () if is_url(path) else (path,)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Class index of each image."""
+        return self._targets
+
     def _read(self, index: int) -> Tensor:
+        array = self._array(index)
+        return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
+
+    def _array(self, index: int) -> np.ndarray:
+        """The stored values (C, H, W).
+
+        Raises:
+            UnreadableFileError: another number of channels, or as `read`.
+        """
         array = self.read(self.filename(index))
         if len(array) != self.in_chans:
             raise UnreadableFileError(
                 f"{self.filename(index)}: shape {array.shape}: expected {self.in_chans} channels"
             )
-        return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
+        return array
 
 
 @dataclass(frozen=True)
@@ -245,9 +275,8 @@ class ChannelData(DataModule):
             self._rows = self._read_rows()
             self._class_names = self._find_class_names(self._rows)
         rows, training = self._rows, role == "train"
-        splits = set(rows.splits)
-        split = "val" if role == "test" and "test" not in splits else role
-        if split not in splits:
+        split = self._split(role)
+        if split not in rows.splits:
             raise UserError(f"{self._table_url()}: no rows of the split {split!r}")
         chosen = rows.splits == split
         index = {name: position for position, name in enumerate(self._class_names)}
@@ -266,6 +295,24 @@ class ChannelData(DataModule):
             read=partial(read_array, max_pixels=self.max_pixels, **self._reading),
             on_error=self.on_error if training else "raise",
         )
+
+    def _split(self, role: str) -> str:
+        assert self._rows is not None
+        return "val" if role == "test" and "test" not in self._rows.splits else role
+
+    def check(self, role: str) -> SplitReport:
+        files = self.opened(role)
+        assert isinstance(files, ChannelImages)
+        report = SplitReport(self._split(role), files, facts={"images": len(files)})
+        report.count(files.targets, self.class_names)
+        if role == "train" and self.on_error == "skip":
+            report.skips = (DAMAGED,)
+        for path in missing_files([files.filename(index) for index in range(len(files))]):
+            (report.dropped if report.skips else report.errors).add(MISSING_IMAGE, path)
+        return report
+
+    def reading(self, role: str) -> list[Any]:
+        return [*super().reading(role), self.in_chans]
 
     def _read_rows(self) -> Rows:
         """The table; a subclass may have another layout."""

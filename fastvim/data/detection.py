@@ -6,6 +6,7 @@ H, W: an image's height and width; n: objects in it
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from fastvim.data.base import DenseDataModule
 from fastvim.data.coco import DAMAGED_MASK, Instances, is_learned, masks_of, read_instances
 from fastvim.data.dense_data import integer, prepare_objects
-from fastvim.data.issues import SplitReport
+from fastvim.data.issues import Look, SplitReport, look_at_picture
 from fastvim.data.jitter import LargeScaleJitter
 from fastvim.data.pixels import PictureReader, UnreadableImageError
 from fastvim.errors import UserError, first_few
@@ -87,6 +88,19 @@ class DetectionFiles(Dataset[Sample]):
         except ValueError as error:
             path = self.folder / record["file_name"]
             raise UnreadableImageError(f"{path}: {DAMAGED_MASK} ({error})", DAMAGED_MASK) from error
+
+    def look(self, index: int) -> Look:
+        """What an image shows, for `fastvim.data.checks`."""
+        image, *_ = self.read(index)
+        return look_at_picture(image)
+
+    def filename(self, index: int) -> str:
+        """The path of an image."""
+        return str(self.folder / self.records[index]["file_name"])
+
+    def sources(self, index: int) -> tuple[str, ...]:
+        """The image."""
+        return (self.filename(index),)
 
     def _read_image(self, record: dict[str, Any]) -> Image.Image:
         path = self.folder / record["file_name"]
@@ -217,7 +231,13 @@ class DetectionData(DenseDataModule):
         known = self._read(role)
         files = self._files(role, known)
         split = self._splits[role][0]
-        return SplitReport(split, files, known.errors, known.dropped, facts=known.facts)
+        return SplitReport(
+            split, files, errors=known.errors, dropped=known.dropped, facts=known.facts
+        )
+
+    def reading(self, role: str) -> list[Any]:
+        told = os.stat(self.path(self._splits[role][1]))
+        return [*super().reading(role), told.st_size, told.st_mtime_ns]
 
     def _read(self, role: str) -> Instances:
         whole = role != "train" or self._train_all

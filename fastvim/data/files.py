@@ -7,11 +7,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from fastvim.data.classes import places
+from fastvim.data.issues import Look, look_at_picture
 from fastvim.data.pixels import DAMAGED, PictureReader, UnreadableImageError
 from fastvim.data.transforms import Transform
 from fastvim.errors import UserError
@@ -84,6 +86,24 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         """The path of the image, or its path inside a tar file."""
         return os.path.join(self.location, str(self.reader.filename(index)))
 
+    def look(self, index: int) -> Look:
+        """What an image shows, for `fastvim.data.checks`."""
+        image, target = self._read(index)
+        return look_at_picture(image)._replace(label=self._class_of(index, target))
+
+    def sources(self, index: int) -> tuple[str, ...]:
+        """The file, or the tar file that holds it."""
+        in_tar = os.path.isfile(self.location)
+        return (self.location if in_tar else self.filename(index),)
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Class index of each image, where it has one and the reader knows it without reading."""
+        own = getattr(self.reader, "targets", None)
+        if own is None or self._class_index is None:
+            return None
+        return np.asarray(self._class_index)[own]
+
     def _read(self, index: int) -> tuple[Image.Image, int]:
         name = self.filename(index)
         try:
@@ -100,6 +120,28 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         if not 0 <= target <= last:
             raise UserError(f"{self.filename(index)}: label {target}; expected 0 to {last}")
         return self._class_index[target]
+
+
+class Chosen(Subset[Any]):
+    """Some of a dataset's samples, which can be examined as it can."""
+
+    def look(self, index: int) -> Look:
+        """What a sample shows, for `fastvim.data.checks`."""
+        return self.dataset.look(self.indices[index])  # type: ignore[attr-defined]
+
+    def filename(self, index: int) -> str:
+        """The image's file, for messages."""
+        return self.dataset.filename(self.indices[index])  # type: ignore[attr-defined]
+
+    def sources(self, index: int) -> tuple[str, ...]:
+        """The files that `look` reads."""
+        return self.dataset.sources(self.indices[index])  # type: ignore[attr-defined]
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Class index of each sample, where they are known without reading."""
+        own = getattr(self.dataset, "targets", None)
+        return None if own is None else own[np.asarray(self.indices)]
 
 
 def reader_classes(reader: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,15 +11,23 @@ from typing import Any
 import torch
 from timm.data import IterableImageDataset, create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import Compose
 
 from fastvim.data.base import DataModule
 from fastvim.data.classes import places
-from fastvim.data.files import ImageFiles, reader_classes
+from fastvim.data.files import Chosen, ImageFiles, reader_classes
 from fastvim.data.folders import ClassFolder, ClassFolders, find_split, open_folder
-from fastvim.data.torch_datasets import NAMES, PREFIX, open_torch_dataset, torch_class_names
+from fastvim.data.issues import NoFiles, SplitReport
+from fastvim.data.pixels import DAMAGED
+from fastvim.data.torch_datasets import (
+    NAMES,
+    PREFIX,
+    TorchFiles,
+    open_torch_dataset,
+    torch_class_names,
+)
 from fastvim.data.transforms import (
     IMAGE_MODES,
     Transform,
@@ -181,15 +190,35 @@ class ImageData(DataModule):
             return source
         files: Dataset[Any]
         if isinstance(source, VisionDataset):
-            source.transform = Compose([self._to_mode, transform])
             source.target_transform = self._indices(source)
-            files = source
+            files = TorchFiles(source, f"{self.dataset}/{split}", self._to_mode, transform)
         else:
             location = f"{self.dataset}/{split}" if self.dataset else str(source.root)
             read, of = self.read_picture, self._whose
             folders = None if self._unlabelled else self._folders
             files = ImageFiles(source, location, read, transform, folders, training, of)
         return self._choose(files) if training and self.train_images is not None else files
+
+    def check(self, role: str) -> SplitReport:
+        files = self.opened(role)
+        if isinstance(files, IterableImageDataset):
+            note = "stream, not examined"
+            return SplitReport(self._split(role), NoFiles(), facts={note: 1})
+        assert isinstance(files, ImageFiles | TorchFiles | Chosen)
+        report = SplitReport(self._split(role), files, facts={"images": len(files)})
+        if (targets := files.targets) is not None:
+            report.count(targets, self.class_names)
+        elif self._unlabelled:
+            report.unlabelled = self._unlabelled
+        else:
+            report.classes = dict.fromkeys(self.class_names, 0)
+            report.read_labels = Counter()
+        if role == "train":
+            report.skips = (DAMAGED,)
+        return report
+
+    def reading(self, role: str) -> list[Any]:
+        return [*super().reading(role), self.dataset, self.read_picture.mode]
 
     def _choose(self, files: Dataset[Any]) -> Dataset[Any]:
         """The `train_images` of the training split."""
@@ -199,7 +228,7 @@ class ImageData(DataModule):
             raise UserError(f"train_images {self.train_images}: expected 1 to {size}")
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(size, generator=generator)
-        return Subset(files, order[: self.train_images].tolist())
+        return Chosen(files, order[: self.train_images].tolist())
 
     def prepare_data(self) -> None:
         """Fetch a sample set or a dataset of torchvision, once for all processes of a machine."""

@@ -172,6 +172,17 @@ def stored(image: Image.Image) -> Stored:
     return image.info["stored"]
 
 
+def highest_value(image: Image.Image) -> tuple[float, float]:
+    """The highest value of an image that a `PictureReader` has read, and the one that is white.
+
+    The second is 0 where a `value_range` says what is white.
+    """
+    known = stored(image)
+    if known.highest is None:
+        return float(np.max(image.getextrema())), 255
+    return known.highest, known.white or 0
+
+
 class Brightest:
     """The highest values of a set of images, to find those that use little of their range.
 
@@ -185,13 +196,12 @@ class Brightest:
 
     def add(self, image: Image.Image) -> None:
         """Look at an image that a `PictureReader` has read."""
-        known = stored(image)
-        if known.highest is not None and known.white is not None:
-            white, highest = known.white, known.highest
-        elif known.highest is None and self._whole:
-            white, highest = 255, float(np.max(image.getextrema()))
-        else:
-            return
+        highest, white = highest_value(image)
+        if white and (self._whole or stored(image).highest is not None):
+            self.add_value(highest, white)
+
+    def add_value(self, highest: float, white: float) -> None:
+        """Take the highest value of an image, and the value that is white."""
         self._highest[white] = max(highest, self._highest.get(white, highest))
 
     def warning(self) -> str:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastvim.data.pixels import DAMAGED
 from fastvim.errors import UserError
 from fastvim.extras import install
 
@@ -31,6 +32,8 @@ NETWORK_LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "http", "ur
 
 class UnreadableFileError(UserError):
     """A file that cannot be fetched or decoded."""
+
+    kind = DAMAGED
 
     def __init__(self, message: str) -> None:
         # A DataLoader raises a worker's error with the traceback as message: keep the last line.

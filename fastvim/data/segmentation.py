@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,13 @@ from fastvim.data.dense_data import (
     uniform,
 )
 from fastvim.data.folders import list_images
-from fastvim.data.issues import Issues, SplitReport
+from fastvim.data.issues import Issues, Look, SplitReport, look_at_picture
+from fastvim.data.masks import Labels, count, read_values
 from fastvim.data.pixels import PictureReader, UnreadableImageError
 from fastvim.data.resizing import Window, fit, nearest, resize
 from fastvim.errors import UserError
 from fastvim.labels import IGNORE_INDEX
 
-MASK_MODES = ("1", "L", "P", "I", "I;16")  # PIL's modes with one number a pixel
 CROP_TRIES = 10
 
 Pair = tuple[Tensor, Tensor]  # float32 image (3, H, W), normalised; int64 classes (H, W)
@@ -146,8 +146,7 @@ class SegmentationFiles(Dataset[Pair]):
     Args:
         pairs: paths of an image and its classes.
         transform: of both.
-        num_classes: indices are below it, or `IGNORE_INDEX`.
-        reduce_zero_label: a stored 0 is ignored and the classes are stored from 1.
+        labels: what the stored values stand for.
         read_picture: opens an image file.
 
     Raises:
@@ -159,14 +158,12 @@ class SegmentationFiles(Dataset[Pair]):
         self,
         pairs: Sequence[tuple[Path, Path]],
         transform: TrainingTransform | EvaluationTransform,
-        num_classes: int,
-        reduce_zero_label: bool,
+        labels: Labels,
         read_picture: PictureReader,
     ) -> None:
         self.pairs = pairs
         self.transform = transform
-        self.num_classes = num_classes
-        self.reduce_zero_label = reduce_zero_label
+        self.labels = labels
         self.read_picture = read_picture
 
     def __len__(self) -> int:
@@ -176,34 +173,40 @@ class SegmentationFiles(Dataset[Pair]):
         return self.transform(*self.read(index))
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """An RGB image and its classes, uint8 (H, W), as they are stored."""
+        """An RGB image and its classes, uint8 (H, W)."""
+        image, values = self._stored(index)
+        return image, self.labels.indices(values, self.pairs[index][1])
+
+    def look(self, index: int) -> Look:
+        """What a pair shows, for `fastvim.data.checks`."""
+        image, values = self._stored(index)
+        found = look_at_picture(image)._replace(values=count(values))
+        try:
+            self.labels.indices(values, self.pairs[index][1])
+        except UnreadableImageError as error:
+            return found._replace(kind=error.kind, message=str(error))
+        return found
+
+    def filename(self, index: int) -> str:
+        """The path of an image."""
+        return str(self.pairs[index][0])
+
+    def sources(self, index: int) -> tuple[str, ...]:
+        """The image and its mask."""
+        return tuple(map(str, self.pairs[index]))
+
+    def _stored(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """An RGB image and the values of its mask (H, W)."""
         image_path, mask_path = self.pairs[index]
         image = self.read_picture(image_path)
-        mask = self._read_mask(mask_path)
-        if mask.shape != (image.height, image.width):
+        values = read_values(mask_path, self.read_picture)
+        if values.shape != (image.height, image.width):
             raise UnreadableImageError(
-                f"{mask_path}: {mask.shape[1]}x{mask.shape[0]} pixels; expected "
+                f"{mask_path}: {values.shape[1]}x{values.shape[0]} pixels; expected "
                 f"{image.width}x{image.height}, as {image_path.name} has",
                 "classes of another size",
             )
-        return image, mask
-
-    def _read_mask(self, path: Path) -> np.ndarray:
-        image = replace(self.read_picture, mode=None)(path)
-        if image.mode not in MASK_MODES:
-            raise UnreadableImageError(
-                f"{path}: mode {image.mode}; expected one number a pixel", "classes as colours"
-            )
-        mask = np.array(image).astype(np.int64)
-        last = self.num_classes - (not self.reduce_zero_label)
-        wrong = mask[((mask < 0) | (mask > last)) & (mask != IGNORE_INDEX)]
-        if wrong.size:
-            raise UnreadableImageError(
-                f"{path}: value {wrong[0]}; expected 0 to {last}, or 255", "value out of range"
-            )
-        if self.reduce_zero_label:
-            mask = np.where((mask == 0) | (mask == IGNORE_INDEX), IGNORE_INDEX, mask - 1)
-        return mask.astype(np.uint8)
+        return image, values
 
 
 class SegmentationData(DenseDataModule):
@@ -277,8 +280,8 @@ class SegmentationData(DenseDataModule):
             raise UserError(f"ratio {list(ratio)}: expected two factors above 0, the lower first")
         if base_size is not None and not base_size[0] >= base_size[1] >= 1:
             raise UserError(f"base_size {list(base_size)}: expected the longer side first")
-        self._count = num_classes
-        self.reduce_zero_label = reduce_zero_label
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._labels = Labels(num_classes, reduce_zero_label)
         self.class_file = class_file
         if classes is not None and len(classes) != num_classes:
             raise UserError(f"classes: {len(classes)} names; expected num_classes {num_classes}")
@@ -302,18 +305,26 @@ class SegmentationData(DenseDataModule):
     def check(self, role: str) -> SplitReport:
         split = self._splits[role]
         pairs, missing = find_pairs(Path(self.directory()), split)
-        facts = {"images": len(pairs)}
-        return SplitReport(split, self._files(role, pairs), missing, facts=facts)
+        return SplitReport(
+            split,
+            self._files(role, pairs),
+            self._labels,
+            errors=missing,
+            facts={"images": len(pairs)},
+            classes=dict.fromkeys(self._find_class_names(), 0),
+            counted="pixels",
+        )
+
+    def reading(self, role: str) -> list[Any]:
+        return [*super().reading(role), *astuple(self._labels)]
 
     def _files(self, role: str, pairs: list[tuple[Path, Path]]) -> SegmentationFiles:
         transform = self._train_transform if role == "train" else self._eval_transform
-        return SegmentationFiles(
-            pairs, transform, self._count, self.reduce_zero_label, self.read_picture
-        )
+        return SegmentationFiles(pairs, transform, self._labels, self.read_picture)
 
     def _find_class_names(self) -> list[str]:
         if self.class_file is None:
-            return [str(index) for index in range(self._count)]
+            return [str(index) for index in range(self._labels.num_classes)]
         path = self.path(self.class_file)
         if not path.is_file():
             raise UserError(f"class_file: no file {path}")
@@ -321,8 +332,10 @@ class SegmentationData(DenseDataModule):
         if "\t" in lines[0]:
             lines = lines[1:]
         names = [line.rpartition("\t")[2].strip() for line in lines]
-        if len(names) != self._count:
-            raise UserError(f"{path}: {len(names)} names; expected num_classes {self._count}")
+        if len(names) != self._labels.num_classes:
+            raise UserError(
+                f"{path}: {len(names)} names; expected num_classes {self._labels.num_classes}"
+            )
         return names
 
 

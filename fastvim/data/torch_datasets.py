@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
 from timm.data import create_dataset
+from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
 from fastvim.data.folders import SPLIT_NAMES
+from fastvim.data.issues import Look, look_at
+from fastvim.data.transforms import Transform
 from fastvim.errors import UserError, nearest
 
 PREFIX = "torch/"
@@ -54,6 +62,55 @@ def open_torch_dataset(name: str, root: str, split: str, download: bool = False)
             f"{name}: not in {root}, and cannot be downloaded ({_line(error)}); a network is "
             "needed once"
         ) from error
+
+
+class TorchFiles(Dataset[tuple[Tensor, int]]):
+    """A dataset of torchvision, (float32 (C, H, W), int).
+
+    Args:
+        source: that gives PIL images and class indices.
+        name: for messages.
+        to_mode: makes an image grey or RGB.
+        transform: from a PIL image to a tensor.
+    """
+
+    def __init__(
+        self,
+        source: VisionDataset,
+        name: str,
+        to_mode: Callable[[Image.Image], Image.Image],
+        transform: Transform,
+    ) -> None:
+        self.source, self.name, self.to_mode, self.transform = source, name, to_mode, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.source[index]
+        return self.transform(self.to_mode(image)), target
+
+    def look(self, index: int) -> Look:
+        """What an image shows, for `fastvim.data.checks`."""
+        image, target = self.source[index]
+        return look_at(np.asarray(self.to_mode(image)), image.mode)._replace(label=int(target))
+
+    def filename(self, index: int) -> str:
+        """The image's number."""
+        return f"{self.name}, image {index}"
+
+    def sources(self, index: int) -> tuple[str, ...]:
+        """None: torchvision keeps its files to itself."""
+        return ()
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Class index of each image, where torchvision tells it."""
+        own = getattr(self.source, "targets", None)
+        if own is None:
+            return None
+        place = self.source.target_transform
+        return np.asarray(own if place is None else [place(int(index)) for index in own])
 
 
 def torch_class_names(dataset: VisionDataset) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
@@ -54,7 +55,9 @@ def draw_detections(
         ]
     panel = overlay(shown, zip(_masks(drawn, shown.size), colours, strict=True))
     if drawn:
-        panel = _with_boxes(panel, shown.width / image.width, drawn, colours, labels)
+        corners = torch.tensor([result["bbox"] for result in drawn])  # x, y, width, height
+        corners[:, 2:] += corners[:, :2]
+        panel = with_boxes(panel, shown.width / image.width * corners, colours, labels)
     counts = Counter(result["category_id"] for result in drawn)
     entries = [
         Entry(None if len(names) == 1 else of_classes[category], f"{names[category]}: {number}")
@@ -70,16 +73,17 @@ def _masks(results: Sequence[Result], size: tuple[int, int]) -> Iterator[np.ndar
         yield np.asarray(mask.resize(size, Image.Resampling.NEAREST)) > 0
 
 
-def _with_boxes(
-    image: Image.Image,
-    factor: float,
-    results: Sequence[Result],
-    colours: Sequence[Colour],
-    labels: Sequence[str],
+def with_boxes(
+    image: Image.Image, corners: Tensor, colours: Sequence[Colour], labels: Sequence[str]
 ) -> Image.Image:
-    """Boxes, scaled by a factor, and their labels."""
-    corners = factor * torch.tensor([result["bbox"] for result in results])  # x, y, width, height
-    corners[:, 2:] += corners[:, :2]
+    """An image with boxes, one or more, and their labels.
+
+    Args:
+        image: RGB.
+        corners: (n, 4) as x1, y1, x2, y2, in pixels.
+        colours: of the boxes.
+        labels: of the boxes.
+    """
     boxed = draw_bounding_boxes(pil_to_tensor(image), corners, colors=list(colours), width=2)
     picture = to_pil_image(boxed)
     draw = ImageDraw.Draw(picture)

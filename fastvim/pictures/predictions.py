@@ -46,11 +46,11 @@ def draw_predictions(
     """
     panels: list[Panel] = []
     for image, predicted, target, certainty in predictions:
-        caption = f"{_short(class_names[predicted])} ({certainty:.0%})"
+        caption = f"{short(class_names[predicted])} ({certainty:.0%})"
         colour: Colour | str = SLATE if target is None else GREEN
         frame = 1
         if target is not None and target != predicted:
-            caption += f"\ntrue: {_short(class_names[target])}"
+            caption += f"\ntrue: {short(class_names[target])}"
             colour, frame = RED, 3
         panels.append(Panel(to_image(denormalise(image, mean, std)), caption, colour, frame))
     rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
@@ -72,6 +72,6 @@ def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return (shown - low) / (high - low).clamp(min=1e-6)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A class name that fits over its image."""
     return name if len(name) <= 14 else name[:13] + "…"

@@ -48,7 +48,7 @@ def draw_classes(
     """
     shown = shrink(image)
     indices = np.asarray(shrink(Image.fromarray(classes.astype(np.uint8)), LARGEST, smooth=False))
-    drawn = overlay(shown, _masks(indices, class_names))
+    drawn = overlay(shown, class_masks(indices, class_names))
     return sheet([[Panel(shown, "image"), Panel(drawn, "classes")]], legend([classes], class_names))
 
 
@@ -74,7 +74,7 @@ def draw_labellings(
         errors = (target != IGNORE_INDEX) & (predicted != target)
         wrong += int(errors.sum())
         counted += int((target != IGNORE_INDEX).sum())
-        drawn = [overlay(plain, _masks(c.numpy(), class_names)) for c in (target, predicted)]
+        drawn = [overlay(plain, class_masks(c.numpy(), class_names)) for c in (target, predicted)]
         images = [plain, *drawn, mistakes(plain, errors.numpy())]
         captions = ("image", "labels", "prediction", "mistakes") if not rows else [""] * 4
         rows.append([Panel(*both) for both in zip(images, captions, strict=True)])
@@ -82,7 +82,9 @@ def draw_labellings(
     return sheet(rows, [*entries, Entry(RED, f"wrong {wrong / max(1, counted):.1%}")])
 
 
-def _masks(classes: np.ndarray, class_names: Sequence[str]) -> Iterator[tuple[np.ndarray, Colour]]:
+def class_masks(
+    classes: np.ndarray, class_names: Sequence[str]
+) -> Iterator[tuple[np.ndarray, Colour]]:
     """The mask and the colour of each class that occurs, but a background; classes are (H, W)."""
     colours = palette(class_names)
     for index in np.unique(classes):

@@ -40,6 +40,7 @@ class Pretraining(Task):
     """
 
     monitor, monitor_mode = "val/loss", "min"
+    uses_labels = False
     fixed_options = (
         *("num_classes", "weight_decay_end"),
         *("no_decay", "layer_decay", "blocks_per_decay", "lr_scales"),

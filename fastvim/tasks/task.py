@@ -93,6 +93,7 @@ class Task(L.LightningModule):
 
     monitor: str  # the metric that the best checkpoint is chosen by
     monitor_mode: str  # "max" if higher is better, "min" if lower is
+    uses_labels = True
     default_no_decay: tuple[str, ...] = ()  # where `no_decay` is None
     fixed_options: tuple[str, ...] = ()  # that the class sets itself: it does not take them
 

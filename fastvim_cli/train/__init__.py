@@ -38,8 +38,8 @@ def run(words: list[str]) -> None:
         print("\n".join(published.compare(results)))
 
 
-def load_data(words: list[str]) -> L.LightningDataModule:
-    """The data module of a recipe, without its model and trainer.
+def load_data(words: list[str]) -> tuple[L.LightningDataModule, bool]:
+    """The data module of a recipe, without its model and trainer, and whether labels are used.
 
     Args:
         words: `--config=FILE`, and values that override the recipe's.
@@ -48,7 +48,8 @@ def load_data(words: list[str]) -> L.LightningDataModule:
         UserError: a mistake in the recipe or in the data's arguments.
     """
     _quiet()
-    return DataCLI(words).datamodule
+    cli = DataCLI(words)
+    return cli.datamodule, cli.uses_labels
 
 
 def _quiet() -> None:

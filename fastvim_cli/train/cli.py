@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import pydoc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich import get_console
 
+from fastvim.data.base import DataModule
 from fastvim.errors import UserError
 from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
 from fastvim.tasks.callbacks.run_log import describe
 from fastvim.tasks.task import Task
+from fastvim_cli.check import check_before_fit
 from fastvim_cli.console import table
 from fastvim_cli.train.config_errors import explain, first_cause
 from fastvim_cli.train.every_run import as_list, callbacks, loggers
@@ -146,6 +149,8 @@ class TrainingCLI(LightningCLI):
         results: Mapping[str, float] = {}
         try:
             if self.command == "fit":
+                if self.trainer.is_global_zero and isinstance(self.datamodule, DataModule):
+                    check_before_fit(self.datamodule, self.model.uses_labels)
                 self.trainer.fit(**inputs)
             elif self.command == "validate":
                 (results,) = self.trainer.validate(**inputs, verbose=False)
@@ -203,6 +208,8 @@ class DataCLI(TrainingCLI):
     def instantiate_classes(self) -> None:
         only_data = Namespace(data=self.config.data)
         self.datamodule = self.parser.instantiate_classes(only_data).data
+        task: Any = pydoc.locate(self.config.model.class_path)
+        self.uses_labels = bool(task.uses_labels)
 
 
 def _class_table(scores: Mapping[str, Mapping[str, float]]) -> str:

@@ -253,7 +253,7 @@ def damage_file(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_value, "value 7; expected 0 to 4, or 255"),
+        (damage_value, "value 7 (4,000 pixels); expected 0 to 4, or 255"),
         (damage_size, "81x50 pixels; expected 80x50, as v0.jpg has"),
         (damage_mode, "mode RGB; expected one number a pixel"),
         (damage_file, "unreadable image"),

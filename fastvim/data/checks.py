@@ -1,0 +1,191 @@
+"""Examining the images of a run before it: what is wrong, what looks odd, how splits compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastvim.data.base import DataModule
+from fastvim.data.issues import Issues, Look, NoFiles, SplitReport, examine
+from fastvim.data.known import Known
+from fastvim.data.sampler import Seeded, TrainingSampler
+from fastvim.errors import UserError, first_few
+
+SAMPLE = 300  # images of each split that a run examines before its first step
+FEW = 10  # classes; of more, a sample may miss some
+SPLITS = ("train", "val", "test")
+
+Watch = Callable[[Iterable[Look], str, int], Iterator[Look]]
+
+
+def _unwatched(looks: Iterable[Look], doing: str, total: int) -> Iterator[Look]:
+    return iter(looks)
+
+
+def check_data(
+    data: DataModule,
+    roles: Sequence[str] = SPLITS,
+    *,
+    sample: int | None = None,
+    workers: int = 4,
+    with_labels: bool = True,
+    watch: Watch = _unwatched,
+) -> list[SplitReport]:
+    """Examine the splits of some roles; lists of files and labels whole.
+
+    What a full check has seen of files that are unchanged since (`fastvim.data.known`) is not read
+    again.
+
+    Args:
+        data: whose files are there (`prepare_data`).
+        roles: "train", "val" or "test", in this order; the first one settles the classes.
+        sample: how many images of each split to read, drawn with the data's seed; None for all, 0
+            for the lists alone.
+        workers: files read at a time.
+        with_labels: whether training uses the labels.
+        watch: shows the progress; it is given what is seen, what is done in words, and how many
+            images there are.
+
+    Raises:
+        UserError: no such files at all, or data that cannot be checked.
+    """
+    reports: dict[str, SplitReport] = {}
+    for role in roles:
+        try:
+            report = data.check(role)
+        except UserError as error:
+            if not reports:
+                raise
+            report = SplitReport(role, NoFiles())
+            report.errors.add("split that cannot be opened", str(error))
+        if report.split in reports:
+            continue
+        reports[report.split] = report
+        if sample != 0:
+            _read(report, data, role, sample, workers, watch)
+        _judge(report, role == "train", with_labels)
+    first, *others = reports.values()
+    for other in others:
+        _compare(first, other)
+    return list(reports.values())
+
+
+def _read(
+    report: SplitReport,
+    data: DataModule,
+    role: str,
+    sample: int | None,
+    workers: int,
+    watch: Watch,
+) -> None:
+    """Add what the files of a split show: all of them, or a sample and what is known."""
+    files = report.files
+    total = len(files)
+    known = Known([*data.reading(role), report.split])
+    looks = known.load(files)
+    chosen = np.arange(total)
+    if sample is not None and sample < total:
+        chosen = np.random.default_rng(data.seed).permutation(total)[:sample]
+    unread = [index for index in sorted(chosen.tolist()) if index not in looks]
+    report.read = len(looks) + len(unread)
+    seen = watch(examine(files, unread, workers), f"reading {report.split}", len(unread))
+    looks |= zip(unread, seen, strict=True)
+    if sample is None and total:
+        known.save(files, looks)
+    for index in sorted(looks):
+        report.add(index, looks[index])
+
+
+def _judge(report: SplitReport, training: bool, with_labels: bool) -> None:
+    """Add what the samples of a split show together."""
+    from_pixels = report.labels is not None or report.read_labels is not None
+    if report.labels is not None:
+        numbers = [report.values[stored] for stored in report.labels.stored]
+        report.classes = dict(zip(report.classes, numbers, strict=True))
+    elif report.read_labels is not None:
+        numbers = [report.read_labels[label] for label in range(len(report.classes))]
+        report.classes = dict(zip(report.classes, numbers, strict=True))
+    if with_labels and report.unlabelled:
+        report.errors.add("split without classes", report.unlabelled)
+    known = bool(report.classes) and (report.read or not from_pixels)
+    if with_labels and known and not report.errors:  # else pixels or images are missing
+        _judge_classes(report, training)
+    if not report.read:
+        return
+    usable = sum(report.sizes.values())
+    if training and not usable and report.dropped:
+        kind, (number, first) = next(iter(report.dropped.items()))
+        report.errors.add(f"{kind}, as are all of them", first, number)
+    if 2 * report.blank > usable:
+        where = f"{report.blank:,} of {usable:,}"
+        report.warnings.add(f"image all black or all white{report.among()}", where, report.blank)
+    elif dark := report.brightest.warning():
+        report.warnings.add(f"split of dark images{report.among()}", dark)
+
+
+def _judge_classes(report: SplitReport, training: bool) -> None:
+    """Add what is wrong or odd about the numbers of the classes."""
+    names, counted = list(report.classes), report.counted
+    seen = [name for name in names if report.classes[name]]
+    unseen = [name for name in names if not report.classes[name]]
+    among = report.among_counted()
+    # What a sample lacks may be elsewhere.
+    stops = report.errors if training and not among else report.warnings
+    advice = "" if report.labels is None else _of_ignored(report)
+    if not seen:
+        stops.add(f"split without {counted} of any class{among}", f"{report.split}{advice}")
+    elif training and len(seen) == 1 and counted != "objects":
+        where = f"only {seen[0]} has {counted} ({report.classes[seen[0]]:,})"
+        where += f", none has {first_few(unseen, FEW)}" if unseen else ""
+        stops.add(f"one class in all{among}", f"{where}{advice}; expected two classes or more")
+    elif training and unseen and (not among or len(names) <= FEW):
+        where = f"{first_few(unseen, FEW)}{advice}"
+        report.warnings.add(f"class without {counted}{among}", where, len(unseen))
+
+
+def _of_ignored(report: SplitReport) -> str:
+    """How many pixels do not count, and what to change."""
+    assert report.labels is not None
+    parts = []
+    for value in report.labels.ignored:
+        if number := report.values[value]:
+            why = "reduce_zero_label leaves out" if value == 0 else "does not count"
+            parts.append(f"{number:,} pixels have the value {value}, which {why}")
+    if not parts:
+        return ""
+    stored = report.labels.stored
+    return f"; {'; '.join(parts)} (the classes are stored as {stored[0]} to {stored[-1]})"
+
+
+def _compare(first: SplitReport, other: SplitReport) -> None:
+    """Add to the other split which of its images the first one has too."""
+    shared = [digest for digest in other.digests if digest in first.digests]
+    if shared:
+        own, same = (each.files.filename(each.digests[shared[0]]) for each in (other, first))
+        kind = f"image with the content of one of {first.split}"
+        other.warnings.add(kind, f"{own}, as {same}", len(shared))
+
+
+def findings(reports: Sequence[SplitReport]) -> tuple[Issues, Issues]:
+    """What would stop a run, and what looks odd, of all splits."""
+    errors, warnings = Issues(), Issues()
+    for report in reports:
+        for found, issues in ((errors, report.errors), (warnings, report.warnings)):
+            for kind, (number, where) in issues.items():
+                found.add(f"{report.split}: {kind}", where, number)
+    return errors, warnings
+
+
+def training_samples(data: DataModule, number: int) -> list[tuple[Tensor, Any]]:
+    """The first images that training will see, with their augmentation and labels.
+
+    Args:
+        data: whose files are there (`prepare_data`).
+        number: at most.
+    """
+    files = Seeded(data.opened("train"), data.seed)
+    return [files[key] for key in islice(TrainingSampler(files, data.seed), number)]

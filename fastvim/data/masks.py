@@ -1,0 +1,87 @@
+"""Files of the class of every pixel: their stored values, and what these stand for.
+
+H, W: height and width of a mask
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fastvim.data.pixels import PictureReader, UnreadableImageError
+from fastvim.errors import first_few
+from fastvim.labels import IGNORE_INDEX
+
+MODES = ("1", "L", "P", "I", "I;16")  # PIL's modes with one number a pixel
+OUT_OF_RANGE = "value out of range"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which stored value stands for which class.
+
+    Args:
+        num_classes: at most 255.
+        reduce_zero_label: a stored 0 is ignored and the classes are stored from 1.
+    """
+
+    num_classes: int
+    reduce_zero_label: bool
+
+    @property
+    def stored(self) -> range:
+        """The stored value of each class."""
+        first = int(self.reduce_zero_label)
+        return range(first, first + self.num_classes)
+
+    @property
+    def ignored(self) -> Sequence[int]:
+        """The stored values that do not count."""
+        return (0, IGNORE_INDEX) if self.reduce_zero_label else (IGNORE_INDEX,)
+
+    def indices(self, values: np.ndarray, path: Path) -> np.ndarray:
+        """Class indices, uint8 (H, W), or `IGNORE_INDEX`, of stored values.
+
+        Raises:
+            UnreadableImageError: values of no class, with the number of their pixels.
+        """
+        last = self.stored[-1]
+        wrong = values[((values < 0) | (values > last)) & (values != IGNORE_INDEX)]
+        if wrong.size:
+            found = [f"{value} ({number:,} pixels)" for value, number in count(wrong)]
+            raise UnreadableImageError(
+                f"{path}: value {first_few(found)}; expected 0 to {last}, or {IGNORE_INDEX} "
+                f"(num_classes {self.num_classes})",
+                OUT_OF_RANGE,
+            )
+        if self.reduce_zero_label:
+            skipped = (values == 0) | (values == IGNORE_INDEX)
+            values = np.where(skipped, IGNORE_INDEX, values - 1)
+        return values.astype(np.uint8)
+
+
+def read_values(path: Path, read_picture: PictureReader) -> np.ndarray:
+    """The values in a file, int64 (H, W).
+
+    Raises:
+        UnreadableImageError: a damaged file, or several numbers a pixel.
+    """
+    image = replace(read_picture, mode=None)(path)
+    if image.mode not in MODES:
+        raise UnreadableImageError(
+            f"{path}: mode {image.mode}; expected one number a pixel", "classes as colours"
+        )
+    return np.array(image).astype(np.int64)
+
+
+def count(values: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """How often each value occurs, ascending."""
+    if values.size and values.min() >= 0 and values.max() < 2**16:  # much faster than sorting
+        counts = np.bincount(values.ravel())
+        found = np.flatnonzero(counts)
+        return tuple(zip(found.tolist(), counts[found].tolist(), strict=True))
+    found, counts = np.unique(values, return_counts=True)
+    return tuple(zip(found.tolist(), counts.tolist(), strict=True))
