@@ -14,6 +14,27 @@ class UserError(ValueError):
     """
 
 
+class OptionError(UserError):
+    """An option with a value that it cannot have.
+
+    The command line writes the option as the user does: `data.batch_size`.
+
+    Args:
+        option: its name.
+        value: that was given.
+        expected: instead.
+    """
+
+    def __init__(self, option: str, value: object, expected: str) -> None:
+        self.option, self.value, self.expected = option, value, expected
+        shown = list(value) if isinstance(value, tuple) else value
+        text = repr(shown) if isinstance(shown, str) else str(shown)
+        super().__init__(f"{option} {text}: expected {expected}")
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.option, self.value, self.expected)
+
+
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
     """`" (nearest: a, b)"` for a mistyped `name`, or an empty string if nothing is similar."""
     matches = difflib.get_close_matches(name, list(valid), n=count, cutoff=0.5)

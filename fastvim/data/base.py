@@ -17,6 +17,7 @@ from fastvim.data.pixels import MAX_PIXELS, PictureReader
 from fastvim.data.remote import is_url
 from fastvim.data.sampler import evaluation_loader, training_loader
 from fastvim.errors import UserError
+from fastvim.options import COUNT, COUNT_OR_0, SEED, check, check_given
 
 SAMPLE_PREFIX = "sample:"
 ROLES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # by Lightning's stage
@@ -57,6 +58,10 @@ class DataModule(L.LightningDataModule):
         max_pixels: int | None = MAX_PIXELS,
     ) -> None:
         super().__init__()
+        check(COUNT, batch_size=batch_size)
+        check_given(COUNT, eval_batch_size=eval_batch_size)
+        check(COUNT_OR_0, num_workers=num_workers)
+        check(SEED, seed=seed)
         self.root = str(root)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -67,13 +72,6 @@ class DataModule(L.LightningDataModule):
         self.known: KnownClasses | None = None
         self._class_names: list[str] = []
         self._datasets: dict[str, Dataset[Any]] = {}
-        self.check_least(batch_size=1, eval_batch_size=1, num_workers=0, seed=0)
-
-    def check_least(self, **least: int) -> None:
-        """Raise UserError at the first attribute that is below the number given for it."""
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise UserError(f"{name} {getattr(self, name)}: expected {number} or more")
 
     @property
     def class_names(self) -> list[str]:

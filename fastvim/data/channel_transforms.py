@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fastvim.errors import UserError
+from fastvim.errors import OptionError, UserError
+from fastvim.options import COUNT, FINITE, POSITIVE, SHARE, check, check_choice, check_given
 
 ChannelTransform = Callable[[Tensor], Tensor]
 Rotation = Literal["any", "quarter", "none"]
@@ -83,11 +84,10 @@ def training_transform(
     The other arguments, the result and the errors are those of `evaluation_transform`.
     """
     size = _pair(img_size)
-    if min_size is not None:
-        _check_least("min_size", min_size)
-    for name, value in (("orientation", orientation), ("defocus", defocus), ("dropout", dropout)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} {value}: expected a probability in 0..1")
+    check_given(COUNT, min_size=min_size)
+    check(SHARE, orientation=orientation, defocus=defocus, dropout=dropout)
+    check_choice(get_args(Rotation), rotation=rotation)
+    check(COUNT, dropout_holes=dropout_holes, dropout_size=dropout_size)
     height, width = (max(length, min_size or 0) for length in size)
     steps = [Pad(height, width, random=True), v2.RandomCrop(size)]
     if orientation:
@@ -95,15 +95,12 @@ def training_transform(
     if defocus:
         least = max(RADII) + 2  # of its disk's reach is mirrored
         if min(size) < least:
-            raise UserError(
-                f"defocus {defocus}: expected img_size {min(size)} to be {least} or more"
-            )
+            expected = f"0, as img_size {min(size)} is less than {least}"
+            raise OptionError("defocus", defocus, expected)
         steps.append(v2.RandomApply([Defocus()], defocus))
     if dropout:
-        _check_least("dropout_holes", dropout_holes)
-        _check_least("dropout_size", dropout_size)
         if dropout_size > min(size):
-            raise UserError(f"dropout_size {dropout_size}: expected at most img_size {min(size)}")
+            raise OptionError("dropout_size", dropout_size, f"at most img_size {min(size)}")
         steps.append(v2.RandomApply([CoarseDropout(dropout_holes, dropout_size)], dropout))
     return v2.Compose([*steps, Normalize.checked(mean, std)])
 
@@ -220,11 +217,10 @@ class Normalize:
     @classmethod
     def checked(cls, mean: Sequence[float], std: Sequence[float]) -> Normalize:
         """The transform, or a UserError for values that do not fit."""
+        check(FINITE, mean=mean)
+        check(POSITIVE, std=std)
         if len(mean) != len(std):
             raise UserError(f"mean of {len(mean)} values, std of {len(std)}: expected as many")
-        for value in std:
-            if not value > 0:
-                raise UserError(f"std {list(std)}: expected values above 0, got {value}")
         return cls(tuple(mean), tuple(std))
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -238,8 +234,6 @@ class Normalize:
 
 def _orientation(size: tuple[int, int], rotation: Rotation) -> ChannelTransform:
     """Another orientation that keeps `size`, each choice with equal chance."""
-    if rotation not in get_args(Rotation):
-        raise UserError(f"rotation {rotation!r}: expected one of {', '.join(get_args(Rotation))}")
     choices: list[ChannelTransform] = [v2.functional.horizontal_flip, v2.functional.vertical_flip]
     if rotation == "any":
         choices += [Rotate(limit) for limit in LIMITS]
@@ -257,12 +251,8 @@ def _as_stored(result: Tensor, image: Tensor) -> Tensor:
 
 
 def _pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    check(COUNT, img_size=img_size)
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(f"img_size {img_size}: expected a height and a width of 1 or more")
+    if len(size) != 2:
+        raise OptionError("img_size", img_size, "a height and a width")
     return size
-
-
-def _check_least(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name} {value}: expected 1 or more")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,8 +27,17 @@ from fastvim.data.issues import Look, SplitReport, look_at, missing_files
 from fastvim.data.pixels import DAMAGED, MISSING_IMAGE, UnreadableImageError
 from fastvim.data.remote import UnreadableFileError, is_url, join
 from fastvim.data.table import read_table, require_columns, require_values, splits_of
-from fastvim.data.transforms import per_channel
-from fastvim.errors import UserError, nearest
+from fastvim.errors import OptionError, UserError, nearest
+from fastvim.options import (
+    COUNT,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    check,
+    check_choice,
+    per_channel,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -221,15 +230,15 @@ class ChannelData(DataModule):
         self.split_seed = split_seed
         self.in_chans = in_chans
         self.on_error = on_error
-        self.check_least(split_seed=0, in_chans=1)
         if self.value_range is not None:
-            raise UserError(
-                "value_range: channels keep their stored values; give mean and std of them"
-            )
-        if on_error not in ("raise", "skip"):
-            raise UserError(f"on_error {on_error!r}: expected 'raise' or 'skip'")
-        self.mean = per_channel("mean", mean, in_chans)
-        self.std = per_channel("std", std, in_chans)
+            expected = "null, as channels keep their stored values; give mean and std of them"
+            raise OptionError("value_range", self.value_range, expected)
+        check(SEED, split_seed=split_seed)
+        check(COUNT, in_chans=in_chans, attempts=attempts)
+        check(NOT_NEGATIVE, wait=wait)
+        check_choice(get_args(OnError), on_error=on_error)
+        self.mean = per_channel("mean", mean, in_chans, FINITE)
+        self.std = per_channel("std", std, in_chans, POSITIVE)
         self._reading: dict[str, Any] = {
             "attempts": attempts,
             "wait": wait,

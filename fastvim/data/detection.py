@@ -24,6 +24,7 @@ from fastvim.data.issues import Look, SplitReport, look_at_picture
 from fastvim.data.jitter import LargeScaleJitter
 from fastvim.data.pixels import PictureReader, UnreadableImageError
 from fastvim.errors import UserError, first_few
+from fastvim.options import COUNT, POSITIVE, SHARE, check, check_given, check_pair
 
 _logger = logging.getLogger(__name__)
 
@@ -188,11 +189,12 @@ class DetectionData(DenseDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
-        if not 0 < scale[0] <= scale[1]:
-            raise UserError(f"scale {list(scale)}: expected two factors above 0, the lower first")
+        check(COUNT, img_size=img_size)
+        check_given(COUNT, eval_size=eval_size)
+        check_pair(POSITIVE, scale=scale)
+        check(SHARE, hflip=hflip)
         self.img_size = img_size
         self.eval_size = img_size if eval_size is None else eval_size
-        self.check_least(img_size=1, eval_size=1)
         if (test_folder is None) != (test_file is None):
             raise UserError("test_folder and test_file: expected both, or none of them")
         validation = val_folder, val_file

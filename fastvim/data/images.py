@@ -35,7 +35,8 @@ from fastvim.data.transforms import (
     to_mode,
     training_transform,
 )
-from fastvim.errors import UserError, nearest
+from fastvim.errors import OptionError, UserError, nearest
+from fastvim.options import COUNT, check_given
 
 _logger = logging.getLogger(__name__)
 
@@ -122,14 +123,14 @@ class ImageData(DataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
+        check_given(COUNT, train_images=train_images, num_classes=num_classes)
         self.dataset = dataset
         self.train_split = train_split
         self.val_split = val_split
         self.test_split = test_split
         self.class_folder: ClassFolder = class_folder
         self.train_images = train_images
-        self.mean, self.std = tuple(mean), tuple(std)
-        self._check_arguments()
+        self._check_dataset()
         self._train_transform = training_transform(
             *(img_size, mean, std, interpolation, in_chans),
             scale=scale,
@@ -144,6 +145,7 @@ class ImageData(DataModule):
         self._eval_transform = evaluation_transform(
             img_size, mean, std, crop_pct, interpolation, in_chans
         )
+        self.mean, self.std = tuple(mean), tuple(std)
         self.read_picture = replace(self.read_picture, mode=IMAGE_MODES[in_chans])
         self._to_mode = to_mode(in_chans, self.value_range)
         self._num_classes = num_classes
@@ -225,7 +227,7 @@ class ImageData(DataModule):
         assert self.train_images is not None
         size = len(files)  # type: ignore[arg-type]
         if not 1 <= self.train_images <= size:
-            raise UserError(f"train_images {self.train_images}: expected 1 to {size}")
+            raise OptionError("train_images", self.train_images, f"1 to {size}, as the split has")
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(size, generator=generator)
         return Chosen(files, order[: self.train_images].tolist())
@@ -311,7 +313,8 @@ class ImageData(DataModule):
         if not names and self._num_classes is None:
             raise UserError(f"{self.dataset}: the dataset names no classes; give num_classes")
         if names and self._num_classes not in (None, len(names)):
-            raise UserError(f"num_classes {self._num_classes}: the data have {len(names)} classes")
+            expected = f"{len(names)}, the number of classes in the data"
+            raise OptionError("num_classes", self._num_classes, expected)
         return names or [str(index) for index in range(self._num_classes or 0)]
 
     def _split(self, role: str) -> str:
@@ -323,13 +326,11 @@ class ImageData(DataModule):
             return "test"
         return self.val_split
 
-    def _check_arguments(self) -> None:
+    def _check_dataset(self) -> None:
         if self.dataset and self.dataset.partition("/")[0].lower() not in READERS:
-            raise UserError(
-                f'dataset {self.dataset!r}: expected "" for folders or a name that begins with '
-                + ", ".join(f"{reader}/" for reader in READERS)
-                + nearest(self.dataset, NAMES)
-            )
+            names = ", ".join(f"{reader}/" for reader in READERS) + nearest(self.dataset, NAMES)
+            expected = f'"" for folders or a name that begins with {names}'
+            raise OptionError("dataset", self.dataset, expected)
 
 
 def _own_classes(source: Any) -> list[str]:

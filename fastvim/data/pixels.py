@@ -27,7 +27,8 @@ from fastvim.data.decoding import (
     decoded,
     refused,
 )
-from fastvim.errors import UserError
+from fastvim.errors import OptionError
+from fastvim.options import COUNT, check_given
 
 __all__ = [
     "DAMAGED",
@@ -94,10 +95,8 @@ class PictureReader:
         if self.value_range is not None:
             low, high = self.value_range
             if not -math.inf < low < high < math.inf:
-                shown = list(self.value_range)
-                raise UserError(f"value_range {shown}: expected two numbers, the lower first")
-        if self.max_pixels is not None and self.max_pixels < 1:
-            raise UserError(f"max_pixels {self.max_pixels}: expected 1 or more, or null for any")
+                raise OptionError("value_range", self.value_range, "two numbers, the lower first")
+        check_given(COUNT, max_pixels=self.max_pixels)
 
     def __call__(self, source: Source, name: str = "", exif: bool = True) -> Image.Image:
         """The image in a file.

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from fastvim.errors import UserError
+from fastvim.errors import OptionError, UserError
 
 if TYPE_CHECKING:
     import lightning as L
@@ -178,10 +178,9 @@ def training_loader(
     rank, world_size = _place(trainer)
     size = len(dataset)  # type: ignore[arg-type]
     if size < batch_size * world_size:
-        raise UserError(
-            f"batch_size {batch_size} on {world_size} process(es): the training split has only "
-            f"{size} images; expected at least one batch"
-        )
+        places = f" for {world_size} processes" if world_size > 1 else ""
+        expected = f"{size // world_size} or less, as the training split has {size} images{places}"
+        raise OptionError("batch_size", batch_size, expected)
     epoch, batches_done = resume_point(trainer)
     sampler = TrainingSampler(
         dataset,

@@ -34,8 +34,20 @@ from fastvim.data.issues import Issues, Look, SplitReport, look_at_picture
 from fastvim.data.masks import Labels, count, read_values
 from fastvim.data.pixels import PictureReader, UnreadableImageError
 from fastvim.data.resizing import Window, fit, nearest, resize
-from fastvim.errors import UserError
+from fastvim.errors import OptionError, UserError
 from fastvim.labels import IGNORE_INDEX
+from fastvim.options import (
+    COUNT,
+    FINITE,
+    POSITIVE,
+    SHARE,
+    SHARE_ABOVE_0,
+    Range,
+    check,
+    check_given,
+    check_pair,
+    per_channel,
+)
 
 CROP_TRIES = 10
 
@@ -274,17 +286,21 @@ class SegmentationData(DenseDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, batch_size=batch_size, eval_batch_size=1, **kwargs)
-        if not 1 <= num_classes <= IGNORE_INDEX:
-            raise UserError(f"num_classes {num_classes}: expected 1 to {IGNORE_INDEX}")
-        if not 0 < ratio[0] <= ratio[1]:
-            raise UserError(f"ratio {list(ratio)}: expected two factors above 0, the lower first")
-        if base_size is not None and not base_size[0] >= base_size[1] >= 1:
-            raise UserError(f"base_size {list(base_size)}: expected the longer side first")
+        check(Range(1, IGNORE_INDEX, whole=True), num_classes=num_classes)
+        check(COUNT, img_size=img_size)
+        check_given(COUNT, base_size=base_size)
+        if base_size is not None and base_size[0] < base_size[1]:
+            raise OptionError("base_size", base_size, "the longer side first")
+        check_pair(POSITIVE, ratio=ratio)
+        check(SHARE_ABOVE_0, max_share=max_share)
+        check(SHARE, hflip=hflip, distortion=distortion)
+        per_channel("mean", mean, 3, FINITE)
+        per_channel("std", std, 3, POSITIVE)
         self.mean, self.std = tuple(mean), tuple(std)
         self._labels = Labels(num_classes, reduce_zero_label)
         self.class_file = class_file
         if classes is not None and len(classes) != num_classes:
-            raise UserError(f"classes: {len(classes)} names; expected num_classes {num_classes}")
+            raise OptionError("classes", classes, f"num_classes = {num_classes} names")
         self._class_names = list(classes or [])
         test = val_split if test_split is None else test_split
         self._splits = {"train": train_split, "val": val_split, "test": test}

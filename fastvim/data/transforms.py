@@ -5,7 +5,8 @@ C, H, W: channels, height and width of the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,49 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms import Compose
 
 from fastvim.data.pixels import PictureReader
-from fastvim.errors import UserError, nearest
+from fastvim.errors import OptionError
+from fastvim.options import (
+    COUNT,
+    COUNT_OR_0,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SHARE_ABOVE_0,
+    Range,
+    check,
+    check_choice,
+    check_pair,
+    per_channel,
+)
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
 IMAGE_MODES = {1: "L", 3: "RGB"}  # PIL's mode for each number of channels
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 ERASING_MODES = ("const", "rand", "pixel")
+POLICY = "a policy of timm, as rand-m9-mstd0.5-inc1"
+# The sections of timm's policies. A magnitude above 10 would be taken for 10, or for `mmax`.
+_SETS = ("tweights", "t3a", "t3aw")
+_SWITCH, _MAGNITUDE = Range(0, 1, whole=True), Range(0, 10, whole=True)
+_SECTIONS = {
+    "rand": {
+        "m": _MAGNITUDE,
+        "n": COUNT,
+        "p": SHARE,
+        "mstd": NOT_NEGATIVE,
+        "mmax": COUNT,
+        "inc": _SWITCH,
+    },
+    "augmix": {
+        "m": _MAGNITUDE,
+        "w": COUNT,
+        "d": COUNT,
+        "a": POSITIVE,
+        "b": _SWITCH,
+        "mstd": NOT_NEGATIVE,
+    },
+}
 
 
 def evaluation_transform(
@@ -50,8 +87,7 @@ def evaluation_transform(
     Raises:
         UserError: when an argument is outside what is listed above.
     """
-    if not 0 < crop_pct <= 1:
-        raise UserError(f"crop_pct {crop_pct}: expected more than 0 and at most 1")
+    check(SHARE_ABOVE_0, crop_pct=crop_pct)
     settings = _common_settings(img_size, mean, std, interpolation, in_chans)
     return Compose(
         [to_mode(in_chans), create_transform(is_training=False, crop_pct=crop_pct, **settings)]
@@ -79,8 +115,13 @@ def training_transform(
     The other arguments are those of `fastvim.data.images.ImageData`; the result and the errors are
     those of `evaluation_transform`.
     """
-    if re_mode not in ERASING_MODES:
-        raise UserError(f"re_mode {re_mode!r}: expected one of {', '.join(ERASING_MODES)}")
+    check_choice(ERASING_MODES, re_mode=re_mode)
+    check_pair(SHARE_ABOVE_0, scale=scale)
+    check_pair(POSITIVE, ratio=ratio)
+    check(SHARE, hflip=hflip, vflip=vflip, re_prob=re_prob)
+    check(NOT_NEGATIVE, color_jitter=color_jitter)
+    if auto_augment and not _is_policy(auto_augment):
+        raise OptionError("auto_augment", auto_augment, POLICY)
     settings = _common_settings(img_size, mean, std, interpolation, in_chans)
     try:
         transform = create_transform(
@@ -96,9 +137,7 @@ def training_transform(
             **settings,
         )
     except (AssertionError, KeyError, ValueError) as error:  # how timm refuses a policy
-        raise UserError(
-            f"auto_augment {auto_augment!r}: expected a policy of timm, as rand-m9-mstd0.5-inc1"
-        ) from error
+        raise OptionError("auto_augment", auto_augment, POLICY) from error
     _fix_posterize(transform)
     return Compose([to_mode(in_chans), transform])
 
@@ -112,27 +151,31 @@ def _common_settings(
 ) -> dict[str, Any]:
     """The arguments of timm's `create_transform` that training and evaluation share."""
     if in_chans not in IMAGE_MODES:
-        raise UserError(f"in_chans {in_chans}: an image file has 1 channel (grey) or 3 (RGB)")
-    if interpolation not in INTERPOLATIONS:
-        raise UserError(
-            f"interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}"
-            + nearest(interpolation, INTERPOLATIONS)
-        )
+        raise OptionError("in_chans", in_chans, "1 (grey) or 3 (RGB), as image files have")
+    check_choice(INTERPOLATIONS, interpolation=interpolation)
+    check(COUNT, img_size=img_size)
     return {
         "input_size": img_size if isinstance(img_size, int) else tuple(img_size),
         "interpolation": interpolation,
-        "mean": per_channel("mean", mean, in_chans),
-        "std": per_channel("std", std, in_chans),
+        "mean": per_channel("mean", mean, in_chans, FINITE),
+        "std": per_channel("std", std, in_chans, POSITIVE),
     }
 
 
-def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
-    """One value for each channel, from as many or from one for all."""
-    if len(values) not in (1, in_chans):
-        raise UserError(
-            f"{name} {list(values)}: expected 1 value or in_chans = {in_chans}, got {len(values)}"
-        )
-    return tuple(values) * (in_chans if len(values) == 1 else 1)
+def _is_policy(description: str) -> bool:
+    """Whether timm takes every section of a policy's description: it passes over odd ones."""
+    kind, *sections = description.split("-")
+    numbers: dict[str, float] = {}
+    for section in sections:
+        found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section)
+        if found is not None:
+            numbers[found[1]] = float(found[2]) if "." in found[2] else int(found[2])
+        elif kind != "rand" or section not in _SETS:
+            return False
+    ranges = dict(_SECTIONS.get(kind, {"mstd": NOT_NEGATIVE}))
+    if "mmax" in numbers:
+        ranges["m"] = COUNT_OR_0
+    return all(key in ranges and number in ranges[key] for key, number in numbers.items())
 
 
 def to_mode(

@@ -17,6 +17,7 @@ from fastvim.errors import UserError
 from fastvim.layers import ChannelPatchEmbed
 from fastvim.models.vision import FastVim, grid_traversals
 from fastvim.ops import Segments, Traversal
+from fastvim.options import Range, check, check_choice
 
 TOKEN_ORDERS = ("channel_first", "spatial_first")
 
@@ -41,10 +42,8 @@ def channel_traversals(
     Raises:
         UserError: an option outside its choices, or two that contradict each other.
     """
-    if token_order not in TOKEN_ORDERS:
-        raise UserError(f"token_order={token_order!r}: expected one of {TOKEN_ORDERS}")
-    if pooled_axes not in (1, 2):
-        raise UserError(f"pooled_axes={pooled_axes}: expected 1 or 2")
+    check_choice(TOKEN_ORDERS, token_order=token_order)
+    check(Range(1, 2, whole=True), pooled_axes=pooled_axes)
     if class_token:
         if token_order != "channel_first":
             raise UserError("class_token=True needs token_order='channel_first'")

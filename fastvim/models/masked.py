@@ -8,7 +8,7 @@ Registration: `fastvim.registry`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from fastvim.models.vision import FastVim
 from fastvim.ops import Traversal
 from fastvim.ops.reference import NormKind
 from fastvim.ops.traversal import Mirror
+from fastvim.options import COUNT, SHARE_BELOW_1, check, check_choice
 
 
 class MaskedOutput(NamedTuple):
@@ -101,14 +102,9 @@ class MaskedAutoencoder(nn.Module):
         mirror: Mirror = "published",
     ) -> None:
         super().__init__()
-        if mirror not in ("published", "exact"):
-            raise UserError(f"mirror={mirror!r}: expected one of 'published', 'exact'")
-        if min(decoder_embed_dim, decoder_depth) < 1:
-            raise UserError(
-                f"decoder_embed_dim={decoder_embed_dim}, decoder_depth={decoder_depth}: "
-                "expected 1 or more"
-            )
-        _check_ratio(mask_ratio)
+        check_choice(get_args(Mirror), mirror=mirror)
+        check(COUNT, decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth)
+        check(SHARE_BELOW_1, mask_ratio=mask_ratio)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.mirror: Mirror = mirror
@@ -238,7 +234,7 @@ class MaskedAutoencoder(nn.Module):
             UserError: a ratio outside [0, 1) or one that keeps nothing, noise of another shape.
         """
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
-        _check_ratio(ratio)
+        check(SHARE_BELOW_1, mask_ratio=ratio)
         count = int(tokens * (1 - ratio))
         if count == 0:
             raise UserError(f"mask_ratio={ratio} keeps none of {tokens} patches")
@@ -348,8 +344,3 @@ def encoder_of(model: nn.Module) -> FastVim:
     backbone = model.encoder if isinstance(model, MaskedAutoencoder) else model
     assert isinstance(backbone, FastVim)
     return backbone
-
-
-def _check_ratio(ratio: float) -> None:
-    if not 0 <= ratio < 1:
-        raise UserError(f"mask_ratio={ratio}: expected at least 0, below 1")

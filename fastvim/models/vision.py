@@ -5,7 +5,7 @@ B  batch, L  tokens (with the class token, where there is one), d  model width
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
@@ -17,15 +17,22 @@ from fastvim.errors import UserError
 from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid
 from fastvim.ops import Segments, Traversal
 from fastvim.ops.reference import NormKind
+from fastvim.options import (
+    COUNT,
+    COUNT_OR_0,
+    FINITE,
+    POSITIVE,
+    SHARE_BELOW_1,
+    check,
+    check_choice,
+    check_given,
+)
 
 Source = Literal["residual", "mixer"]
 
-_CHOICES = {
-    "pooling": ("mean", "max", "none"),
-    "scan_path": ("row", "column"),
-    "norm": ("rms", "layer"),
-    "global_pool": ("avg", "token", "last", "max_logit", ""),
-}
+POOLINGS = ("mean", "max", "none")
+SCAN_PATHS = ("row", "column")
+GLOBAL_POOLS = ("avg", "token", "last", "max_logit", "")
 
 
 def grid_traversals(
@@ -114,16 +121,18 @@ class FastVim(nn.Module):
         traversals: tuple[Traversal, ...] | None = None,
     ) -> None:
         super().__init__()
-        _check("pooling", pooling)
-        _check("scan_path", scan_path)
-        _check("norm", norm)
-        if min(patch_size, depth, embed_dim, patch_stride or patch_size) < 1 or patch_stride == 0:
-            raise UserError(
-                f"patch_size={patch_size}, patch_stride={patch_stride}, embed_dim={embed_dim}, "
-                f"depth={depth}: expected 1 or more"
-            )
-        if not 0 <= drop_path_rate < 1:
-            raise UserError(f"drop_path_rate={drop_path_rate}: expected at least 0, below 1")
+        check_choice(POOLINGS, pooling=pooling)
+        check_choice(SCAN_PATHS, scan_path=scan_path)
+        check_choice(get_args(NormKind), norm=norm)
+        check(COUNT, img_size=img_size, patch_size=patch_size, in_chans=in_chans)
+        check(COUNT, embed_dim=embed_dim, depth=depth)
+        check(COUNT, d_state=d_state, d_conv=d_conv, expand=expand)
+        check_given(COUNT, patch_stride=patch_stride, dt_rank=dt_rank)
+        check(COUNT_OR_0, num_classes=num_classes)
+        check(POSITIVE, pool_scale=pool_scale)
+        check_given(FINITE, init_layer_scale=init_layer_scale)
+        check(SHARE_BELOW_1, drop_path_rate=drop_path_rate)
+        check(SHARE_BELOW_1, drop_rate=drop_rate, pos_drop_rate=pos_drop_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -197,7 +206,7 @@ class FastVim(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for `num_classes` outputs (0: none), and another read-out if one is given."""
         if global_pool is not None:
-            _check("global_pool", global_pool)
+            check_choice(GLOBAL_POOLS, global_pool=global_pool)
             if global_pool == "token" and self.cls_token is None:
                 raise UserError("global_pool='token' needs class_token=True")
             self.global_pool = global_pool
@@ -325,8 +334,7 @@ class FastVim(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
-        if source not in ("residual", "mixer"):
-            raise UserError(f"source={source!r}: expected 'residual' or 'mixer'")
+        check_choice(get_args(Source), source=source)
         take, last = feature_take_indices(len(self.blocks), indices)
         tokens, grid = self._embed(x)
         tokens = self._begin(tokens)
@@ -368,13 +376,6 @@ class FastVim(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
-
-
-def _check(option: str, value: str) -> None:
-    if value not in _CHOICES[option]:
-        raise UserError(
-            f"{option}={value!r}: expected one of {', '.join(map(repr, _CHOICES[option]))}"
-        )
 
 
 def _like(parameter: Tensor) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from fastvim.errors import UserError
+from fastvim.errors import OptionError, UserError
 from fastvim.models import FastChannelVim, sample_channels
+from fastvim.options import NOT_NEGATIVE, SHARE, SHARE_BELOW_1, check
 from fastvim.tasks.task import Task
 
 Batch = tuple[Tensor, Tensor]
@@ -68,6 +69,9 @@ class Classification(Task):
             ema_decay=ema_decay,
             **options,
         )
+        check(NOT_NEGATIVE, mixup=mixup, cutmix=cutmix)
+        check(SHARE, switch_prob=switch_prob)
+        check(SHARE_BELOW_1, label_smoothing=label_smoothing)
         self.mixup_alpha, self.cutmix_alpha, self.switch_prob = mixup, cutmix, switch_prob
         self.label_smoothing = label_smoothing
         self.sample_channels = sample_channels
@@ -93,10 +97,8 @@ class Classification(Task):
         num_classes = self.head_classes
         self.model = self.build_model(num_classes=num_classes)
         if self.sample_channels and not isinstance(self.model, FastChannelVim):
-            raise UserError(
-                f"sample_channels=True: {self.model_name} takes all channels at once; expected a "
-                "fastchannelvim or channelvim model"
-            )
+            expected = f"False, as {self.model_name} is no fastchannelvim or channelvim model"
+            raise OptionError("sample_channels", True, expected)
 
         self.train_loss: nn.Module = LabelSmoothingCrossEntropy(self.label_smoothing)
         if self.mixup_alpha > 0 or self.cutmix_alpha > 0:
@@ -134,9 +136,7 @@ class Classification(Task):
         images, target = batch
         if self.mixup is not None:
             if len(images) % 2:
-                raise UserError(
-                    f"Mixup and CutMix pair images: batch_size {len(images)} must be even"
-                )
+                raise OptionError("batch_size", len(images), "an even one: mixup pairs images")
             images, target = self.mixup(images, target)
         if self.sample_channels:
             channels = self._draw_channels(images.shape[1], batch_idx).to(images.device)

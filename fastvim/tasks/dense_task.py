@@ -11,6 +11,7 @@ from torch import nn
 
 from fastvim.errors import UserError
 from fastvim.models import FastVim
+from fastvim.options import COUNT_OR_0, check
 from fastvim.tasks.task import Task
 from fastvim.weights import (
     Checkpoint,
@@ -62,6 +63,7 @@ class DenseTask(Task):
             decay_vectors=decay_vectors,
             **options,
         )
+        check(COUNT_OR_0, warmup_steps=warmup_steps)
         self.warmup_steps = warmup_steps
 
     def configure_model(self) -> None:

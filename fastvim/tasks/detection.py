@@ -5,16 +5,27 @@ H, W: an image's height and width; n: objects in it; K: classes
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from fastvim.errors import UserError
+from fastvim.errors import OptionError
 from fastvim.models import CascadeMaskRCNN, FastVim
 from fastvim.models.heads.cascade import build_detector
 from fastvim.models.heads.results import coco_results
 from fastvim.models.vision import Source
+from fastvim.options import (
+    COUNT,
+    COUNT_OR_0,
+    FINITE,
+    POSITIVE,
+    SHARE,
+    Range,
+    check,
+    check_choice,
+    per_channel,
+)
 from fastvim.tasks.average_precision import AveragePrecision
 from fastvim.tasks.dense_task import DenseTask
 from fastvim.tasks.schedules import Curve, drops_by_steps
@@ -94,14 +105,20 @@ class Detection(DenseTask):
             capture=False,  # the number of regions changes from image to image
             **options,
         )
-        if not all(0 < drop < 1 for drop in drops) or list(drops) != sorted(drops):
-            raise UserError(f"drops {list(drops)}: expected shares of the run, the earliest first")
+        check(COUNT, channels=channels, proposals=proposals, hidden_dim=hidden_dim)
+        check(COUNT, samples=samples, detections=detections)
+        check(COUNT_OR_0, pad_to=pad_to)
+        check_choice(get_args(Source), source=source)
+        check(SHARE, score_thresh=score_thresh, nms_thresh=nms_thresh)
+        check(Range(0, 1, above=True, below=True), drops=drops)
+        if list(drops) != sorted(drops):
+            raise OptionError("drops", drops, "shares of the run, the earliest first")
         self.source: Source = source
         self._sizes: dict[str, Any] = {
             "channels": channels,
             "pad_to": pad_to,
-            "image_mean": list(image_mean),
-            "image_std": list(image_std),
+            "image_mean": list(per_channel("image_mean", image_mean, 3, FINITE)),
+            "image_std": list(per_channel("image_std", image_std, 3, POSITIVE)),
             "proposals": proposals,
             "heads": {
                 "hidden_dim": hidden_dim,
@@ -117,10 +134,8 @@ class Detection(DenseTask):
 
     def setup(self, stage: str) -> None:
         if self.num_classes not in (None, known := self.data.num_classes):
-            raise UserError(
-                f"num_classes {self.num_classes}: the data have {known} categories; "
-                "data.categories gives all that a model knows"
-            )
+            expected = f"{known}; data.categories gives all categories that a model knows"
+            raise OptionError("num_classes", self.num_classes, expected)
 
     # The network and its weights.
 

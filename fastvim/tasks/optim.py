@@ -9,7 +9,7 @@ from typing import Any
 
 from timm.models import group_parameters
 
-from fastvim.errors import UserError
+from fastvim.errors import OptionError, UserError
 from fastvim.tasks.protocols import TaskData
 
 
@@ -79,7 +79,12 @@ def count_steps(trainer: Any, data: TaskData) -> tuple[int, int, int]:
     limit = trainer.limit_train_batches
     used = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if used == 0:
-        raise UserError(f"limit_train_batches={limit} leaves none of {batches} batches to train on")
+        option = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
+        raise OptionError(option, limit, f"enough for one of {batches} batches")
+    interval = getattr(trainer, "val_check_interval", 1.0)  # none where it is a time
+    if isinstance(interval, int) and interval > used and trainer.check_val_every_n_epoch:
+        counted = "or check_val_every_n_epoch null, which counts them over the epochs"
+        raise OptionError("val_check_interval", interval, f"at most {used} batches, {counted}")
     per_epoch = math.ceil(used / trainer.accumulate_grad_batches)
     ends = [per_epoch * trainer.max_epochs, trainer.max_steps]  # -1 means without end
     total = min((end for end in ends if end >= 0), default=0)

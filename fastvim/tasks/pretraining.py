@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder, MaskedOutput
+from fastvim.options import COUNT, check_given
 from fastvim.tasks.callbacks.reconstruction import ReconstructionPictures
 from fastvim.tasks.task import Task
 
@@ -79,6 +80,7 @@ class Pretraining(Task):
             betas=betas,
             **options,
         )
+        check_given(COUNT, pictures_every_n_epochs=pictures_every_n_epochs)
         self.pictures_every_n_epochs = pictures_every_n_epochs
 
     def configure_model(self) -> None:

@@ -12,6 +12,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn, optim
 
 from fastvim.errors import UserError
+from fastvim.options import SHARE_BELOW_1, check
 from fastvim.tasks.classification import Classification
 
 
@@ -81,6 +82,7 @@ class LinearProbe(Classification):
             label_smoothing=0.0,
             ema_decay=None,
         )
+        check(SHARE_BELOW_1, momentum=momentum)
         self.momentum = momentum
 
     def configure_model(self) -> None:

@@ -6,17 +6,27 @@ B  batch, K  classes
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvim.errors import UserError
+from fastvim.errors import OptionError
 from fastvim.labels import IGNORE_INDEX
 from fastvim.models import FastVim, FeatureMaps
 from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
 from fastvim.models.heads.upernet import UPerNet
 from fastvim.models.vision import Source
+from fastvim.options import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE_BELOW_1,
+    WHOLE,
+    check,
+    check_choice,
+    check_given,
+)
 from fastvim.tasks.dense_task import DenseTask
 from fastvim.tasks.metrics import SegmentationMetrics
 from fastvim.tasks.schedules import Curve, line_by_steps
@@ -85,12 +95,19 @@ class Segmentation(DenseTask):
             blocks_per_decay=1,
             **options,
         )
+        check(COUNT, channels=channels, aux_channels=aux_channels, stride=stride)
+        check_given(COUNT, window=window)
+        check(WHOLE, out_indices=out_indices)
+        check_choice(get_args(Source), source=source)
+        check(NOT_NEGATIVE, aux_weight=aux_weight)
+        check(SHARE_BELOW_1, drop_rate=drop_rate)
+        check(POSITIVE, scales=scales)
+        if not scales:
+            raise OptionError("scales", scales, "one factor or more")
         self.out_indices, self.source = tuple(out_indices), source
         self.channels, self.aux_channels = channels, aux_channels
         self.aux_weight, self.drop_rate = aux_weight, drop_rate
         self.window, self.stride = window, stride
-        if not scales or min(scales) <= 0:
-            raise UserError(f"scales {list(scales)}: expected factors above 0")
         self.scales, self.flip = tuple(scales), flip
         self._test_iou: dict[str, float] = {}
 
@@ -106,10 +123,8 @@ class Segmentation(DenseTask):
     def add_head(self, backbone: FastVim, **options: Any) -> nn.Module:
         depth = len(backbone.blocks)
         if len(self.out_indices) < 2 or not all(-depth <= i < depth for i in self.out_indices):
-            raise UserError(
-                f"out_indices {list(self.out_indices)}: expected two or more of the {depth} blocks "
-                f"of {self.model_name}"
-            )
+            expected = f"two or more of the {depth} blocks of {self.model_name}"
+            raise OptionError("out_indices", self.out_indices, expected)
         maps = FeatureMaps(backbone, self.out_indices, self.source)
         sizes: dict[str, Any] = {"channels": self.channels, "aux_channels": self.aux_channels}
         return UPerNet(maps, drop_rate=self.drop_rate, **sizes, **options)
@@ -143,7 +158,7 @@ class Segmentation(DenseTask):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         if self.data.batch_size * self.trainer.world_size == 1:
-            raise UserError("batch_size 1: expected 2 or more, the head has batch norms")
+            raise OptionError("batch_size", 1, "2 or more, the head has batch norms")
         return super().configure_optimizers()
 
     # Evaluation.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
+from fastvim.options import COUNT, check_given
 from fastvim.pictures.colours import BLUE, GREEN, GREY, ORANGE, VIOLET
 
 COLOURS = (BLUE, ORANGE, GREEN, GREY, VIOLET)
@@ -31,8 +32,7 @@ def channel_subsets(count: int, most: int | None = None, seed: int = 0) -> list[
     Raises:
         UserError: `most` below 1.
     """
-    if most is not None and most < 1:
-        raise UserError(f"{most} subsets of each size: expected 1 or more")
+    check_given(COUNT, most=most)
     draw = np.random.default_rng(seed)
     subsets: list[Subset] = []
     for size in range(1, count + 1):

@@ -12,11 +12,20 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn, optim
 
-from fastvim.errors import UserError, first_few
+from fastvim.errors import OptionError, UserError, first_few
 from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
+from fastvim.options import (
+    COUNT,
+    NOT_NEGATIVE,
+    SHARE_ABOVE_0,
+    SHARE_BELOW_1,
+    check,
+    check_given,
+)
 from fastvim.tasks.callbacks.ema import EMA
 from fastvim.tasks.optim import count_steps, parameter_groups
+from fastvim.tasks.origin import ORIGIN, origin_of
 from fastvim.tasks.protocols import TaskData
 from fastvim.tasks.schedules import (
     Curve,
@@ -27,13 +36,9 @@ from fastvim.tasks.schedules import (
     half_cosine,
 )
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
-from fastvim.weights.names import is_published
 from fastvim.weights.published import terms
-from fastvim.weights.table import NON_COMMERCIAL, of_file
 
 _logger = logging.getLogger(__name__)
-
-_ORIGIN = ("started_from", "licence")
 
 
 class Task(L.LightningModule):
@@ -125,6 +130,14 @@ class Task(L.LightningModule):
         super().__init__()
         # Those of the subclass too, and only what it takes: they build the task again.
         self.save_hyperparameters(ignore=self.fixed_options)
+        check_given(COUNT, num_classes=num_classes)
+        check(COUNT, lr_batch=lr_batch, blocks_per_decay=blocks_per_decay)
+        check(NOT_NEGATIVE, lr=lr, min_lr=min_lr, warmup_lr=warmup_lr, weight_decay=weight_decay)
+        check(NOT_NEGATIVE, warmup_epochs=warmup_epochs)
+        check_given(NOT_NEGATIVE, weight_decay_end=weight_decay_end, lr_scales=lr_scales)
+        check_given(SHARE_ABOVE_0, layer_decay=layer_decay)
+        check(SHARE_BELOW_1, betas=betas)
+        check_given(SHARE_BELOW_1, ema_decay=ema_decay)
         self.model_name, self.model_args = model, model_args or {}
         self.checkpoint, self.num_classes = checkpoint, num_classes
         self.lr, self.lr_batch, self.min_lr = lr, lr_batch, min_lr
@@ -165,7 +178,7 @@ class Task(L.LightningModule):
         if self.resuming or self.checkpoint is None:
             return None
         given = find(self.checkpoint)
-        self.origin = _origin(given)
+        self.origin = origin_of(given)
         return given
 
     def setup(self, stage: str) -> None:
@@ -174,7 +187,8 @@ class Task(L.LightningModule):
             return
         known = self.data.num_classes
         if self.num_classes < known:
-            raise UserError(f"num_classes {self.num_classes}: the data have {known} classes")
+            expected = f"{known} or more, the number of classes in the data"
+            raise OptionError("num_classes", self.num_classes, expected)
         if self.num_classes > known and self.trainer.is_global_zero:
             _logger.warning(
                 "num_classes %d: the data's %d classes are taken for the first outputs",
@@ -202,7 +216,7 @@ class Task(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         told = checkpoint.get(METADATA_KEY, {})
-        self.origin = {key: told[key] for key in _ORIGIN if key in told}
+        self.origin = {key: told[key] for key in ORIGIN if key in told}
         if self.trainer.max_steps != -1:
             _begin_next_epoch(checkpoint["loops"]["fit_loop"])
         own, theirs = self.state_dict(), checkpoint["state_dict"]
@@ -311,7 +325,7 @@ class Task(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.origin and self.trainer.is_global_zero:
-            source, licence = (self.origin[key] for key in _ORIGIN)
+            source, licence = (self.origin[key] for key in ORIGIN)
             _logger.warning(
                 "started from %s: its %s, goes on to these weights", source, terms(licence)
             )
@@ -359,22 +373,6 @@ class Task(L.LightningModule):
     def data(self) -> TaskData:
         """The data module of the run."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
-
-
-def _origin(given: Checkpoint) -> dict[str, str]:
-    """The published weights that a file goes back to, and their licence; empty without one."""
-    told = given.metadata
-    if entry := of_file(given.path.name):
-        return {"started_from": entry.name, "licence": entry.licence}
-    if "licence" not in told:
-        if is_published(given.state):
-            _logger.warning(
-                "%s, under published names, does not tell its licence: that of FastVim's is %s",
-                *(given.path, NON_COMMERCIAL),
-            )
-        return {}
-    source = told.get("published") or told.get("started_from") or given.path
-    return {"started_from": str(source), "licence": told["licence"]}
 
 
 def _begin_next_epoch(progress: dict[str, Any]) -> None:

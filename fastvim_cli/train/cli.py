@@ -24,13 +24,15 @@ from rich import get_console
 
 from fastvim.data.base import DataModule
 from fastvim.errors import UserError
+from fastvim.options import COUNT, SEED, check_given
 from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
 from fastvim.tasks.callbacks.run_log import describe
 from fastvim.tasks.task import Task
 from fastvim_cli.check import check_before_fit
 from fastvim_cli.console import table
-from fastvim_cli.train.config_errors import explain, first_cause
+from fastvim_cli.train.config_errors import causes, explain, options_as_written
 from fastvim_cli.train.every_run import as_list, callbacks, loggers
+from fastvim_cli.train.trainer_options import check_trainer
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -99,21 +101,28 @@ class TrainingCLI(LightningCLI):
             if message.startswith("Problems parsing config"):  # does not say which
                 message = f"{' '.join(files)}: {message}"
             raise UserError(message) from error
+        if not isinstance(self.config.seed_everything, bool):
+            check_given(SEED, seed_everything=self.config.seed_everything)
+        check_given(COUNT, checkpoint_every_n_steps=self.config.checkpoint_every_n_steps)
 
     def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            # jsonargparse wraps what a logger, a callback or the like raises. An error of its own
-            # package speaks to the user; one of Python's, as of a bug, keeps its traceback.
-            cause = first_cause(error)
-            own = type(cause).__module__ != "builtins" and not isinstance(cause, UserError)
-            if own or isinstance(cause, ModuleNotFoundError):
-                raise UserError(f"trainer: {cause}") from error
-            raise
+        with options_as_written(self.config):
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                # jsonargparse wraps what a logger, a callback or the like raises. An error of its
+                # own package speaks to the user; one of Python's, as of a bug, keeps its traceback.
+                *_, cause = found = list(causes(error))
+                own = type(cause).__module__ != "builtins"
+                if any(isinstance(each, UserError) for each in found):
+                    raise
+                if own or isinstance(cause, ModuleNotFoundError):
+                    raise UserError(f"trainer: {cause}") from error
+                raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config_init.trainer
+        check_trainer(settings)
         self.root = Path(os.path.expanduser(settings.default_root_dir or self._root_of_config()))
         kwargs["default_root_dir"] = str(self.root)
         kwargs["plugins"] = [AtomicCheckpointIO(), *as_list(settings.plugins)]
@@ -128,7 +137,7 @@ class TrainingCLI(LightningCLI):
             kwargs["deterministic"] = True
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             raise UserError(f"trainer: {error}") from error
 
     def _root_of_config(self) -> str:
@@ -148,14 +157,15 @@ class TrainingCLI(LightningCLI):
         inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": checkpoint}
         results: Mapping[str, float] = {}
         try:
-            if self.command == "fit":
-                if self.trainer.is_global_zero and isinstance(self.datamodule, DataModule):
-                    check_before_fit(self.datamodule, self.model.uses_labels)
-                self.trainer.fit(**inputs)
-            elif self.command == "validate":
-                (results,) = self.trainer.validate(**inputs, verbose=False)
-            else:
-                (results,) = self.trainer.test(**inputs, verbose=False)
+            with options_as_written(self.config):
+                if self.command == "fit":
+                    if self.trainer.is_global_zero and isinstance(self.datamodule, DataModule):
+                        check_before_fit(self.datamodule, self.model.uses_labels)
+                    self.trainer.fit(**inputs)
+                elif self.command == "validate":
+                    (results,) = self.trainer.validate(**inputs, verbose=False)
+                else:
+                    (results,) = self.trainer.test(**inputs, verbose=False)
         except MisconfigurationException as error:
             raise UserError(str(error)) from error
         except SystemExit:
@@ -207,7 +217,8 @@ class DataCLI(TrainingCLI):
 
     def instantiate_classes(self) -> None:
         only_data = Namespace(data=self.config.data)
-        self.datamodule = self.parser.instantiate_classes(only_data).data
+        with options_as_written(only_data):
+            self.datamodule = self.parser.instantiate_classes(only_data).data
         task: Any = pydoc.locate(self.config.model.class_path)
         self.uses_labels = bool(task.uses_labels)
 

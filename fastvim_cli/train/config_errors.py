@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import pydoc
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from fastvim.errors import nearest
+from jsonargparse import Namespace
+
+from fastvim.errors import OptionError, UserError, nearest
 
 # Lines of a message that give Python's view of it.
 NOISE = ("Does not validate against any", "Subtypes:", "Errors:", "Given value")
@@ -24,6 +27,9 @@ def explain(message: str, keys: Iterable[str]) -> str:
     option = _find(r"[Oo]ption '([\w.]+)'", message)
     flag = _find(r"^unrecognized arguments: --([\w.]+)", message)
     missing = _find(r"the following arguments are required: (.+)", message)
+    where = re.findall(r'Parser key "([\w.]+)"', message)
+    if option in where:  # another class that was tried does not have it
+        option = ""
     if section and option:
         return f"{section} has no option '{option}'{nearest(option, _options(section))}"
     if section and missing:
@@ -33,31 +39,73 @@ def explain(message: str, keys: Iterable[str]) -> str:
         key = f"{group}.{option}" if group else option or flag
         return f"unknown key '{key}'{nearest(key, keys)}"
 
-    where = re.findall(r'Parser key "([\w.]+)"', message)
     expected = re.findall(
-        r"Expected an? (?:<class ')?(.+?)(?:'>)?(?:\. Got value: .*)?$", message, re.M
+        r"Expected an? (?:<class ')?(.+?)(?:'>)?(?:\. Got value: .*)?$",
+        re.sub(r"invalid literal for int\(\).*", "Expected a <class 'int'>", message),
+        re.MULTILINE,
     )
     value = _find(r"Got value: (.+)", message) or _find(r"Given value: (.+)", message)
     reason = _find(r"Problem with given class_path '[\w.]+':\s+(.+)", message)
     if section and reason and not reason.startswith("Parser key"):
         return f"{where[0]}: {section}: {reason}"
     if where and expected and value:
-        key = f"{section}.{where[-1]}" if section else where[-1]
         kinds = [
-            kind.removeprefix("typing.").partition(":")[0]
+            kind.removeprefix("typing.").replace("Literal", "one of ").partition(":")[0]
             for kind in expected
             if kind != "NoneType" and not kind.startswith("path but")
         ]
-        return f"{key} is {value}: expected {' or '.join(kinds)}"
+        return f"{'.'.join(where)} {value}: expected {' or '.join(kinds)}"
     lines = (line.strip() for line in message.splitlines())
     return " ".join(line for line in lines if line and not line.startswith(NOISE))
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """What an error was raised from in the first place."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+@contextmanager
+def options_as_written(config: Namespace) -> Iterator[None]:
+    """Raise the user's mistake of what jsonargparse wraps, with the option as the user writes it.
+
+    Args:
+        config: with the sections `data`, `model` and `trainer`.
+
+    Raises:
+        UserError: of an `OptionError` one that names `data.batch_size`, not `batch_size`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        mistake = next((each for each in causes(error) if isinstance(each, UserError)), None)
+        if isinstance(mistake, OptionError):
+            option = _written(mistake, config)
+            raise OptionError(option, mistake.value, mistake.expected) from error
+        if mistake is None or mistake is error:
+            raise
+        raise UserError(str(mistake)) from error
+
+
+def _written(mistake: OptionError, config: Namespace) -> str:
+    """The dotted key of an option: where several sections have it, the one with that value."""
+    found: dict[str, object] = {}
+    for name in ("data", "model", "trainer"):
+        section = config.get(name) or {}
+        section = section.get("init_args", section)
+        groups = {name: section}  # and options of a model or an augmentation
+        groups |= {f"{name}.{key}": each for key, each in section.items() if isinstance(each, dict)}
+        for key, group in groups.items():
+            if mistake.option in group:
+                found[f"{key}.{mistake.option}"] = group[mistake.option]
+    same = [key for key, value in found.items() if _plain(value) == _plain(mistake.value)]
+    return next(iter([*same, *found]), mistake.option)
+
+
+def _plain(value: object) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on to the first cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def _find(pattern: str, message: str) -> str:

@@ -151,7 +151,7 @@ def test_a_name_without_published_weights(home, caplog):
         (["predict", "--model", "PREDICT", "--model-arg", "deph=2", "PHOTO"], "deph"),
         (
             ["predict", "--model", "PREDICT", "--model-arg", "depth=two", "PHOTO"],
-            '--model-arg depth="two": a value of another type',
+            "depth 'two': expected 1 or more",
         ),
         (["segment", "SCENES", "PHOTO", "--model-arg", "window=big"], "window='big': expected 1"),
         (["segment", "SCENES", "PHOTO", "--model-arg", "window=0"], "window=0: expected 1 or more"),

@@ -248,7 +248,7 @@ def test_intermediates_that_stop_early(name):
 def test_unknown_forms_of_intermediates():
     model, x = create(MODEL), image(MODEL)
     for option, value in (("output_fmt", "NHWC"), ("source", "hidden")):
-        with pytest.raises(UserError, match=f"{option}='{value}'"):
+        with pytest.raises(UserError, match=f"{option}.'{value}'"):
             model.forward_intermediates(x, **{option: value})
 
 

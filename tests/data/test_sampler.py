@@ -153,7 +153,7 @@ class _Constant(Noise):
 
 
 def test_too_few_images_for_a_batch() -> None:
-    with pytest.raises(UserError, match=r"batch_size 23 on 1 process.* only 22 images"):
+    with pytest.raises(UserError, match=r"batch_size 23: expected 22 or less"):
         training_loader(Noise(), batch_size=23, num_workers=0, seed=0)
 
 

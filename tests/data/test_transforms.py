@@ -59,13 +59,13 @@ def test_augmentation_may_be_turned_off() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"in_chans": 4}, "in_chans 4: an image file has 1 channel"),
-        ({"in_chans": 1}, "mean .*: expected 1 value or in_chans = 1, got 3"),
-        ({"std": (1.0, 1.0)}, "std .*: expected 1 value or in_chans = 3, got 2"),
+        ({"in_chans": 4}, "in_chans 4: expected 1 .grey. or 3"),
+        ({"in_chans": 1}, "mean .*: expected 1 value or 1, one a channel"),
+        ({"std": (1.0, 1.0)}, "std .*: expected 1 value or 3, one a channel"),
         ({"interpolation": "bicubik"}, r"interpolation 'bicubik': .* \(nearest: bicubic"),
         ({"crop_pct": 0.0}, "crop_pct 0.0: expected more than 0"),
         ({"auto_augment": "rnd-m9"}, "auto_augment 'rnd-m9': expected a policy of timm"),
-        ({"re_mode": "noise"}, "re_mode 'noise': expected one of const, rand, pixel"),
+        ({"re_mode": "noise"}, "re_mode 'noise': expected one of 'const', 'rand', 'pixel'"),
     ],
 )
 def test_mistakes(settings: dict, message: str) -> None:

@@ -276,7 +276,7 @@ def test_other_mistakes():
         CascadeMaskRCNN(nn.Identity(), 2, embed_dim=8, stride=14)
     with pytest.raises(UserError, match="embed_dim=None"):
         CascadeMaskRCNN(nn.Identity(), 2)
-    with pytest.raises(UserError, match="num_classes=0"):
+    with pytest.raises(UserError, match="num_classes 0"):
         CascadeMaskRCNN(nn.Identity(), 0, embed_dim=8, stride=16)
     with pytest.raises(UserError, match=r"out_indices=\[0, 1\]"):
         CascadeMaskRCNN(FeatureMaps(FastVim(embed_dim=16, depth=2), [0, 1]), 2)

@@ -147,8 +147,8 @@ def test_channels_that_are_not_known():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"token_order": "rows"}, "token_order='rows'"),
-        ({"pooled_axes": 3}, "pooled_axes=3"),
+        ({"token_order": "rows"}, "token_order 'rows'"),
+        ({"pooled_axes": 3}, "pooled_axes 3"),
         ({"pooled_axes": 2, "token_order": "spatial_first"}, "pooled_axes=2"),
         ({"pooled_axes": 2, "alternate": False}, "pooled_axes=2"),
         ({"patch_stride": 4}, "patch_stride=4"),

@@ -123,14 +123,17 @@ def test_initial_values(name):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"pooling": "sum"}, ("pooling='sum'", "'mean'", "'max'", "'none'")),
-        ({"scan_path": "diagonal"}, ("scan_path='diagonal'", "'row'", "'column'")),
-        ({"norm": "batch"}, ("norm='batch'", "'rms'", "'layer'")),
-        ({"global_pool": "max"}, ("global_pool='max'", "'avg'", "'last'", "'max_logit'")),
+        ({"pooling": "sum"}, ("pooling 'sum'", "'mean'", "'max'", "'none'")),
+        ({"scan_path": "diagonal"}, ("scan_path 'diagonal'", "'row'", "'column'")),
+        ({"norm": "batch"}, ("norm 'batch'", "'rms'", "'layer'")),
+        ({"global_pool": "max"}, ("global_pool 'max'", "'avg'", "'last'", "'max_logit'")),
         ({"global_pool": "token"}, ("global_pool='token'", "class_token=True")),
         ({"class_token": True}, ("class_token=True", "pooling='none'")),
         ({"class_token": True, "pooling": "max"}, ("class_token=True", "pooling='none'")),
         ({"img_size": 4}, ("4 x 4", "8 x 8")),
+        ({"depth": "two"}, ("depth 'two'", "1 or more")),
+        ({"embed_dim": 2.5}, ("embed_dim 2.5", "whole numbers")),
+        ({"drop_rate": 1}, ("drop_rate 1", "less than 1")),
     ],
 )
 def test_options_outside_their_choices(options, named):

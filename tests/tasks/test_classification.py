@@ -95,7 +95,9 @@ def test_channels_are_sampled_by_batch_alone(tmp_path, data):
 
 
 def test_only_channel_models_sample_channels(tmp_path, data):
-    with pytest.raises(UserError, match=r"sample_channels=True: fastvim_tiny.*channelvim"):
+    with pytest.raises(
+        UserError, match=r"sample_channels True: expected False, as fastvim_tiny.*channelvim"
+    ):
         trainer(tmp_path).fit(task(sample_channels=True), datamodule=data)
 
 
@@ -224,13 +226,15 @@ def test_averages_that_cannot_be_kept_are_refused(tmp_path, data):
 
 
 def test_a_limit_that_leaves_no_batches_is_named(tmp_path, data):
-    with pytest.raises(UserError, match=r"limit_train_batches=0\.01 leaves none of 12 batches"):
+    with pytest.raises(
+        UserError, match=r"limit_train_batches 0\.01: expected enough for one of 12 batches"
+    ):
         trainer(tmp_path, limit_train_batches=0.01).fit(task(), datamodule=data)
 
 
 def test_odd_batches_cannot_be_mixed(tmp_path, image_folder):
     data = ImageData(str(image_folder), img_size=32, batch_size=7, num_workers=0)
-    with pytest.raises(UserError, match="batch_size 7 must be even"):
+    with pytest.raises(UserError, match="batch_size 7: expected an even one"):
         trainer(tmp_path).fit(task(), datamodule=data)
 
 

@@ -203,9 +203,9 @@ def test_evaluation_needs_a_whole_model(tmp_path, shapes):
         ({"model": "resnet10t", "model_args": {}}, "model resnet10t: expected a fastvim"),
         ({"checkpoint": "nowhere.ckpt"}, "no checkpoint at nowhere.ckpt"),
         ({"drops": (0.9, 0.5)}, r"drops \[0.9, 0.5\]"),
-        ({"drops": (100.0,)}, r"drops \[100.0\]: expected shares"),
-        ({"num_classes": 1}, "num_classes 1: the data have 2 categories"),
-        ({"num_classes": 3}, "num_classes 3: the data have 2 categories"),
+        ({"drops": (100.0,)}, r"drops \[100.0\]: expected more than 0 and less than 1"),
+        ({"num_classes": 1}, "num_classes 1: expected 2; data.categories"),
+        ({"num_classes": 3}, "num_classes 3: expected 2; data.categories"),
         ({"model_args": {**ARGS, "patch_size": 14}}, "stride=14"),
     ],
 )

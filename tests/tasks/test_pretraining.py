@@ -182,7 +182,7 @@ def test_training_starts_from_the_encoder(tmp_path, data):
         ),
         (
             {**PRETRAINING, "init_args": {"model": MAE, "model_args": {"mask_ratio": 1.5}}},
-            "mask_ratio=1.5: expected at least 0, below 1",
+            "mask_ratio 1.5: expected at least 0 and less than 1",
         ),
     ],
 )

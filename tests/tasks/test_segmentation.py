@@ -249,7 +249,7 @@ def test_evaluation_needs_a_whole_model(tmp_path, shapes):
         ({"out_indices": (0, 4)}, r"out_indices \[0, 4\]: expected two or more of the 4 blocks"),
         ({"out_indices": (1,)}, "expected two or more"),
         ({"model": "resnet10t", "model_args": {}}, "model resnet10t: expected a fastvim"),
-        ({"scales": (1.0, 0.0)}, r"scales \[1.0, 0.0\]: expected factors above 0"),
+        ({"scales": (1.0, 0.0)}, r"scales \[1.0, 0.0\]: expected more than 0"),
         ({"scales": ()}, r"scales \[\]: expected"),
         ({"checkpoint": "nowhere.ckpt"}, "no checkpoint at nowhere.ckpt"),
         ({"data": {"batch_size": 1}}, "batch_size 1: expected 2 or more"),

@@ -23,7 +23,7 @@ def test_some_subsets():
     assert all(list(subset) == sorted(set(subset)) for subset in subsets)
     assert subsets == channel_subsets(8, most=5)
     assert subsets != channel_subsets(8, most=5, seed=1)
-    with pytest.raises(UserError, match="0 subsets"):
+    with pytest.raises(UserError, match="most 0: expected 1 or more"):
         channel_subsets(8, most=0)
 
 

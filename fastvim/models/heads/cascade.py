@@ -26,6 +26,7 @@ from fastvim.models.heads.pyramid import SimpleFeaturePyramid
 from fastvim.models.heads.regions import Size, full_precision
 from fastvim.models.heads.results import paste_probabilities
 from fastvim.models.vision import FastVim, Source
+from fastvim.options import COUNT, check
 
 GREY = 114 / 255  # of the padding, before normalising
 
@@ -104,8 +105,7 @@ class CascadeMaskRCNN(nn.Module):
                 f"embed_dim={embed_dim}, stride={stride}: both are needed for a "
                 f"{type(backbone).__name__}"
             )
-        if num_classes < 1:
-            raise UserError(f"num_classes={num_classes}: expected 1 or more")
+        check(COUNT, num_classes=num_classes)
         if stride < 4 or stride % 4:
             raise UserError(f"stride={stride}: expected a multiple of 4, the finest level's cells")
         self.num_classes = num_classes

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from fastvim.errors import UserError
+from fastvim.errors import OptionError
 
 
 def sliding_window(
@@ -38,7 +38,7 @@ def sliding_window(
     """
     windows, strides = to_2tuple(window), to_2tuple(stride)
     if not all(1 <= step <= side for step, side in zip(strides, windows, strict=True)):
-        raise UserError(f"stride {stride}: expected at least 1 and at most the window {window}")
+        raise OptionError("stride", stride, f"at least 1 and at most the window {window}")
     height, width = image.shape[-2:]
     image = F.pad(image, (0, max(0, windows[1] - width), 0, max(0, windows[0] - height)))
     rows = _starts(image.shape[-2], windows[0], strides[0])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.models import MaskedAutoencoder
+from fastvim.options import COUNT, check
 from fastvim.pictures.reconstruction import draw_reconstruction
 from fastvim.reconstruction import reconstruct
 from fastvim.tasks.protocols import Normalised
@@ -48,10 +49,7 @@ class ReconstructionPictures(L.Callback):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        if min(every_n_epochs, images) < 1:
-            raise UserError(
-                f"every_n_epochs={every_n_epochs}, images={images}: expected 1 or more of each"
-            )
+        check(COUNT, every_n_epochs=every_n_epochs, images=images)
         self._every = every_n_epochs
         self._count = images
         self._mean, self._std = mean, std
