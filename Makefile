@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Idle OpenMP threads that spin would take the cores from the workers that load images.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install test test-wheel lint quickstart mae channels cells nuclei clean
+.PHONY: help install test test-faults test-wheel lint quickstart mae channels cells nuclei clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a small FastVim on handwritten digits"
@@ -13,6 +13,7 @@ help:
 	@echo "make cells        find the nuclei of cells in a microscope's images"
 	@echo "make nuclei       find them one by one, each with a box and a mask"
 	@echo "make test         install what the tests need and run them all"
+	@echo "make test-faults  500 drawn sets of images, most with a fault that must be found"
 	@echo "make test-wheel   install the built wheel alone and run every command of it"
 	@echo "make lint         formatting, lint, types and the import contract"
 	@echo "make install      the environment alone: everything, editable, in .venv"
@@ -27,6 +28,10 @@ install: .venv/installed
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# All draws of faulty and of odd data; make test runs some of them.
+test-faults: install
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "faults or not faults" tests/data/test_faults.py
 
 # In an environment of its own, which it makes and removes.
 test-wheel:

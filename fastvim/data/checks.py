@@ -114,6 +114,8 @@ def _judge(report: SplitReport, training: bool, with_labels: bool) -> None:
     known = bool(report.classes) and (report.read or not from_pixels)
     if with_labels and known and not report.errors:  # else pixels or images are missing
         _judge_classes(report, training)
+    if training and not len(report.files) and report.dropped:
+        report.errors.add("split without an image to train on", f"left out: {report.dropped}")
     if not report.read:
         return
     usable = sum(report.sizes.values())

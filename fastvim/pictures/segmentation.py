@@ -79,7 +79,8 @@ def draw_labellings(
         captions = ("image", "labels", "prediction", "mistakes") if not rows else [""] * 4
         rows.append([Panel(*both) for both in zip(images, captions, strict=True)])
     entries = legend([labelling.predicted.numpy() for labelling in labellings], class_names)
-    return sheet(rows, [*entries, Entry(RED, f"wrong {wrong / max(1, counted):.1%}")])
+    share = f"wrong {wrong / counted:.1%}" if counted else "no pixel counts"
+    return sheet(rows, [*entries, Entry(RED, share)])
 
 
 def class_masks(

@@ -18,8 +18,9 @@ class SegmentationScores(TypedDict):
     """What `SegmentationMetrics` computes.
 
     Attributes:
-        miou: mean of `iou` over the classes that occur in the targets or the predictions.
-        acc: share of the labelled pixels that are right.
+        miou: mean of `iou` over the classes that occur in the targets or the predictions; NaN
+            where fewer than two do, since then it says nothing.
+        acc: share of the labelled pixels that are right; NaN likewise.
         iou: (K,), intersection over union of each class; NaN for one that never occurs.
     """
 
@@ -60,4 +61,6 @@ class SegmentationMetrics(Metric):
         right = self.matrix.diag()
         union = self.matrix.sum(0) + self.matrix.sum(1) - right
         iou = right / union  # 0 / 0 is NaN
-        return {"miou": iou.nanmean(), "acc": right.sum() / self.matrix.sum(), "iou": iou}
+        told = torch.tensor(1.0 if (union > 0).sum() > 1 else torch.nan, device=iou.device)
+        acc = right.sum() / self.matrix.sum()
+        return {"miou": told * iou.nanmean(), "acc": told * acc, "iou": iou}

@@ -195,7 +195,9 @@ class Segmentation(DenseTask):
             predicted.append(logits[0].argmax(dim=0))
             metrics.update(predicted[-1], classes)
             loss = _cross_entropy(logits, classes[None])
-            self.log(loss_name, loss, on_epoch=True, batch_size=1, sync_dist=True)
+            # An image of which no pixel counts has no loss, not one of 0.
+            weight = int((classes != IGNORE_INDEX).any())
+            self.log(loss_name, loss, on_epoch=True, batch_size=weight, sync_dist=True)
         return predicted
 
     def _log_metrics(self, stage: str, metrics: SegmentationMetrics) -> Tensor:

@@ -17,6 +17,7 @@ from fastvim.data.segmentation import SegmentationData
 from fastvim.errors import UserError
 from fastvim.models import FastVim, create_model
 from fastvim.models.heads.upernet import UPerNet
+from fastvim.tasks.callbacks.run_log import describe
 from fastvim.tasks.metrics import SegmentationMetrics
 from fastvim.tasks.segmentation import Segmentation, _cross_entropy
 from fastvim.weights import read, save
@@ -43,6 +44,30 @@ def task(**options) -> Segmentation:
 
 
 # Metrics.
+
+
+@pytest.mark.parametrize("target", [0, 255])
+def test_a_mean_over_one_class_or_none_says_nothing(target):
+    metrics = SegmentationMetrics(2)
+    metrics.update(torch.zeros(4, 5, dtype=torch.int64), torch.full((4, 5), target))
+    scores = metrics.compute()
+    assert math.isnan(scores["miou"])
+    assert math.isnan(scores["acc"])
+    metrics.update(torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    metrics.update(torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+    assert 0 < metrics.compute()["miou"] < 1
+
+
+def test_images_without_a_counted_pixel_have_no_loss(tmp_path):
+    """Validation masks that are all ignored: no loss of 0 and no score of 100 %."""
+    root = write_set(tmp_path / "set")
+    for file in (root / "annotations" / "validation").iterdir():
+        Image.new("L", Image.open(file).size, 255).save(file)
+    run = trainer(tmp_path, limit_train_batches=1)
+    run.fit(task(), datamodule=data(root))
+    for name in ("val/loss", "val/miou", "val/acc"):
+        assert math.isnan(run.callback_metrics[name])
+    assert describe("val/miou", math.nan) == "val miou -"
 
 
 @pytest.mark.parametrize("classes", [2, 5])

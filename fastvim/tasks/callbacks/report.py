@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -88,16 +88,13 @@ class Report(L.Callback):
         if not trainer.is_global_zero:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = _without_nan(trainer.callback_metrics)
         task = pl_module if isinstance(pl_module, TrainedTask) else None
         tested = trainer.ckpt_path or (task and task.checkpoint) or ""
-        record = {"checkpoint": str(tested), **metrics}
+        record: dict[str, Any] = {"checkpoint": str(tested), **metrics}
         if task is not None and (scores := task.class_scores()):
             record["classes"] = {
-                score: {
-                    name: None if math.isnan(value) else value for name, value in by_class.items()
-                }
-                for score, by_class in scores.items()
+                score: _without_nan(by_class) for score, by_class in scores.items()
             }
         (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -112,6 +109,11 @@ class Report(L.Callback):
         else:
             return
         picture.save(self._folder / "predictions.png")
+
+
+def _without_nan(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """As JSON's numbers; null for a share of nothing."""
+    return {name: None if math.isnan(value) else float(value) for name, value in values.items()}
 
 
 class _Reservoir(Generic[Item]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -85,7 +86,9 @@ class RunLog(L.Callback):
 
 
 def describe(name: str, value: float) -> str:
-    """One metric for a person: `val acc1 96.4 %` or `train loss 0.1234`."""
+    """One metric for a person: `val acc1 96.4 %`, `train loss 0.1234`, `val miou -` of nothing."""
     label = name.replace("/", " ")
     share = name.partition("/")[2].startswith(("acc", "miou", "box_ap", "mask_ap"))
-    return f"{label} {value:.2%}" if share else f"{label} {value:.4f}"
+    if share:
+        return f"{label} -" if math.isnan(value) else f"{label} {value:.2%}"
+    return f"{label} {value:.4f}"
