@@ -167,7 +167,7 @@ def _compare(first: SplitReport, other: SplitReport) -> None:
     """Add to the other split which of its images the first one has too."""
     shared = [digest for digest in other.digests if digest in first.digests]
     if shared:
-        own, same = (each.files.filename(each.digests[shared[0]]) for each in (other, first))
+        own, same = (each.files.filename(each.digests[shared[0]][0]) for each in (other, first))
         kind = f"image with the content of one of {first.split}"
         other.warnings.add(kind, f"{own}, as {same}", len(shared))
 

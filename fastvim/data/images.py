@@ -208,6 +208,9 @@ class ImageData(DataModule):
             return SplitReport(self._split(role), NoFiles(), facts={note: 1})
         assert isinstance(files, ImageFiles | TorchFiles | Chosen)
         report = SplitReport(self._split(role), files, facts={"images": len(files)})
+        reader = getattr(getattr(files, "dataset", files), "reader", None)
+        if isinstance(reader, ClassFolders) and (others := sum(reader.left_out.values())):
+            report.facts["other files"] = others
         if (targets := files.targets) is not None:
             report.count(targets, self.class_names)
         elif self._unlabelled:

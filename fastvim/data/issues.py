@@ -144,6 +144,7 @@ class SplitReport:
         warnings: what looks odd; a run goes on, and says it once.
         facts: counts that are not mistakes.
         classes: what each class has, by its name, in the order of the labels.
+        targets: class index of every image; None where only reading tells it, or nothing.
         unlabelled: why there are no classes, in words.
         counted: what `classes` counts: "images", "objects" or "pixels".
         sizes: images of each width and height.
@@ -152,7 +153,7 @@ class SplitReport:
         read: how many samples were read.
         values: how many pixels of the masks have each stored value.
         read_labels: how many images have each label, where only reading tells it; else None.
-        digests: the first sample of each content.
+        digests: the first sample of each content, and its label.
         blank: images all black or all white.
         brightest: the highest values of all images.
     """
@@ -165,6 +166,7 @@ class SplitReport:
     warnings: Issues = field(default_factory=Issues)
     facts: dict[str, int] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
+    targets: np.ndarray | None = None
     unlabelled: str = ""
     counted: str = "images"
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -173,7 +175,7 @@ class SplitReport:
     read: int = 0
     values: Counter[int] = field(default_factory=Counter)
     read_labels: Counter[int] | None = None
-    digests: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, tuple[int, int]] = field(default_factory=dict)
     blank: int = 0
     brightest: Brightest = field(default_factory=Brightest)
 
@@ -205,10 +207,16 @@ class SplitReport:
         if look.white:
             self.brightest.add_value(look.highest, look.white)
         if look.digest:
-            self.digests.setdefault(look.digest, index)
+            own = look.label if self.targets is None else int(self.targets[index])
+            first, label = self.digests.setdefault(look.digest, (index, own))
+            if label != own:
+                kind = f"image with the content of one of another class{self.among()}"
+                same = self.files.filename(first)
+                self.warnings.add(kind, f"{self.files.filename(index)}, as {same}")
 
     def count(self, targets: np.ndarray, class_names: Sequence[str]) -> None:
         """Fill `classes` from the class index of every image."""
+        self.targets = targets
         counts = np.bincount(targets, minlength=len(class_names)).tolist()
         self.classes = dict(zip(class_names, counts, strict=True))
 

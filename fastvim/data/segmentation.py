@@ -313,19 +313,20 @@ class SegmentationData(DenseDataModule):
     def open(self, role: str) -> SegmentationFiles:
         if not self._class_names:
             self._class_names = self._find_class_names()
-        pairs, missing = find_pairs(Path(self.directory()), self._splits[role])
+        pairs, missing, _ = find_pairs(Path(self.directory()), self._splits[role])
         if missing:
             raise UserError(f"{missing}; see fastvim data check")
         return self._files(role, pairs)
 
     def check(self, role: str) -> SplitReport:
         split = self._splits[role]
-        pairs, missing = find_pairs(Path(self.directory()), split)
+        pairs, missing, unused = find_pairs(Path(self.directory()), split)
         return SplitReport(
             split,
             self._files(role, pairs),
             self._labels,
             errors=missing,
+            warnings=unused,
             facts={"images": len(pairs)},
             classes=dict.fromkeys(self._find_class_names(), 0),
             counted="pixels",
@@ -355,8 +356,11 @@ class SegmentationData(DenseDataModule):
         return names
 
 
-def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues]:
-    """The images of a split, sorted by name, with the files of their classes, and what is missing.
+def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues, Issues]:
+    """The images of a split, sorted by name, with the files of their classes.
+
+    Returns:
+        The pairs; what is missing; masks without an image.
 
     Raises:
         UserError: no such split, or no image in it.
@@ -372,14 +376,16 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues]
     labelled = {}
     if masks.is_dir():
         labelled = {os.path.splitext(path)[0]: path for path in list_images(masks, [".png"]).paths}
-    pairs, missing = [], Issues()
+    pairs, missing, unused = [], Issues(), Issues()
     for path in sorted(listing.paths):
         stem = os.path.splitext(path)[0]
         if stem in labelled:
             pairs.append((images / path, masks / labelled[stem]))
         else:
             missing.add("missing annotation", str(masks / f"{stem}.png"))
-    return pairs, missing
+    for stem in labelled.keys() - {os.path.splitext(path)[0] for path in listing.paths}:
+        unused.add("annotation without an image", str(masks / labelled[stem]))
+    return pairs, missing, unused
 
 
 def distort(image: np.ndarray, probability: float) -> np.ndarray:

@@ -148,6 +148,20 @@ def test_copies_between_splits(tmp_path):
     assert first == f"{root}/val/dog/copy.bmp, as {root}/train/cat/3.png"
 
 
+def test_a_picture_in_two_classes(tmp_path):
+    """Labels are those of today's folders, whatever an earlier check has seen."""
+    root = write_folders(tmp_path)
+    check_data(folders(root))
+    (root / "train" / "ant").mkdir()
+    noise().save(root / "train" / "ant" / "0.png")
+    for name in ("train/cat/5.png", "train/dog/copy.png"):
+        Image.open(root / "train" / "cat" / "0.png").save(root / name)
+    (train, _) = reports = check_data(folders(root))
+    assert wrong(reports) == ["train: image with the content of one of another class"]
+    ((number, first),) = train.warnings.values()
+    assert (number, first.rpartition("/")[2]) == (1, "0.png")
+
+
 def test_a_damaged_training_image_is_left_out(tmp_path, caplog):
     root = write_folders(tmp_path)
     os.truncate(root / "train" / "dog" / "2.png", 60)

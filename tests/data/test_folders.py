@@ -184,7 +184,8 @@ def test_images_with_classes_of_pixels(tmp_path: Path) -> None:
     names = ("a.WEBP", "town/b.bmp", "town/c.jpg", ".hidden/d.jpg", "._a.jpg", "e.txt")
     write(images, names)
     write(masks, ("a.png", "town/b.PNG", "._a.png"))
-    pairs, missing = find_pairs(tmp_path, "training")
+    pairs, missing, unused = find_pairs(tmp_path, "training")
+    assert not unused
     assert [(image.name, mask.name) for image, mask in pairs] == [
         ("a.WEBP", "a.png"),
         ("b.bmp", "b.PNG"),

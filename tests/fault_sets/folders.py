@@ -183,6 +183,12 @@ def copies_in_validation(drawn: Drawn) -> str:
 
 
 @fault("folders", "warns")
+def picture_in_two_classes(drawn: Drawn) -> str:
+    Image.open(drawn.pick("train/bee/*")).save(drawn.root / "train" / "ant" / "also.png")
+    return r"another class.*also\.png"
+
+
+@fault("folders", "warns")
 def white_images(drawn: Drawn) -> str:
     for path in drawn.root.glob("train/*/*.*"):
         Image.new("RGB", (SIDE, SIDE), drawn.rng.choice(["white", "black"])).save(path)

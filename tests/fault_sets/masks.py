@@ -137,6 +137,13 @@ def missing_mask(drawn: Drawn) -> str:
     return named(path)
 
 
+@fault("masks", "warns")
+def mask_without_a_scene(drawn: Drawn) -> str:
+    path = drawn.pick("annotations/*/*.png")
+    path.with_name("lost.png").write_bytes(path.read_bytes())
+    return r"lost\.png"
+
+
 @fault("masks", "stops")
 def damaged_mask(drawn: Drawn) -> str:
     path = drawn.pick("annotations/*/*.png")
