@@ -13,7 +13,7 @@ help:
 	@echo "make cells        find the nuclei of cells in a microscope's images"
 	@echo "make nuclei       find them one by one, each with a box and a mask"
 	@echo "make test         install what the tests need and run them all"
-	@echo "make test-faults  500 drawn sets of images, most with a fault that must be found"
+	@echo "make test-faults  600 drawn sets of images, most with a fault that must be found"
 	@echo "make test-wheel   install the built wheel alone and run every command of it"
 	@echo "make lint         formatting, lint, types and the import contract"
 	@echo "make install      the environment alone: everything, editable, in .venv"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import at_least
-from fastvim_cli.console import track
+from fastvim_cli.console import note, track
 
 if TYPE_CHECKING:
     from fastvim.data.base import DataModule
@@ -72,7 +72,10 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     print("\n".join(map(str, reports)))
     errors, warnings = findings(reports)
     if arguments.out:
-        print(f"samples in {_draw(data, arguments.out, with_labels)}")
+        try:
+            print(f"samples in {_draw(data, arguments.out, with_labels)}")
+        except UserError as error:
+            note(f"no picture of samples: {error}")
     if errors:
         wrong = sum(number for number, _ in errors.values())
         raise UserError(f"{wrong:,} mistakes would stop a run: {errors}")
@@ -111,9 +114,9 @@ def _draw(data: DataModule, out: str, with_labels: bool) -> Path:
     from fastvim.data.checks import training_samples
     from fastvim.pictures.samples import draw_samples
 
+    samples = training_samples(data, SHOWN)
     names = data.class_names if with_labels else []
     mean, std = getattr(data, "mean", (0.0,)), getattr(data, "std", (1.0,))
-    samples = training_samples(data, SHOWN)
     path = Path(os.path.expanduser(out), "train.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_samples(samples, names, mean, std, "training samples with labels").save(path)

@@ -119,7 +119,7 @@ def _judge(report: SplitReport, training: bool, with_labels: bool) -> None:
     if not report.read:
         return
     usable = sum(report.sizes.values())
-    if training and not usable and report.dropped:
+    if training and not usable and report.skips and report.dropped:
         kind, (number, first) = next(iter(report.dropped.items()))
         report.errors.add(f"{kind}, as are all of them", first, number)
     if 2 * report.blank > usable:

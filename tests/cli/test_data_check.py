@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from coco_sets import write_set
+from fault_sets import LAYOUTS, draw, recipe
 from PIL import Image
 
 from fastvim_cli import main
@@ -137,3 +140,49 @@ def test_names_are_printed_as_they_are(tmp_path, capsys, monkeypatch):
     assert main(["data", "check", *words]) == 2
     output = capsys.readouterr().out
     assert f"missing image file, first: {tmp_path}/[bold]set:smile:/val2017/1.png" in output
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_picture_of_samples_with_their_labels(layout, tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(draw(tmp_path / "set", 3, layout), layout)))
+    out = tmp_path / "new" / "pictures"
+    assert main(["data", "check", f"--config={file}", f"--out={out}"]) == 0
+    assert f"samples in {out}/train.png" in capsys.readouterr().out
+    picture = np.asarray(Image.open(out / "train.png"))
+    assert min(picture.shape[:2]) > 100
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100  # images, not paper alone
+
+
+def test_no_picture_of_samples_that_cannot_be_read(tmp_path, capsys):
+    write_set(tmp_path)
+    for file in (tmp_path / "train2017").iterdir():
+        file.write_bytes(b"")
+    code, output, error = check(capsys, COCO, tmp_path, "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "8 x unreadable image" in output
+    picture, mistakes = error.splitlines()
+    assert "no picture of samples" in picture
+    assert "8 mistakes would stop a run" in mistakes
+
+
+def test_labels_do_not_matter_where_training_has_none(tmp_path, capsys):
+    """Pre-training takes images of one class, or of none; a classifier needs two."""
+    set_ = draw(tmp_path / "set", 0, "folders")
+    shutil.rmtree(set_.root / "train" / "bee")
+    for folder in sorted((set_.root / "train").iterdir())[1:]:
+        shutil.rmtree(folder)
+    for folder in sorted((set_.root / "val").iterdir())[1:]:
+        shutil.rmtree(folder)
+    config = recipe(set_, "folders")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert main(["data", "check", f"--config={file}"]) == 2
+    assert "one class in all" in capsys.readouterr().err
+    config["model"] = {
+        "class_path": "fastvim.tasks.Pretraining",
+        "init_args": {"model": "mae_fastvim_tiny_patch16_224"},
+    }
+    file.write_text(yaml.safe_dump(config))
+    assert main(["data", "check", f"--config={file}", f"--out={tmp_path}"]) == 0
+    assert capsys.readouterr().out.endswith("nothing wrong\n")

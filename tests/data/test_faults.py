@@ -16,7 +16,7 @@ from fault_sets import FAULTS, LAYOUTS, ODDITIES, draw, recipe
 
 from fastvim_cli import main
 
-FAULTY, SOUND = 300, 200  # draws
+FAULTY, SOUND = 400, 200  # draws
 FAULTY_IN_ALL_RUNS, SOUND_IN_ALL_RUNS = 40, 20
 STEPS = "images a step"  # printed where training begins
 

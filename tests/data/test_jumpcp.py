@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
+from fastvim.data.checks import check_data
 from fastvim.data.jumpcp import CellData
 from fastvim.data.table import random_splits
 from fastvim.errors import UserError
@@ -63,6 +64,19 @@ def open_data(root: Path | str, stage: str = "fit", **settings: Any) -> CellData
     data.prepare_data()
     data.setup(stage)
     return data
+
+
+def test_a_check_counts_the_cells_of_each_label(root: Path) -> None:
+    data = open_data(root)
+    train, val, test = check_data(data)
+    labels = [CLASS_OF_WELL[WELLS[index % len(WELLS)]] for index in cells_of(data, "train")]
+    present = {name: labels.count(name) for name in ("negcon", "TNF", "AKT1")}
+    assert train.classes == {**present, "WHOLE": 0}
+    assert [report.modes for report in (train, val, test)] == [
+        {"8 x uint8": len(report.files)} for report in (train, val, test)
+    ]
+    assert train.warnings == {"class without images": (1, "WHOLE")}
+    assert not [*train.errors, *val.errors, *val.warnings, *test.warnings]
 
 
 def cells_of(data: CellData, role: str) -> list[int]:

@@ -27,7 +27,7 @@ def write_table(drawn: Drawn) -> None:
 
 
 def read_rows(drawn: Drawn) -> list[dict[str, str]]:
-    with open(drawn.root / "table.csv", newline="", encoding="utf-8") as file:
+    with open(drawn.root / "table.csv", newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
