@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn, optim
@@ -24,6 +23,7 @@ from fastvim.options import (
     check_given,
 )
 from fastvim.tasks.callbacks.ema import EMA
+from fastvim.tasks.callbacks.refused import refuse_callbacks
 from fastvim.tasks.optim import count_steps, parameter_groups
 from fastvim.tasks.origin import ORIGIN, origin_of
 from fastvim.tasks.protocols import TaskData
@@ -247,14 +247,15 @@ class Task(L.LightningModule):
             self.decay_vectors,
             self.lr_scales,
         )
-        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas)
+        eps = 1e-8
+        if self.trainer.precision == "16-true":  # where 1e-8 is 0, and so are most squares
+            eps = 1e-4
+            if self.trainer.is_global_zero:
+                _logger.warning("trainer.precision 16-true: AdamW's eps is %g, not 1e-08", eps)
+        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas, eps=eps)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-            raise UserError(
-                "StochasticWeightAveraging needs one of PyTorch's schedules: use ema_decay instead"
-            )
+        refuse_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if self.ema_decay is None else [EMA(self.ema_decay)]
 
     def warmup(self, steps_per_epoch: int) -> tuple[int, str]:

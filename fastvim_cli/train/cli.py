@@ -32,7 +32,7 @@ from fastvim_cli.check import check_before_fit
 from fastvim_cli.console import table
 from fastvim_cli.train.config_errors import causes, explain, options_as_written
 from fastvim_cli.train.every_run import as_list, callbacks, loggers
-from fastvim_cli.train.trainer_options import check_trainer
+from fastvim_cli.train.trainer_options import check_launcher, check_trainer
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -136,9 +136,11 @@ class TrainingCLI(LightningCLI):
         if settings.deterministic is None and not _uses_accelerator(settings.accelerator):
             kwargs["deterministic"] = True
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer: L.Trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             raise UserError(f"trainer: {error}") from error
+        check_launcher(trainer, settings.strategy)
+        return trainer
 
     def _root_of_config(self) -> str:
         """`runs/NAME` for a configuration NAME.yaml."""
@@ -168,6 +170,11 @@ class TrainingCLI(LightningCLI):
                     (results,) = self.trainer.test(**inputs, verbose=False)
         except MisconfigurationException as error:
             raise UserError(str(error)) from error
+        except (RuntimeError, ModuleNotFoundError) as error:
+            # What Lightning's callbacks say of a metric or a package that is not there.
+            if "conditioned on metric" in str(error) or "Requirement" in str(error):
+                raise UserError(f"trainer.callbacks: {error}") from error
+            raise
         except SystemExit:
             if self.trainer.interrupted:  # Lightning turns Ctrl-C into an exit
                 advice = "--ckpt_path last resumes" if self.command == "fit" else ""

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import re
 
+import lightning as L
 from jsonargparse import Namespace
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from fastvim.errors import OptionError
 from fastvim.options import COUNT, COUNT_OR_0, NOT_NEGATIVE, Range, check_given
+
+
+def check_launcher(trainer: L.Trainer, strategy: object) -> None:
+    """Refuse strategies whose processes begin as copies of this one, as `ddp_spawn`.
+
+    Raises:
+        OptionError: for such a strategy.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        expected = "ddp, whose processes start with the command: loggers and loaders are no copies"
+        raise OptionError("strategy", strategy, expected)
 
 
 def check_trainer(settings: Namespace) -> None:

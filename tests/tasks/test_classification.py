@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 from harness import MODEL_ARGS, ONE_EPOCH, last, trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -221,8 +220,6 @@ def test_a_warm_up_as_long_as_the_run_is_shortened(
 def test_averages_that_cannot_be_kept_are_refused(tmp_path, data):
     with pytest.raises(UserError, match=r"ema_decay with trainer\.precision bf16-true"):
         trainer(tmp_path, precision="bf16-true").fit(task(ema_decay=0.9), datamodule=data)
-    with pytest.raises(UserError, match=r"StochasticWeightAveraging .*: use ema_decay"):
-        trainer(tmp_path, StochasticWeightAveraging(1e-3)).fit(task(), datamodule=data)
 
 
 def test_a_limit_that_leaves_no_batches_is_named(tmp_path, data):

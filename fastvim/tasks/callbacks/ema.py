@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from fastvim.errors import UserError
 
 
 class EMA(WeightAveraging):
@@ -25,26 +25,27 @@ class EMA(WeightAveraging):
     `fit`, not at the end of training, where a late checkpoint would store them as the trained
     weights.
 
-    Args:
-        decay: weight of the old average in each update, in [0, 1].
+    The averages are float32 where the weights are less, as a step changes an average by less than
+    such a weight can. They are rounded for validations alone.
 
-    Raises:
-        UserError: weights in less than float32.
+    Args:
+        decay: weight of the old average in each update, in [0, 1).
     """
 
     def __init__(self, decay: float) -> None:
-        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(use_buffers=False)
+        self._average = get_ema_multi_avg_fn(decay)
+        self._trained: list[Tensor] | None = None  # weights, while a validation uses rounded ones
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING:
             return
-        if trainer.precision in ("bf16-true", "16-true"):
-            raise UserError(
-                f"ema_decay with trainer.precision {trainer.precision}: averages need float32 "
-                "weights; use 32-true, or bf16-mixed"
-            )
         pl_module.configure_model()  # the average needs the layers, which Lightning makes later
         self._average_model = AveragedModel(pl_module, device=pl_module.device, **self._kwargs)
+        if trainer.precision == "64-true":
+            self._average_model.double()
+        elif trainer.precision in ("bf16-true", "16-true"):
+            self._average_model.float()
         # One average is counted, the initial weights. On the CPU, reading the count at every step
         # costs nothing.
         self._average_model.n_averaged = torch.tensor(1)
@@ -53,7 +54,14 @@ class EMA(WeightAveraging):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
         assert self._average_model is not None
-        self._average_model.update_parameters(pl_module)
+        averages = [weight.detach() for weight in self._average_model.module.parameters()]
+        weights = [weight.detach() for weight in pl_module.parameters()]
+        pairs = zip(averages, weights, strict=True)
+        self._average(averages, [weight.to(average.dtype) for average, weight in pairs], None)
+        buffers = zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True)
+        for kept, buffer in buffers:
+            kept.detach().copy_(buffer.detach())
+        self._average_model.n_averaged += 1
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: see the class."""
@@ -62,7 +70,32 @@ class EMA(WeightAveraging):
         """Nothing yet: see the class."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._copy_average_to_current(pl_module)
+        for average, current in self._pairs(pl_module):
+            if average.dtype == current.dtype:
+                current.data.copy_(average.data)
+            else:  # not rounded where they are exported
+                current.data = average.data
+
+    def _swap_models(self, pl_module: L.LightningModule) -> None:
+        """Put the averages into the module for a validation, and the trained weights back."""
+        pairs = self._pairs(pl_module)
+        if all(average.dtype == current.dtype for average, current in pairs):
+            super()._swap_models(pl_module)
+        elif self._trained is None:
+            self._trained = [current.data.clone() for _, current in pairs]
+            for average, current in pairs:
+                current.data.copy_(average.data)
+        else:
+            for (_, current), trained in zip(pairs, self._trained, strict=True):
+                current.data.copy_(trained)
+            self._trained = None
+
+    def _pairs(self, pl_module: L.LightningModule) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter and buffer of the averages, and of the module."""
+        assert self._average_model is not None
+        own = self._average_model.module
+        averages = chain(own.parameters(), own.buffers())
+        return list(zip(averages, chain(pl_module.parameters(), pl_module.buffers()), strict=True))
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
