@@ -85,6 +85,19 @@ def test_recipe_says_how_to_run_it_and_what_to_expect(recipe):
     assert all(line.endswith("--ckpt_path last") for line in tests)
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    sorted((ROOT / "recipes").glob("*/*.yaml")),
+    ids=lambda file: f"{file.parts[-2]}/{file.stem}",
+)
+def test_recipe_says_once_in_what_a_run_differs(recipe):
+    header = recipe.read_text().split("\nmodel:")[0].replace("\n#", "")
+    assert header.count("What differs in a run here") == header.count("published: 32 bits") == 1
+    assert header.count("--trainer.precision 32-true") == header.count("random numbers") == 1
+    assert ("masks," in header) == ("pretrain" in recipe.stem)
+    assert "images a step" in header or "The global batch is" in header
+
+
 @pytest.mark.parametrize("entry", [e for e in ENTRIES.values() if e.recipe], ids=lambda e: e.name)
 def test_recipe_names_what_was_published_for_it(entry):
     header = (ROOT / "recipes" / f"{entry.recipe}.yaml").read_text().split("\nmodel:")[0]

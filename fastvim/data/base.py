@@ -162,9 +162,10 @@ class DenseDataModule(DataModule):
 
     Args:
         root: as of `DataModule`.
-        antialias: how evaluation resizes. True averages over all pixels that a smaller image
-            covers; False takes the nearest four alone, bit for bit as OpenCV does: the published
-            segmentors and detectors are evaluated so.
+        antialias: how images are resized. True averages over all pixels that a smaller image
+            covers; a class or mask is the one under the middle of a new pixel. False takes the
+            nearest four alone, and a class under the corner, bit for bit as OpenCV does: the
+            published segmentors and detectors were trained and are evaluated so.
         kwargs: further arguments of `DataModule`.
     """
 
