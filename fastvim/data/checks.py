@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fastvim.data.base import DataModule
-from fastvim.data.issues import Issues, Look, NoFiles, SplitReport, examine
+from fastvim.data.issues import Issue, Issues, Look, NoFiles, SplitReport, examine
 from fastvim.data.known import Known
 from fastvim.data.sampler import Seeded, TrainingSampler
 from fastvim.errors import UserError, first_few
@@ -53,21 +54,23 @@ def check_data(
     Raises:
         UserError: no such files at all, or data that cannot be checked.
     """
-    reports: dict[str, SplitReport] = {}
+    reports: dict[str, SplitReport] = {}  # roles may share a split
     for role in roles:
         try:
             report = data.check(role)
         except UserError as error:
             if not reports:
                 raise
-            report = SplitReport(role, NoFiles())
-            report.errors.add("split that cannot be opened", str(error))
-        if report.split in reports:
+            report = reports.setdefault(str(error), SplitReport(role, NoFiles()))
+            report.errors["split that cannot be opened"] = Issue(1, str(error))
             continue
-        reports[report.split] = report
+        settings = [*data.reading(role), report.split]
+        if (key := json.dumps(settings)) in reports:
+            continue
+        reports[key] = report
         if sample != 0:
-            _read(report, data, role, sample, workers, watch)
-        _judge(report, role == "train", with_labels)
+            _read(report, Known(settings), sample, data.seed, workers, watch)
+        _judge(report, role == "train", with_labels, data.classes_from)
     first, *others = reports.values()
     for other in others:
         _compare(first, other)
@@ -76,20 +79,19 @@ def check_data(
 
 def _read(
     report: SplitReport,
-    data: DataModule,
-    role: str,
+    known: Known,
     sample: int | None,
+    seed: int,
     workers: int,
     watch: Watch,
 ) -> None:
     """Add what the files of a split show: all of them, or a sample and what is known."""
     files = report.files
     total = len(files)
-    known = Known([*data.reading(role), report.split])
     looks = known.load(files)
     chosen = np.arange(total)
     if sample is not None and sample < total:
-        chosen = np.random.default_rng(data.seed).permutation(total)[:sample]
+        chosen = np.random.default_rng(seed).permutation(total)[:sample]
     unread = [index for index in sorted(chosen.tolist()) if index not in looks]
     report.read = len(looks) + len(unread)
     seen = watch(examine(files, unread, workers), f"reading {report.split}", len(unread))
@@ -100,7 +102,7 @@ def _read(
         report.add(index, looks[index])
 
 
-def _judge(report: SplitReport, training: bool, with_labels: bool) -> None:
+def _judge(report: SplitReport, training: bool, with_labels: bool, source: str) -> None:
     """Add what the samples of a split show together."""
     from_pixels = report.labels is not None or report.read_labels is not None
     if report.labels is not None:
@@ -113,7 +115,7 @@ def _judge(report: SplitReport, training: bool, with_labels: bool) -> None:
         report.errors.add("split without classes", report.unlabelled)
     known = bool(report.classes) and (report.read or not from_pixels)
     if with_labels and known and not report.errors:  # else pixels or images are missing
-        _judge_classes(report, training)
+        _judge_classes(report, training, source)
     if training and not len(report.files) and report.dropped:
         report.errors.add("split without an image to train on", f"left out: {report.dropped}")
     if not report.read:
@@ -129,7 +131,7 @@ def _judge(report: SplitReport, training: bool, with_labels: bool) -> None:
         report.warnings.add(f"split of dark images{report.among()}", dark)
 
 
-def _judge_classes(report: SplitReport, training: bool) -> None:
+def _judge_classes(report: SplitReport, training: bool, source: str) -> None:
     """Add what is wrong or odd about the numbers of the classes."""
     names, counted = list(report.classes), report.counted
     seen = [name for name in names if report.classes[name]]
@@ -141,11 +143,11 @@ def _judge_classes(report: SplitReport, training: bool) -> None:
     if not seen:
         stops.add(f"split without {counted} of any class{among}", f"{report.split}{advice}")
     elif training and len(seen) == 1 and counted != "objects":
-        where = f"only {seen[0]} has {counted} ({report.classes[seen[0]]:,})"
-        where += f", none has {first_few(unseen, FEW)}" if unseen else ""
+        where = f"{source}: class {seen[0]} has all {report.classes[seen[0]]:,} {counted}"
+        where += f", none has class {first_few(unseen, FEW)}" if unseen else ""
         stops.add(f"one class in all{among}", f"{where}{advice}; expected two classes or more")
     elif training and unseen and (not among or len(names) <= FEW):
-        where = f"{first_few(unseen, FEW)}{advice}"
+        where = f"class {first_few(unseen, FEW)}{advice}"
         report.warnings.add(f"class without {counted}{among}", where, len(unseen))
 
 

@@ -87,7 +87,7 @@ def look_at(pixels: np.ndarray, mode: str) -> Look:
     """
     height, width = pixels.shape[:2]
     first = pixels[0, 0]
-    if (pixels == first).all():
+    if (pixels[0] == first).all() and (pixels == first).all():
         blank = any((first == value).all() for value in BLACK_AND_WHITE)
         return Look(width, height, mode, blank=bool(blank))
     digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=8)

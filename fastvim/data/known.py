@@ -18,7 +18,14 @@ from fastvim.data.samples import cache_directory
 _logger = logging.getLogger(__name__)
 
 VALUES = Look._fields.index("values")
-DAMAGE = (OSError, EOFError, zlib.error, ValueError, TypeError)  # of a file, its text, its values
+DAMAGE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    ValueError,
+    TypeError,
+    IndexError,
+)  # of a file, its text, its values
 
 Stamp = list[list[int]]  # size and time of each file that a sample is read from
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import sys
 from pathlib import Path
@@ -107,7 +108,12 @@ def test_a_class_that_a_sample_lacks_stops_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("values", "options", "kind", "words"),
     [
-        ((0, 255), {}, "one class in all", ("only 0 has pixels", "none has 1", "the value 255")),
+        (
+            (0, 255),
+            {},
+            "one class in all",
+            ("class 0 has all 288 pixels", "none has class 1", "the value 255"),
+        ),
         (
             (0, 1),
             {"reduce_zero_label": True},
@@ -216,7 +222,7 @@ class TestWhatIsKnown:
         assert train.read == 18
         assert list(train.dropped) == list(val.errors) == ["unreadable image"]
 
-    @pytest.mark.parametrize("damage", [b"", b"no gzip", None])
+    @pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(b"[1, 2, 3]\n"), None])
     def test_a_damaged_file_knows_nothing(self, tmp_path, damage):
         root = write_folders(tmp_path)
         data = folders(root)

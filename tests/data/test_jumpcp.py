@@ -75,7 +75,7 @@ def test_a_check_counts_the_cells_of_each_label(root: Path) -> None:
     assert [report.modes for report in (train, val, test)] == [
         {"8 x uint8": len(report.files)} for report in (train, val, test)
     ]
-    assert train.warnings == {"class without images": (1, "WHOLE")}
+    assert train.warnings == {"class without images": (1, "class WHOLE")}
     assert not [*train.errors, *val.errors, *val.warnings, *test.warnings]
 
 
