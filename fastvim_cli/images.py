@@ -117,7 +117,7 @@ def report(failures: list[Failure], read: Read | None = None, count: int = 0) ->
     if not count:
         raise UserError(f"no image among {len(failures)} files could be read")
     if isinstance(read, Pictures) and (warning := read.brightest.warning()):
-        note(f"{warning} (--value-range)")
+        note(f"{warning} (here --value-range)")
 
 
 def _free_stem(path: Path, taken: set[str]) -> str:

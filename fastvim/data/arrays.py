@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from fastvim.data.decoding import DAMAGED, UnreadableImageError, check_size, decode
+from fastvim.data.decoding import DAMAGED, UnreadableImageError, check_size, decode, turn_values
 from fastvim.data.pixels import MAX_PIXELS
 from fastvim.data.remote import UnreadableFileError, is_url, read_bytes
 from fastvim.errors import UserError
@@ -106,7 +106,7 @@ def _tiff(data: bytes, url: str, max_pixels: int | None) -> np.ndarray:
         check_size((page.imagewidth, page.imagelength), max_pixels, url)
         image = np.concatenate([_channels(each) for each in series])
         image = _meant(image, page)
-        return _upright(image, page.tags.valueof("Orientation", 1))
+        return turn_values(image, page.tags.valueof("Orientation", 1))
 
 
 def _meant(image: np.ndarray, page: Any) -> np.ndarray:
@@ -149,18 +149,7 @@ def _picture(data: bytes, url: str, max_pixels: int | None) -> np.ndarray:
     if array is None:
         named = {"1": "L", "P": "RGB"}.get(known.image.mode, known.image.mode)
         array = np.asarray(known.image.convert(named))
-    return _upright(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), known.left)
-
-
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """An image (C, H, W) turned from an EXIF orientation."""
-    if not 1 < orientation <= 8:
-        return image
-    if orientation > 4:
-        image = image.swapaxes(1, 2)
-    down = -1 if orientation in (3, 4, 7, 8) else 1
-    across = -1 if orientation in (2, 3, 6, 7) else 1
-    return np.ascontiguousarray(image[:, ::down, ::across])
+    return turn_values(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), known.left)
 
 
 DECODERS: dict[str, Callable[[bytes, str, int | None], np.ndarray]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +19,8 @@ from fastvim.data.sampler import evaluation_loader, training_loader
 from fastvim.errors import UserError
 from fastvim.options import COUNT, COUNT_OR_0, SEED, check, check_given
 
+Orientation = Literal["auto", "exif", "stored"]
+ORIENTATIONS = get_args(Orientation)
 SAMPLE_PREFIX = "sample:"
 ROLES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # by Lightning's stage
 
@@ -166,12 +168,25 @@ class DenseDataModule(DataModule):
             covers; a class or mask is the one under the middle of a new pixel. False takes the
             nearest four alone, and a class under the corner, bit for bit as OpenCV does: the
             published segmentors and detectors were trained and are evaluated so.
+        orientation: of the annotations of a photograph that its EXIF tag turns: "exif" as upright,
+            "stored" as its file has it, "auto" by the size that they were drawn for, "exif" if both
+            fit.
         kwargs: further arguments of `DataModule`.
     """
 
-    def __init__(self, root: str, *, antialias: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        root: str,
+        *,
+        antialias: bool = True,
+        orientation: Orientation = "auto",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(root, **kwargs)
         self.antialias = antialias
+        self.orientation = orientation
+        if orientation not in ORIENTATIONS:
+            raise UserError(f"orientation {orientation!r}: expected {', '.join(ORIENTATIONS)}")
 
 
 def _collate_lists(samples: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:

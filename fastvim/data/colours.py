@@ -10,11 +10,36 @@ from functools import cache
 
 import numpy as np
 
+from fastvim.data.dense_data import chance, integer, uniform
+
 _SHIFT = 12  # bits of the fractions in the conversion to hue and saturation
 _HUES = 180
 # For each sixth of the circle, what red, green and blue lack of the value, as a share of the
 # saturation: nothing (0), all (1), what lies behind the hue (2) or before it (3) in the sixth.
 _LACKING = np.array([[0, 3, 1], [2, 0, 1], [1, 0, 3], [1, 2, 0], [3, 1, 0], [0, 1, 2]])
+
+
+def distort(image: np.ndarray, probability: float) -> np.ndarray:
+    """Change colours as in SSD (arXiv 1512.02325); each change is drawn independently.
+
+    Brightness by up to 32 of 255, contrast and saturation by 0.5 to 1.5, hue by up to 36 degrees;
+    contrast comes before the two others or after them.
+
+    Args:
+        image: RGB, uint8 (h, w, 3).
+        probability: of each change.
+    """
+    if chance(probability):
+        image = linear(image, bias=uniform(-32, 32))
+    contrast_first = chance(0.5)
+    contrast = uniform(0.5, 1.5) if chance(probability) else 1.0
+    if contrast_first:
+        image = linear(image, contrast)
+    if chance(probability):
+        image = saturate(image, uniform(0.5, 1.5))
+    if chance(probability):
+        image = turn_hue(image, integer(35) - 18)
+    return image if contrast_first else linear(image, contrast)
 
 
 def linear(image: np.ndarray, gain: float = 1.0, bias: float = 0.0) -> np.ndarray:

@@ -152,6 +152,17 @@ def check_size(size: tuple[int, int], max_pixels: int | None, name: str) -> None
         )
 
 
+def turn_values(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Values (..., H, W) of an image turned upright from an EXIF orientation."""
+    if orientation not in TURNS:
+        return values
+    if orientation > 4:
+        values = values.swapaxes(-1, -2)
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    across = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(values[..., ::down, ::across])
+
+
 def refused(name: str, found: str, expected: str) -> UnreadableImageError:
     """The error of a sound file with values whose meaning is not known."""
     return UnreadableImageError(f"{name}: {found}; expected {expected}", UNKNOWN_VALUES)

@@ -61,6 +61,7 @@ class Look(NamedTuple):
         white: the value that is white; 0 where that is not known.
         label: index of its class; -1 where it has none or several.
         values: how many pixels of its mask have each stored value.
+        odd: what looks odd about it, to count it by.
         kind: why it cannot be used, to count it by; "" where it can.
         message: the same with the file's name.
     """
@@ -74,6 +75,7 @@ class Look(NamedTuple):
     white: float = 0
     label: int = -1
     values: tuple[tuple[int, int], ...] = ()
+    odd: str = ""
     kind: str = ""
     message: str = ""
 
@@ -199,6 +201,8 @@ class SplitReport:
             found = self.dropped if look.kind in self.skips else self.errors
             found.add(look.kind + self.among(), look.message)
             return
+        if look.odd:
+            self.warnings.add(look.odd + self.among(), self.files.filename(index))
         if self.read_labels is not None:
             self.read_labels[look.label] += 1
         self.sizes[look.width, look.height] += 1

@@ -10,12 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from fastvim.data.pixels import PictureReader, UnreadableImageError
+from fastvim.data.decoding import turn_values
+from fastvim.data.pixels import PictureReader, UnreadableImageError, stored
 from fastvim.errors import first_few
 from fastvim.labels import IGNORE_INDEX
 
 MODES = ("1", "L", "P", "I", "I;16")  # PIL's modes with one number a pixel
+LIES_OR_NOT = (
+    "turned photograph (EXIF) whose classes fit as stored too, taken as upright (or give "
+    "--data.orientation stored)"
+)
 OUT_OF_RANGE = "value out of range"
 
 
@@ -75,6 +81,35 @@ def read_values(path: Path, read_picture: PictureReader) -> np.ndarray:
             f"{path}: mode {image.mode}; expected one number a pixel", "classes as colours"
         )
     return np.array(image).astype(np.int64)
+
+
+def read_pair(
+    image_path: Path, mask_path: Path, read_picture: PictureReader, orientation: str
+) -> tuple[Image.Image, np.ndarray, str]:
+    """An upright image, the values of its mask (H, W), and what looks odd about the mask.
+
+    Args:
+        image_path: of the image.
+        mask_path: of its mask.
+        read_picture: opens both.
+        orientation: of the mask: "exif", "stored" or "auto", as of `DenseDataModule`.
+
+    Raises:
+        UnreadableImageError: a file that cannot be used, or a mask of another size.
+    """
+    image, values = read_picture(image_path), read_values(mask_path, read_picture)
+    upright, known = (image.height, image.width), stored(image)
+    lies = known.orientation > 1 and values.shape == known.size[::-1]
+    if lies and (orientation == "stored" or (orientation == "auto" and values.shape != upright)):
+        return image, turn_values(values, known.orientation), ""
+    if values.shape != upright:
+        raise UnreadableImageError(
+            f"{mask_path}: {values.shape[1]}x{values.shape[0]} pixels; expected "
+            f"{image.width}x{image.height}, as {image_path.name} has"
+            + (" upright (EXIF)" if known.orientation > 1 else ""),
+            "classes of another size",
+        )
+    return image, values, LIES_OR_NOT if lies and orientation == "auto" else ""
 
 
 def count(values: np.ndarray) -> tuple[tuple[int, int], ...]:

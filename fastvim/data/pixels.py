@@ -211,7 +211,7 @@ class Brightest:
         usual = 2 ** max(1, int(top).bit_length()) - 1
         return (
             f"the highest value is {top:g}, less than a quarter of {white:g}, which is white: the "
-            f"images are dark; value_range tells the values of black and white, as [0, {usual}]"
+            f"images are dark; --data.value_range [0,{usual}] would tell what is black and white"
         )
 
 

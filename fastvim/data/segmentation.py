@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from fastvim.data import colours
-from fastvim.data.base import DenseDataModule
+from fastvim.data.base import DenseDataModule, Orientation
+from fastvim.data.colours import distort
 from fastvim.data.dense_data import (
     chance,
     integer,
@@ -31,7 +31,7 @@ from fastvim.data.dense_data import (
 )
 from fastvim.data.folders import list_images
 from fastvim.data.issues import Issues, Look, SplitReport, look_at_picture
-from fastvim.data.masks import Labels, count, read_values
+from fastvim.data.masks import Labels, count, read_pair
 from fastvim.data.pixels import PictureReader, UnreadableImageError
 from fastvim.data.resizing import Window, fit, nearest, resize
 from fastvim.errors import OptionError, UserError
@@ -160,6 +160,7 @@ class SegmentationFiles(Dataset[Pair]):
         transform: of both.
         labels: what the stored values stand for.
         read_picture: opens an image file.
+        orientation: of the masks, as of `DenseDataModule`.
 
     Raises:
         UnreadableImageError: when reading, naming the file: it is damaged, its indices are out of
@@ -172,11 +173,13 @@ class SegmentationFiles(Dataset[Pair]):
         transform: TrainingTransform | EvaluationTransform,
         labels: Labels,
         read_picture: PictureReader,
+        orientation: Orientation = "auto",
     ) -> None:
         self.pairs = pairs
         self.transform = transform
         self.labels = labels
         self.read_picture = read_picture
+        self.orientation = orientation
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -186,13 +189,13 @@ class SegmentationFiles(Dataset[Pair]):
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """An RGB image and its classes, uint8 (H, W)."""
-        image, values = self._stored(index)
+        image, values, _ = self._pair(index)
         return image, self.labels.indices(values, self.pairs[index][1])
 
     def look(self, index: int) -> Look:
         """What a pair shows, for `fastvim.data.checks`."""
-        image, values = self._stored(index)
-        found = look_at_picture(image)._replace(values=count(values))
+        image, values, odd = self._pair(index)
+        found = look_at_picture(image)._replace(values=count(values), odd=odd)
         try:
             self.labels.indices(values, self.pairs[index][1])
         except UnreadableImageError as error:
@@ -207,18 +210,8 @@ class SegmentationFiles(Dataset[Pair]):
         """The image and its mask."""
         return tuple(map(str, self.pairs[index]))
 
-    def _stored(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """An RGB image and the values of its mask (H, W)."""
-        image_path, mask_path = self.pairs[index]
-        image = self.read_picture(image_path)
-        values = read_values(mask_path, self.read_picture)
-        if values.shape != (image.height, image.width):
-            raise UnreadableImageError(
-                f"{mask_path}: {values.shape[1]}x{values.shape[0]} pixels; expected "
-                f"{image.width}x{image.height}, as {image_path.name} has",
-                "classes of another size",
-            )
-        return image, values
+    def _pair(self, index: int) -> tuple[Image.Image, np.ndarray, str]:
+        return read_pair(*self.pairs[index], self.read_picture, self.orientation)
 
 
 class SegmentationData(DenseDataModule):
@@ -333,11 +326,13 @@ class SegmentationData(DenseDataModule):
         )
 
     def reading(self, role: str) -> list[Any]:
-        return [*super().reading(role), *astuple(self._labels)]
+        return [*super().reading(role), *astuple(self._labels), self.orientation]
 
     def _files(self, role: str, pairs: list[tuple[Path, Path]]) -> SegmentationFiles:
         transform = self._train_transform if role == "train" else self._eval_transform
-        return SegmentationFiles(pairs, transform, self._labels, self.read_picture)
+        return SegmentationFiles(
+            pairs, transform, self._labels, self.read_picture, self.orientation
+        )
 
     def _find_class_names(self) -> list[str]:
         if self.class_file is None:
@@ -386,26 +381,3 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues,
     for stem in labelled.keys() - {os.path.splitext(path)[0] for path in listing.paths}:
         unused.add("annotation without an image", str(masks / labelled[stem]))
     return pairs, missing, unused
-
-
-def distort(image: np.ndarray, probability: float) -> np.ndarray:
-    """Change colours as in SSD (arXiv 1512.02325); each change is drawn independently.
-
-    Brightness by up to 32 of 255, contrast and saturation by 0.5 to 1.5, hue by up to 36 degrees;
-    contrast comes before the two others or after them.
-
-    Args:
-        image: RGB, uint8 (h, w, 3).
-        probability: of each change.
-    """
-    if chance(probability):
-        image = colours.linear(image, bias=uniform(-32, 32))
-    contrast_first = chance(0.5)
-    contrast = uniform(0.5, 1.5) if chance(probability) else 1.0
-    if contrast_first:
-        image = colours.linear(image, contrast)
-    if chance(probability):
-        image = colours.saturate(image, uniform(0.5, 1.5))
-    if chance(probability):
-        image = colours.turn_hue(image, integer(35) - 18)
-    return image if contrast_first else colours.linear(image, contrast)

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from segmentation_sets import write_set
 
+from fastvim.data.checks import check_data
+from fastvim.data.colours import distort
+from fastvim.data.decoding import TURNS
 from fastvim.data.files import UnreadableImageError
+from fastvim.data.pixels import UNDONE
 from fastvim.data.resizing import fit, linear
 from fastvim.data.sampler import seeded
 from fastvim.data.segmentation import (
@@ -17,7 +22,6 @@ from fastvim.data.segmentation import (
     EvaluationTransform,
     SegmentationData,
     TrainingTransform,
-    distort,
 )
 from fastvim.errors import UserError
 
@@ -248,6 +252,44 @@ def damage_mode(path: Path) -> None:
 
 def damage_file(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_the_frame_of_the_classes_decides(tmp_path, orientation):
+    """An image stored on its side, with classes drawn on the upright one or on the stored one."""
+    root = write_set(tmp_path, training=1, validation=1)
+    image, mask = (root / kind / "training" / "0.png" for kind in ("images", "annotations"))
+    options = {"num_classes": 3, "img_size": 32}
+
+    def read(frame: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        found = SegmentationData(str(root), orientation=frame, **options)
+        (report,) = check_data(found, ["train"])
+        pixels, classes = found.open("train").read(0)
+        return np.asarray(pixels), classes, list(report.errors | report.warnings)
+
+    pixels, classes, _ = read("auto")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(image) as whole, Image.open(mask) as indices:
+        lying = whole.transpose(TURNS[UNDONE.get(orientation, orientation)])
+        lying_mask = indices.transpose(TURNS[UNDONE.get(orientation, orientation)])
+    lying.save(image, exif=exif)
+    for frame in ("auto", "exif"):  # the classes are upright
+        found = read(frame)
+        np.testing.assert_array_equal(found[0], pixels)
+        np.testing.assert_array_equal(found[1], classes)
+        assert any("fit as stored too" in odd for odd in found[2]) == (
+            orientation < 5 and frame == "auto"
+        )
+    lying_mask.save(mask)
+    for frame in ("auto", "stored") if orientation > 4 else ("stored",):
+        found = read(frame)
+        np.testing.assert_array_equal(found[0], pixels)
+        np.testing.assert_array_equal(found[1], classes)
+        assert not any("fit as stored too" in odd for odd in found[2])
+    if orientation > 4:
+        with pytest.raises(UnreadableImageError, match=r"48x40, as 0.png has upright .EXIF."):
+            SegmentationData(str(root), orientation="exif", **options).open("train").read(0)
 
 
 @pytest.mark.parametrize(
