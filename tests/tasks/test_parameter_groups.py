@@ -23,7 +23,7 @@ TASKS |= {"Pretraining": Pretraining, "Segmentation": Segmentation}
 class Trainer:
     """What the optimiser asks of Lightning's trainer; `batch` images a step."""
 
-    world_size, accumulate_grad_batches = 1, 1
+    world_size, accumulate_grad_batches, precision = 1, 1, "32-true"
 
     def __init__(self, batch: int) -> None:
         self.datamodule = self
