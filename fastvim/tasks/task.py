@@ -281,7 +281,8 @@ class Task(L.LightningModule):
         decay = None
         if self.weight_decay_end is not None:
             decay = half_cosine(self.weight_decay, self.weight_decay_end, length)
-        rate = self.make_rate(length, position(warmup))
+        whole = self.lr_by_epoch and warmup == self.warmup(steps_per_epoch)[0]  # not shortened
+        rate = self.make_rate(length, self.warmup_epochs if whole else position(warmup))
         scheduler = Schedule(optimizer, rate, decay, position)
         return {
             "optimizer": optimizer,

@@ -87,6 +87,16 @@ def test_rates_of_runs_in_epochs(name):
     )
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_warmup_in_epochs_may_end_within_one(accumulate):
+    """And between two steps: the rate follows the epoch alone."""
+    task = recipe_task("mae/pretrain_fastvim_base", warmup_epochs=2.2)
+    lr, _ = rates(task, Trainer(Data(7, task.lr_batch), accumulate, 12, -1), 3)
+    epochs = [step * accumulate / 7 for step in range(3)]
+    peak = task.lr * accumulate
+    assert lr == pytest.approx([peak * epoch / 2.2 for epoch in epochs], rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["ade20k", "coco"])
 def test_rates_of_runs_in_steps(name):
     run = RUNS[name]
