@@ -71,6 +71,10 @@ def check_data(
         if sample != 0:
             _read(report, Known(settings), sample, data.seed, workers, watch)
         _judge(report, role == "train", with_labels, data.classes_from)
+        eight_bits = report.brightest.number_of_8_bits == sum(report.sizes.values()) > 0
+        if data.value_range is not None and eight_bits and not data.read_picture.scales_8_bits:
+            where = f"{list(data.value_range)}, {report.split} has values of 0 to 255"
+            report.warnings.add(f"value_range that no image needs{report.among()}", where)
     first, *others = reports.values()
     for other in others:
         _compare(first, other)

@@ -225,6 +225,11 @@ class ImageData(DataModule):
     def reading(self, role: str) -> list[Any]:
         return [*super().reading(role), self.dataset, self.read_picture.mode]
 
+    def _decoded_mode(self) -> str:
+        """What timm converts images to: nothing, as `to_mode` does, but what `tfds/` decodes to."""
+        mode = self.read_picture.mode
+        return mode if mode and self.dataset.lower().startswith("tfds/") else ""
+
     def _choose(self, files: Dataset[Any]) -> Dataset[Any]:
         """The `train_images` of the training split."""
         assert self.train_images is not None
@@ -260,7 +265,7 @@ class ImageData(DataModule):
                 is_training=training,
                 batch_size=self.batch_size if training else self.eval_batch_size,
                 seed=self.seed,
-                input_img_mode="",  # `to_mode` converts
+                input_img_mode=self._decoded_mode(),
             )
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]

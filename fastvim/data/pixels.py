@@ -122,6 +122,11 @@ class PictureReader:
         image.info = {"stored": Stored(known.image.mode, size, told, highest, white)}
         return image
 
+    @property
+    def scales_8_bits(self) -> bool:
+        """Whether `value_range` counts for images of 8 bits."""
+        return self.value_range is not None and 1 < self.value_range[1] <= 255
+
     def convert(self, image: Image.Image, name: str) -> Image.Image:
         """A decoded image in the wanted mode, turned as its EXIF orientation says.
 
@@ -144,7 +149,7 @@ class PictureReader:
             image = image.convert("RGBA")
         if image.mode != mode:
             image = image.convert(THROUGH.get(image.mode, mode)).convert(mode)
-        if self.value_range is not None and 1 < self.value_range[1] <= 255:
+        if self.value_range is not None and self.scales_8_bits:
             table = _scaled(np.arange(256, dtype=np.uint16), *self.value_range)
             image = image.point(table.tolist() * len(mode))
         return image
@@ -192,6 +197,7 @@ class Brightest:
     def __init__(self, whole: bool = True) -> None:
         self._whole = whole
         self._highest: dict[float, float] = {}  # by the value that is white
+        self.number_of_8_bits = 0
 
     def add(self, image: Image.Image) -> None:
         """Look at an image that a `PictureReader` has read."""
@@ -201,6 +207,7 @@ class Brightest:
 
     def add_value(self, highest: float, white: float) -> None:
         """Take the highest value of an image, and the value that is white."""
+        self.number_of_8_bits += white == 255
         self._highest[white] = max(highest, self._highest.get(white, highest))
 
     def warning(self) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastvim.data.checks import check_data
+from fastvim.data.images import ImageData
 from fastvim.data.pixels import (
     TOO_LARGE,
     UNKNOWN_VALUES,
@@ -19,6 +21,7 @@ from fastvim.data.pixels import (
     UnreadableImageError,
 )
 from fastvim.data.pixels import stored as stored_as
+from fastvim.data.transforms import to_mode
 from fastvim.errors import UserError
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -316,3 +319,29 @@ def test_kinds_of_tiff_that_are_refused_by_name(path, compression):
     high = GREY.astype(np.uint32) << 24
     assert f"uint32 values 0 to {high.max():g}" in told(high)
     np.testing.assert_array_equal(pixels(path, value_range=(0, 255 << 24)), GREY)
+
+
+@pytest.mark.parametrize("value_range", [None, (0, 4080)])
+def test_images_that_other_readers_decode(path, value_range):
+    """Those of torchvision and timm's streams come as Pillow's images."""
+    convert = pickle.loads(pickle.dumps(to_mode(3, value_range)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    saved(path, GREY.astype(np.uint16) * (257 if value_range is None else 16), "PNG", exif=exif)
+    with Image.open(path) as image:
+        image.load()
+    found = np.asarray(convert(image))
+    np.testing.assert_array_equal(found, np.rot90(GREY, 3)[..., None].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize(("value_range", "told"), [((0, 4095), True), ((0, 250), False)])
+def test_a_range_that_no_image_needs(tmp_path, value_range, told):
+    for name in ("train/ant/0.png", "train/bee/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        saved(tmp_path / name, GREY + np.uint8(len(name)), "PNG")
+    data = ImageData(str(tmp_path), value_range=value_range)
+    (report,) = check_data(data, ["train"])
+    assert any("value_range that no image needs" in kind for kind in report.warnings) == told
+    saved(tmp_path / "train/ant/1.png", GREY.astype(np.uint16) * 16, "PNG")
+    (report,) = check_data(ImageData(str(tmp_path), value_range=value_range), ["train"])
+    assert not any("value_range" in kind for kind in report.warnings)
