@@ -71,9 +71,11 @@ def run(argv: list[str]) -> None:
 def _evaluate(path: str, arguments: argparse.Namespace) -> dict[Subset, float]:
     """The accuracies of one checkpoint."""
     from fastvim.data.channels import ChannelData
+    from fastvim.data.classes import KnownClasses
     from fastvim.errors import UserError
     from fastvim.models import FastChannelVim
     from fastvim.tasks.subsets import channel_subsets, subset_accuracies
+    from fastvim.weights import known_classes
 
     model, metadata = load_named(path, arguments, "channels", "mean", "std", "img_size")
     assert isinstance(model, FastChannelVim)
@@ -88,10 +90,13 @@ def _evaluate(path: str, arguments: argparse.Namespace) -> dict[Subset, float]:
         num_workers=arguments.num_workers,
         augment={"defocus": 0.0, "dropout": 0.0},  # unused here; too large for small images
     )
+    names, _ = known_classes(metadata)  # none are published for JUMP-CP
+    data.known = KnownClasses(path, names) if names else None
     data.setup("validate" if arguments.split == "val" else "test")
-    known = metadata.get("class_names")  # none are published for JUMP-CP
-    if data.num_classes != model.num_classes or known not in (None, data.class_names):
-        raise UserError(f"{path}: trained on other classes than the table has")
+    if data.num_classes != model.num_classes:
+        raise UserError(
+            f"{path}: {model.num_classes} classes; {data.classes_from} has {data.num_classes}"
+        )
     loader = data.val_dataloader() if arguments.split == "val" else data.test_dataloader()
     subsets = channel_subsets(model.in_chans, arguments.most)
     model = model.to(usable_device(arguments.device)).eval()

@@ -15,18 +15,19 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from fastvim.data.arrays import read_array
 from fastvim.data.base import DataModule
 from fastvim.data.channel_transforms import evaluation_transform, training_transform
+from fastvim.data.classes import places
 from fastvim.data.files import MAX_UNREADABLE
+from fastvim.data.folders import natural_key
 from fastvim.data.issues import Look, SplitReport, look_at, missing_files
 from fastvim.data.pixels import DAMAGED, MISSING_IMAGE, UnreadableImageError
 from fastvim.data.remote import UnreadableFileError, is_url, join
-from fastvim.data.table import read_table, require_columns, require_values, splits_of
+from fastvim.data.table import read_table, require_columns, require_values, splits_of, texts
 from fastvim.errors import OptionError, UserError, nearest
 from fastvim.options import (
     COUNT,
@@ -171,8 +172,9 @@ class ChannelData(DataModule):
 
     The table is a CSV, TSV or Parquet file, the images are NPY, TIFF, OME-TIFF, PNG or JPEG files;
     all of them may be on disk or behind any URL that fsspec opens. The training split's labels, in
-    natural order, number the classes. Without a split column, a permutation of the rows drawn with
-    `split_seed` divides them 60/20/20. Without test rows, the validation split is the test split.
+    natural order and without blanks around them, number the classes, or those of weights (`known`).
+    Without a split column, a permutation of the rows drawn with `split_seed` divides them 60/20/20.
+    Without test rows, the validation split is the test split.
 
     A batch is (images, targets): float32 (B, C, H, W), normalised, and int64 (B,). Training resumes
     with the batches that it would have seen (`fastvim.data.sampler`).
@@ -290,11 +292,10 @@ class ChannelData(DataModule):
         chosen = rows.splits == split
         index = {name: position for position, name in enumerate(self._class_names)}
         labels = rows.labels[chosen]
-        if unknown := [label for label in labels if label not in index]:
-            raise UserError(
-                f"{self._table_url()}: label {unknown[0]!r} of the split {split!r} is none of the "
-                f"{len(index)} classes of the training split"
-            )
+        own = sorted({*labels}, key=natural_key)
+        where = f"{self._table_url()}, split {split!r}"
+        of = "of the training split" if self.known is None else f"of {self.known.source}"
+        places(own, self._class_names, where, of)
         directory = self.directory()
         return ChannelImages(
             [join(directory, path) for path in rows.paths[chosen]],
@@ -332,10 +333,12 @@ class ChannelData(DataModule):
         for column in needed:
             require_values(table, column, url)
         splits = splits_of(table, self.split_column, self.split_seed, url)
-        paths, labels = (table[column].astype(str).to_numpy(dtype=object) for column in needed)
-        return Rows(paths, labels, splits)
+        paths = table[self.path_column].astype(str).to_numpy(dtype=object)
+        return Rows(paths, texts(table[self.label_column]).to_numpy(dtype=object), splits)
 
     def _find_class_names(self, rows: Rows) -> list[str]:
+        if self.known is not None:
+            return self.known.names
         if rows.class_names is not None:
             return rows.class_names
         training = rows.labels[rows.splits == "train"]

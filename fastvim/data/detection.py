@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastvim.data.base import DenseDataModule
+from fastvim.data.classes import MOST_NAMES
 from fastvim.data.coco import DAMAGED_MASK, Instances, is_learned, masks_of, read_instances
 from fastvim.data.dense_data import integer, prepare_objects
 from fastvim.data.issues import Look, SplitReport, look_at_picture
@@ -218,8 +219,11 @@ class DetectionData(DenseDataModule):
             raise UserError(f"{instances.file}: {instances.errors}; see fastvim data check")
         if role == "train" and instances.dropped:
             _logger.warning("%s: training leaves out %s", instances.file, instances.dropped)
-        if self._categories is not None:
-            instances = _among(instances, self._categories)
+        categories = self._categories
+        if categories is None and self.known is not None:
+            categories = dict(zip(self.known.ids, self.known.names, strict=True))
+        if categories is not None:
+            instances = _among(instances, categories)
         if not self._class_names:
             self._class_names, self._category_ids = instances.class_names, instances.category_ids
         elif instances.category_ids != self._category_ids:
@@ -262,15 +266,23 @@ def _among(instances: Instances, categories: dict[int, str]) -> Instances:
     Raises:
         UserError: the file has another category, or one of these under another name.
     """
-    for number, name in zip(instances.category_ids, instances.class_names, strict=True):
+    own = dict(zip(instances.category_ids, instances.class_names, strict=True))
+    found = _names(own)
+    for number, name in own.items():
         if number not in categories:
             raise UserError(
                 f"{instances.file}: category {number} ({name}) is none of the {len(categories)} "
-                f"expected, {first_few(list(categories.values()))}"
+                f"expected, {_names(categories)}; found {found}"
             )
         if name not in (categories[number], str(number)):  # a file may lack the names
             raise UserError(
-                f"{instances.file}: category {number} is {name!r}; expected {categories[number]!r}"
+                f"{instances.file}: category {number} is {name!r}; expected {categories[number]!r} "
+                f"of {_names(categories)}; found {found}"
             )
     names = list(categories.values())
     return replace(instances, category_ids=list(categories), class_names=names)
+
+
+def _names(categories: dict[int, str]) -> str:
+    """`"1 red, 3 green and 4 more"`."""
+    return first_few([f"{number} {name}" for number, name in categories.items()], MOST_NAMES)

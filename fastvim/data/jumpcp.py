@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
 from fastvim.data.channels import ChannelData, Rows
 from fastvim.data.remote import join
-from fastvim.data.table import random_splits, read_table, require_columns, require_values
+from fastvim.data.table import (
+    random_splits,
+    read_table,
+    require_columns,
+    require_values,
+    texts,
+)
 from fastvim.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +93,7 @@ class CellData(ChannelData):
         require_columns(cells, (self.path_column, self.well_column), url)
         require_values(cells, self.path_column, url)
         label_by_well, class_names = self._labels()
-        wells = _texts(cells[self.well_column])
+        wells = texts(cells[self.well_column])
         known = wells.isin(list(label_by_well)).to_numpy()
         if not known.any():
             raise UserError(f"{url}: none of its wells, such as {wells.iloc[0]!r}, has a sample")
@@ -135,12 +141,7 @@ def _pairs(table: pd.DataFrame, key: str, value: str, url: str) -> dict[str, str
     """Two columns as a mapping; a missing cell is an empty text."""
     require_columns(table, (key, value), url)
     pairs: dict[str, str] = {}
-    for name, text in zip(_texts(table[key]), _texts(table[value]), strict=True):
+    for name, text in zip(texts(table[key]), texts(table[value]), strict=True):
         if pairs.setdefault(name, text) != text:
             raise UserError(f"{url}: {key} {name!r} has {value} {pairs[name]!r} and {text!r}")
     return pairs
-
-
-def _texts(values: pd.Series) -> pd.Series:
-    """Text without blanks around it; empty where a cell is missing."""
-    return values.astype(object).where(values.notna(), "").astype(str).str.strip()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastvim.data.decoding import turn_values
 from fastvim.data.pixels import PictureReader, UnreadableImageError, stored
-from fastvim.errors import first_few
+from fastvim.errors import UserError, first_few
 from fastvim.labels import IGNORE_INDEX
 
 MODES = ("1", "L", "P", "I", "I;16")  # PIL's modes with one number a pixel
@@ -32,10 +32,12 @@ class Labels:
     Args:
         num_classes: at most 255.
         reduce_zero_label: a stored 0 is ignored and the classes are stored from 1.
+        places: index of each class among those that weights know; None for its own.
     """
 
     num_classes: int
     reduce_zero_label: bool
+    places: tuple[int, ...] | None = None
 
     @property
     def stored(self) -> range:
@@ -66,7 +68,32 @@ class Labels:
         if self.reduce_zero_label:
             skipped = (values == 0) | (values == IGNORE_INDEX)
             values = np.where(skipped, IGNORE_INDEX, values - 1)
+        if self.places is not None:
+            place_of = np.full(IGNORE_INDEX + 1, IGNORE_INDEX, dtype=np.uint8)
+            place_of[: self.num_classes] = self.places
+            return place_of[values]
         return values.astype(np.uint8)
+
+
+def read_names(path: Path, count: int) -> list[str]:
+    """The names in a text file, one a line; of a table with tabs, the last column below the header.
+
+    Raises:
+        UserError: no such file, or another number of names than `count`.
+    """
+    if not path.is_file():
+        raise UserError(f"class_file: no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with a byte-order mark or without
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected a text in UTF-8 ({error})") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and "\t" in lines[0]:
+        lines = lines[1:]
+    names = [line.rpartition("\t")[2].strip() for line in lines]
+    if len(names) != count:
+        raise UserError(f"{path}: {len(names)} names; expected num_classes {count}")
+    return names
 
 
 def read_values(path: Path, read_picture: PictureReader) -> np.ndarray:

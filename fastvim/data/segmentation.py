@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from fastvim.data.base import DenseDataModule, Orientation
+from fastvim.data.classes import places
 from fastvim.data.colours import distort
 from fastvim.data.dense_data import (
     chance,
@@ -31,7 +32,7 @@ from fastvim.data.dense_data import (
 )
 from fastvim.data.folders import list_images
 from fastvim.data.issues import Issues, Look, SplitReport, look_at_picture
-from fastvim.data.masks import Labels, count, read_pair
+from fastvim.data.masks import Labels, count, read_names, read_pair
 from fastvim.data.pixels import PictureReader, UnreadableImageError
 from fastvim.data.resizing import Window, fit, nearest, resize
 from fastvim.errors import OptionError, UserError
@@ -48,6 +49,7 @@ from fastvim.options import (
     check_pair,
     per_channel,
 )
+from fastvim.weights import same_classes
 
 CROP_TRIES = 10
 
@@ -304,8 +306,7 @@ class SegmentationData(DenseDataModule):
         self._eval_transform = EvaluationTransform(base_size, mean, std, self.antialias)
 
     def open(self, role: str) -> SegmentationFiles:
-        if not self._class_names:
-            self._class_names = self._find_class_names()
+        self._class_names = self._known_names(self._class_names or self._find_class_names())
         pairs, missing, _ = find_pairs(Path(self.directory()), self._splits[role])
         if missing:
             raise UserError(f"{missing}; see fastvim data check")
@@ -337,17 +338,17 @@ class SegmentationData(DenseDataModule):
     def _find_class_names(self) -> list[str]:
         if self.class_file is None:
             return [str(index) for index in range(self._labels.num_classes)]
-        path = self.path(self.class_file)
-        if not path.is_file():
-            raise UserError(f"class_file: no file {path}")
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if "\t" in lines[0]:
-            lines = lines[1:]
-        names = [line.rpartition("\t")[2].strip() for line in lines]
-        if len(names) != self._labels.num_classes:
-            raise UserError(
-                f"{path}: {len(names)} names; expected num_classes {self._labels.num_classes}"
-            )
+        return read_names(self.path(self.class_file), self._labels.num_classes)
+
+    def _known_names(self, own: list[str]) -> list[str]:
+        """The classes that the weights know; masks of some of them are mapped by name."""
+        if self.known is None or self._labels.places is not None:
+            return own
+        names = self.known.names
+        if same_classes(own, names):
+            return names if own == [str(index) for index in range(len(own))] else own
+        where, of = self.class_file or "classes", f"of {self.known.source}"
+        self._labels = replace(self._labels, places=tuple(places(own, names, where, of)))
         return names
 
 

@@ -124,10 +124,15 @@ def require_columns(table: pd.DataFrame, columns: Iterable[str], url: str) -> No
 
 
 def require_values(table: pd.DataFrame, column: str, url: str) -> None:
-    """Raises UserError where a cell of the column is missing, naming the first such row."""
-    missing = np.flatnonzero(table[column].isna())
+    """Raises UserError where a cell of the column is missing or blank, naming the first row."""
+    missing = np.flatnonzero(texts(table[column]) == "")
     if len(missing):
         raise UserError(f"{url}: row {missing[0] + 1} has no {column!r} ({len(missing)} such rows)")
+
+
+def texts(values: pd.Series) -> pd.Series:
+    """Text without blanks around it; empty where a cell is missing."""
+    return values.astype(object).where(values.notna(), "").astype(str).str.strip()
 
 
 def splits_of(table: pd.DataFrame, column: str, seed: int, url: str) -> np.ndarray:

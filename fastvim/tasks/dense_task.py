@@ -12,6 +12,7 @@ from torch import nn
 from fastvim.errors import UserError
 from fastvim.models import FastVim
 from fastvim.options import COUNT_OR_0, check
+from fastvim.tasks.classes import fit_classes
 from fastvim.tasks.task import Task
 from fastvim.weights import (
     Checkpoint,
@@ -36,8 +37,8 @@ class DenseTask(Task):
         model_args: options of that model, e.g. `{norm: layer, drop_path_rate: 0.4}`.
         checkpoint: weights to start from, a file or the name of published ones: those of a
             classifier, a masked autoencoder or a dense model of the other kind without head and
-            last norm, or of a whole model of this kind. Training makes new layers of classes if
-            their number is another one. The weights of RMS norms are given to the LayerNorms of
+            last norm, or of a whole model of this kind. Training makes new layers of classes for
+            other classes (see `Task`). The weights of RMS norms are given to the LayerNorms of
             `norm: layer`. None starts from random ones. Ignored when resuming.
         warmup_steps: length of the warm-up, in optimiser steps. A warm-up as long as the run is
             shortened to a tenth of the run.
@@ -88,7 +89,7 @@ class DenseTask(Task):
             load_backbone(backbone, given)
         model = self.add_head(backbone, **options)
         if given is not None and whole:
-            load_state(model, given, new_head=self.fitting)
+            load_state(model, fit_classes(self, given), new_head=self.fitting)
         return model
 
     def warmup(self, steps_per_epoch: int) -> tuple[int, str]:

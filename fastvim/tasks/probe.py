@@ -43,6 +43,7 @@ class LinearProbe(Classification):
     """
 
     norm: nn.BatchNorm1d
+    classes_by_name = False  # its head is new
     fixed_options = (
         *("weight_decay_end", "no_decay", "layer_decay", "blocks_per_decay", "betas"),
         *("decay_vectors", "lr_scales"),

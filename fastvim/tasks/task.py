@@ -24,6 +24,7 @@ from fastvim.options import (
 )
 from fastvim.tasks.callbacks.ema import EMA
 from fastvim.tasks.callbacks.refused import refuse_callbacks
+from fastvim.tasks.classes import fit_classes, require_classes
 from fastvim.tasks.optim import count_steps, parameter_groups
 from fastvim.tasks.origin import ORIGIN, origin_of
 from fastvim.tasks.protocols import TaskData
@@ -58,7 +59,8 @@ class Task(L.LightningModule):
             the data's classes are the first outputs, which is said once.
         checkpoint: weights to start from: a file, or the name of published ones; None starts from
             random ones. Training makes a new head if the file has none (a masked autoencoder's,
-            whose encoder is taken) or one for another number of classes. Ignored when resuming.
+            whose encoder is taken) or one for other classes. Outputs of known classes are kept, by
+            name. Ignored when resuming.
         lr: peak learning rate for `lr_batch` images a step. The rate used is
             `lr * global batch / lr_batch`. The global batch is images per process times
             processes times `accumulate_grad_batches`.
@@ -99,6 +101,7 @@ class Task(L.LightningModule):
     monitor: str  # the metric that the best checkpoint is chosen by
     monitor_mode: str  # "max" if higher is better, "min" if lower is
     uses_labels = True
+    classes_by_name = True  # see `fastvim.tasks.classes`
     default_no_decay: tuple[str, ...] = ()  # where `no_decay` is None
     fixed_options: tuple[str, ...] = ()  # that the class sets itself: it does not take them
 
@@ -163,7 +166,7 @@ class Task(L.LightningModule):
         """
         model = self.create_network(**options)
         if (given := self.initial_weights()) is not None:
-            load_state(model, given, new_head=self.fitting)
+            load_state(model, fit_classes(self, given), new_head=self.fitting)
         return model
 
     def create_network(self, **options: Any) -> nn.Module:
@@ -219,6 +222,7 @@ class Task(L.LightningModule):
         self.origin = {key: told[key] for key in ORIGIN if key in told}
         if self.trainer.max_steps != -1:
             _begin_next_epoch(checkpoint["loops"]["fit_loop"])
+        require_classes(self, told, "the checkpoint")
         own, theirs = self.state_dict(), checkpoint["state_dict"]
         wrong = [
             f"{name} {_shape(theirs.get(name))} for {_shape(own.get(name))}"

@@ -13,14 +13,16 @@ A file takes one way into a model:
    may be missing, nothing left over.
 
 `published` finds a file by name: `table` says where it is, `fetch` brings it here.
+`classes` says which classes weights know.
 `load_model` goes all the way. `load_weights` starts from a model that exists: steps 1 and 4 alone.
 `convert` goes from file to file: steps 1 and 2, and back to published names and formats.
 """
 
+from fastvim.weights.classes import known_classes, same_classes
 from fastvim.weights.convert import convert
 from fastvim.weights.dense_names import head_of
 from fastvim.weights.files import METADATA_KEY, Checkpoint, read, save
-from fastvim.weights.fit import checkpoint_filter_fn, load_state, load_weights
+from fastvim.weights.fit import checkpoint_filter_fn, load_state, load_weights, take_classes
 from fastvim.weights.load import load_model
 from fastvim.weights.names import from_published, to_published
 from fastvim.weights.options import find_options
@@ -37,13 +39,16 @@ __all__ = [
     "from_published",
     "head_of",
     "is_file_name",
+    "known_classes",
     "load_model",
     "load_state",
     "load_weights",
     "published_file",
     "read",
     "resolve",
+    "same_classes",
     "save",
     "take_backbone",
+    "take_classes",
     "to_published",
 ]

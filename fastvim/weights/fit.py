@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,17 @@ _CLASSES = re.compile(
     r"head\.(weight|bias)$|(aux_)?head\.classifier\.|heads\.stages\.\d+\.box_predictor\."
     r"|heads\.mask_stages\.\d+\.predictor\.mask_fcn_logits\."
 )
+
+
+def take_classes(state: Mapping[str, Tensor], rows: Sequence[int] | None) -> dict[str, Tensor]:
+    """A state dict whose layers of classes have these of their rows; None leaves the layers out."""
+    taken = {}
+    for name, weight in state.items():
+        if not _CLASSES.match(name):
+            taken[name] = weight
+        elif rows is not None:
+            taken[name] = weight[list(rows)]
+    return taken
 
 
 def load_weights(

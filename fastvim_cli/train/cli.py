@@ -23,11 +23,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from rich import get_console
 
 from fastvim.data.base import DataModule
+from fastvim.data.classes import KnownClasses
 from fastvim.errors import UserError
 from fastvim.options import COUNT, SEED, check_given
 from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
 from fastvim.tasks.callbacks.run_log import describe
 from fastvim.tasks.task import Task
+from fastvim.weights import find, known_classes
 from fastvim_cli.check import check_before_fit
 from fastvim_cli.console import table
 from fastvim_cli.train.config_errors import causes, explain, options_as_written
@@ -156,6 +158,8 @@ class TrainingCLI(LightningCLI):
         """
         checkpoint = self._checkpoint()
         self.model.resuming = checkpoint is not None
+        if isinstance(self.datamodule, DataModule):
+            self.datamodule.known = self._known_classes(checkpoint)
         inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": checkpoint}
         results: Mapping[str, float] = {}
         try:
@@ -187,6 +191,14 @@ class TrainingCLI(LightningCLI):
                 print(_class_table(scores))
             print(f"results in {self.root}/")
         return results
+
+    def _known_classes(self, checkpoint: str | None) -> KnownClasses | None:
+        """The classes of the weights that are resumed or evaluated, where they tell them."""
+        source = checkpoint or (None if self.command == "fit" else self.model.checkpoint)
+        if source is None:
+            return None
+        names, ids = known_classes(find(source).metadata)
+        return KnownClasses(source, names, ids) if names else None
 
     def _checkpoint(self) -> str | None:
         """The file that `--ckpt_path` means."""

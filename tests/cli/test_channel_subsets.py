@@ -66,7 +66,7 @@ def test_channels(images, tmp_path, capsys):
     ("changes", "arguments", "message"),
     [
         ({"name": "fastvim_tiny_patch16_224"}, [], "is a classifier: see fastvim predict"),
-        ({"class_names": ["a", "c"]}, [], "other classes"),
+        ({"class_names": ["a", "c"]}, [], "class 'b' is none of the 2 classes of"),
         ({}, ["--names", "x", "y"], "--names x y"),
         ({}, ["--most", "0"], "--most: 0: expected 1 or more"),
     ],

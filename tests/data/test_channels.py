@@ -355,7 +355,7 @@ def test_mistakes(root: Path, settings: dict, message: str) -> None:
         (("path", None), r"table\.csv: row 14 has no 'path'"),
         (("split", "tain"), r"split 'tain' in row 14: expected train, val, test"),
         (("split", None), r"in row 14: expected train, val, test"),
-        (("label", "c"), "label 'c' of the split 'val' is none of the 3 classes"),
+        (("label", "c"), "split 'val': class 'c' is none of the 3 classes of the training split"),
     ],
 )
 def test_odd_rows(root: Path, change: tuple, message: str) -> None:

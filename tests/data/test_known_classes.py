@@ -9,6 +9,7 @@ import segmentation_sets
 import torch
 from coco_sets import write_set
 
+from fastvim.data.classes import KnownClasses
 from fastvim.data.detection import DetectionData
 from fastvim.data.images import ImageData
 from fastvim.data.segmentation import SegmentationData
@@ -50,8 +51,8 @@ def test_a_file_has_some_of_the_categories(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("known", "message"),
     [
-        ({3: "box"}, r"category 7 \(disc\) is none of the 1 expected, box"),
-        ({3: "box", 7: "circle"}, "category 7 is 'disc'; expected 'circle'"),
+        ({3: "box"}, r"category 7 \(disc\) is none of the 1 expected, 3 box; found 3 box, 7 disc"),
+        ({3: "box", 7: "circle"}, "category 7 is 'disc'; expected 'circle' of 3 box, 7 circle"),
     ],
 )
 def test_other_categories_are_refused(tmp_path: Path, known: dict[int, str], message: str) -> None:
@@ -70,3 +71,48 @@ def test_names_of_the_classes_of_pixels(tmp_path: Path) -> None:
     assert set(torch.unique(classes).tolist()) == {0, 1, 2, 255}
     with pytest.raises(UserError, match=r"classes .*: expected num_classes = 4 names"):
         SegmentationData(str(tmp_path), num_classes=4, classes=names)
+
+
+@pytest.mark.parametrize("own", [["ground", "box", "disc"], ["disc", "ground", "box"]])
+def test_masks_are_mapped_by_name(tmp_path: Path, own: list[str]) -> None:
+    """A file with a byte-order mark names the stored values; the weights have another order."""
+    segmentation_sets.write_set(tmp_path)
+    (tmp_path / "names.txt").write_text("\n".join(own) + "\n", encoding="utf-8-sig")
+    known = ["box", "sky", "ground", "disc"]
+    plain, mapped = (
+        SegmentationData(str(tmp_path), num_classes=3, class_file="names.txt", num_workers=0)
+        for _ in range(2)
+    )
+    mapped.known = KnownClasses("last.ckpt", known)
+    for data in (plain, mapped):
+        data.setup("validate")
+        data.setup("test")
+    assert (plain.class_names, mapped.class_names) == (own, known)
+    places = torch.tensor([*(known.index(name) for name in own), 255])
+    _, (before,) = next(iter(plain.test_dataloader()))
+    _, (after,) = next(iter(mapped.test_dataloader()))
+    assert torch.equal(places[before.clamp(max=3)], after)
+
+
+def test_names_of_the_classes_of_pixels_are_compared(tmp_path: Path) -> None:
+    segmentation_sets.write_set(tmp_path)
+    data = SegmentationData(str(tmp_path), num_classes=3, classes=["ground", "Box", "disc"])
+    data.known = KnownClasses("last.ckpt", ["ground", "box", "disc"])
+    with pytest.raises(UserError, match=r"'Box' is none of the 3 classes of last\.ckpt, ground"):
+        data.setup("validate")
+    unnamed = SegmentationData(str(tmp_path), num_classes=3)
+    unnamed.known = KnownClasses("last.ckpt", ["ground", "box", "disc"])
+    unnamed.setup("validate")
+    assert unnamed.class_names == ["ground", "box", "disc"]
+
+
+def test_categories_that_weights_know(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    data = DetectionData(str(tmp_path), img_size=64, batch_size=1, num_workers=0)
+    data.known = KnownClasses("last.ckpt", ["tree", "disc", "box"], [9, 7, 3])
+    data.setup("validate")
+    assert (data.category_ids, data.class_names) == ([9, 7, 3], ["tree", "disc", "box"])
+    other = DetectionData(str(tmp_path))
+    other.known = KnownClasses("last.ckpt", ["box", "disc"], [7, 3])
+    with pytest.raises(UserError, match=r"category 3 is 'box'; expected 'disc' of 7 box, 3 disc"):
+        other.setup("validate")

@@ -120,7 +120,11 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("torch/cifra10", {}, r"dataset 'torch/cifra10': .* \(nearest: torch/cifar10"),
         ("cifar10", {}, r'dataset \'cifar10\': expected "" .* \(nearest: torch/cifar10'),
         ("torch/mnist", {"train_split": "trian"}, r"split 'trian' .* \(nearest: train"),
-        ("torch/mnist", {"num_classes": 9}, "num_classes 9: the data have 10 classes"),
+        (
+            "torch/mnist",
+            {"num_classes": 9},
+            "num_classes 9: expected 10, the number of classes in the data",
+        ),
         ("torch/mnist", {"train_images": 21}, "train_images 21: expected 1 to 20"),
     ],
 )

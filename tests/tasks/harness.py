@@ -55,6 +55,47 @@ def trainer(tmp_path: Path, *callbacks: L.Callback, **settings) -> L.Trainer:
     return L.Trainer(**{**defaults, **settings})
 
 
+def recipe(root: Path, images: Path) -> dict:
+    """96 training images in batches of 8, two batches a step: 6 steps an epoch."""
+    return {
+        "model": {
+            "class_path": "fastvim.tasks.Classification",
+            "init_args": {
+                "model": "fastvim_tiny_patch16_224",
+                "model_args": {
+                    "img_size": 32,
+                    "patch_size": 8,
+                    "embed_dim": 32,
+                    "depth": 2,
+                    "drop_path_rate": 0.2,
+                },
+                "lr": 0.05,
+                "warmup_epochs": 1,
+                "layer_decay": 0.8,
+                "ema_decay": 0.9,
+            },
+        },
+        "data": {
+            "class_path": "fastvim.data.images.ImageData",
+            "init_args": {
+                "root": str(images),
+                "img_size": 32,
+                "batch_size": 8,
+                "num_workers": 0,
+            },
+        },
+        "trainer": {
+            "default_root_dir": str(root),
+            "accelerator": "cpu",
+            "max_epochs": 3,
+            "accumulate_grad_batches": 2,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 1,
+        },
+        "checkpoint_every_n_steps": 2,
+    }
+
+
 def fit(config: Path, *arguments: str) -> int:
     """Run the command line in a process of its own; its exit code."""
     process = PROCESSES.Process(target=_fit, args=(str(config), *arguments))
