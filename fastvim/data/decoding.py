@@ -100,6 +100,8 @@ def decode(source: Source, name: str, max_pixels: int | None) -> Decoded:
         raise UnreadableImageError(f"{name}: no such file", MISSING_IMAGE) from error
     except UserError:
         raise
+    except MemoryError as error:
+        raise UnreadableImageError(f"{name}: does not fit in memory", TOO_LARGE) from error
     except Exception as error:  # the decoders raise nearly anything on damaged files
         message = f"{name}: unreadable image ({error}); repair or delete it"
         raise UnreadableImageError(message) from error

@@ -211,10 +211,12 @@ class Brightest:
         self._highest[white] = max(highest, self._highest.get(white, highest))
 
     def warning(self) -> str:
-        """One line if all values lie below a quarter of white; "" otherwise."""
-        if not self._highest or any(4 * top >= white for white, top in self._highest.items()):
+        """One line if all values lie below a quarter of white, but not all are 0; else ""."""
+        if any(4 * top >= white for white, top in self._highest.items()):
             return ""
-        white, top = max(self._highest.items())
+        white, top = max(self._highest.items(), default=(0, 0))
+        if not top:
+            return ""
         usual = 2 ** max(1, int(top).bit_length()) - 1
         return (
             f"the highest value is {top:g}, less than a quarter of {white:g}, which is white: the "

@@ -220,6 +220,9 @@ class Task(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         told = checkpoint.get(METADATA_KEY, {})
         self.origin = {key: told[key] for key in ORIGIN if key in told}
+        trained, given = told.get("value_range"), getattr(self.data, "value_range", None)
+        if "value_range" in told and list(trained or ()) != list(given or ()):
+            _logger.warning("trained with value_range %s, now it is %s", trained, given)
         if self.trainer.max_steps != -1:
             _begin_next_epoch(checkpoint["loops"]["fit_loop"])
         require_classes(self, told, "the checkpoint")

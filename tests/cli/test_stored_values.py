@@ -146,7 +146,7 @@ trainer: {accelerator: cpu, max_epochs: 1, default_root_dir: RUN, logger: false}
 """
 
 
-def test_a_run_stores_the_range_and_trains_alike(tmp_path):
+def test_a_run_stores_the_range_and_trains_alike(tmp_path, caplog):
     """The same run on 8 bits, and on 12 bits with their range: the same weights."""
     trained = []
     for kind in ("8 bits", "12 bits"):
@@ -166,3 +166,9 @@ def test_a_run_stores_the_range_and_trains_alike(tmp_path):
     assert twelve.metadata["value_range"] == [0, 4080]
     for name, weight in eight.state.items():
         assert weight.equal(twelve.state[name]), name
+
+    recipe = str(tmp_path / "12 bits.yaml")
+    for words, told in (([], True), (["--data.value_range=[0, 4080]"], False)):
+        caplog.clear()
+        assert main(["test", "--config", recipe, "--ckpt_path", "last", *words]) == 0
+        assert ("trained with value_range (0" in caplog.text) == told

@@ -246,6 +246,7 @@ def test_images_that_use_little_of_their_range(path):
     assert not brightest(dark, bright, path=path)
     assert not brightest(dark, path=path, value_range=(0, 4095))
     assert not brightest(path=path)
+    assert not brightest(0 * dark, path=path)  # all black
     assert brightest(GREY // 5, path=path).count("--data.value_range [0,63]")
     assert not brightest(GREY // 5, path=path, whole=False)
     assert not brightest(GREY // 5, GREY, path=path)
