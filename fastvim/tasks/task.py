@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn, optim
 
-from fastvim.errors import OptionError, UserError, first_few
+from fastvim.errors import OptionError, UserError
 from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
 from fastvim.options import (
@@ -37,6 +37,7 @@ from fastvim.tasks.schedules import (
     half_cosine,
 )
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
+from fastvim.weights.fit import differences
 from fastvim.weights.published import terms
 
 _logger = logging.getLogger(__name__)
@@ -57,10 +58,10 @@ class Task(L.LightningModule):
         model_args: options of that model, e.g. `{drop_path_rate: 0.05, img_size: 224}`.
         num_classes: width of the head; None takes the data's. Where it is more than the data's,
             the data's classes are the first outputs, which is said once.
-        checkpoint: weights to start from: a file, or the name of published ones; None starts from
-            random ones. Training makes a new head if the file has none (a masked autoencoder's,
-            whose encoder is taken) or one for other classes. Outputs of known classes are kept, by
-            name. Ignored when resuming.
+        checkpoint: weights to start from: a file, or the name of published ones; None for random
+            ones. Training makes a new head if the file has none (a masked autoencoder's, whose
+            encoder is taken) or one for other classes. Known ones keep their outputs, by name.
+            Ignored when resuming.
         lr: peak learning rate for `lr_batch` images a step. The rate used is
             `lr * global batch / lr_batch`. The global batch is images per process times
             processes times `accumulate_grad_batches`.
@@ -226,15 +227,9 @@ class Task(L.LightningModule):
         if self.trainer.max_steps != -1:
             _begin_next_epoch(checkpoint["loops"]["fit_loop"])
         require_classes(self, told, "the checkpoint")
-        own, theirs = self.state_dict(), checkpoint["state_dict"]
-        wrong = [
-            f"{name} {_shape(theirs.get(name))} for {_shape(own.get(name))}"
-            for name in sorted(own.keys() | theirs.keys())
-            if _shape(theirs.get(name)) != _shape(own.get(name))
-        ]
-        if wrong:
+        if wrong := differences(self.state_dict(), checkpoint["state_dict"]):
             raise UserError(
-                f"the checkpoint does not fit {self.model_name} as configured: {first_few(wrong)}"
+                f"the checkpoint does not fit {self.model_name} as configured: {'; '.join(wrong)}"
             )
 
     def class_scores(self) -> dict[str, dict[str, float]]:
@@ -401,7 +396,3 @@ def _begin_next_epoch(progress: dict[str, Any]) -> None:
         counts["ready"] = counts["started"] + 1
     batches["current"] = dict.fromkeys(batches["current"], 0)
     batches["is_last_batch"] = False
-
-
-def _shape(weight: Tensor | None) -> str:
-    return "absent" if weight is None else str(tuple(weight.shape))

@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_architecture(recipe, image_folder, capsys):
     error = error_of(
         capsys, "test", *arguments, "--ckpt_path=last", "--model.model_args.embed_dim=24"
     )
-    assert "model.blocks.0.mixer.A_log (2, 32, 16) for (2, 48, 16)" in error
+    assert "model.patch_embed.proj.bias (16,) for (24,)" in error
 
 
 def test_debug_shows_the_traceback(recipe):
