@@ -144,6 +144,7 @@ class LinearProbe(Classification):
         return {**weights, f"{prefix}.weight": weight, f"{prefix}.bias": bias}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         state, head = checkpoint["state_dict"], f"model.{self._head_name}."
         checkpoint["probe"] = {
             name: weight for name, weight in state.items() if name.startswith(("norm.", head))

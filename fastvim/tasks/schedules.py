@@ -37,6 +37,10 @@ class Schedule:
     ) -> None:
         self.optimizer = optimizer
         self._rate, self._decay, self._position = rate, decay, position
+        self._settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
         self._decays = [group["weight_decay"] > 0 for group in optimizer.param_groups]
         self.step_update(0)
 
@@ -49,6 +53,12 @@ class Schedule:
             group["lr"] = rate * group.get("lr_scale", 1.0)
             if self._decay is not None and decays:
                 group["weight_decay"] = self._decay(position)
+
+    def restore(self, steps: int) -> None:
+        """As `step_update`, with all settings of the groups as they were before any step."""
+        for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)
+        self.step_update(steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing; Lightning asks for it."""

@@ -28,6 +28,7 @@ from fastvim.tasks.classes import fit_classes, require_classes
 from fastvim.tasks.optim import count_steps, parameter_groups
 from fastvim.tasks.origin import ORIGIN, origin_of
 from fastvim.tasks.protocols import TaskData
+from fastvim.tasks.resuming import KEY, batches_of, go_on
 from fastvim.tasks.schedules import (
     Curve,
     Schedule,
@@ -224,13 +225,16 @@ class Task(L.LightningModule):
         trained, given = told.get("value_range"), getattr(self.data, "value_range", None)
         if "value_range" in told and list(trained or ()) != list(given or ()):
             _logger.warning("trained with value_range %s, now it is %s", trained, given)
-        if self.trainer.max_steps != -1:
-            _begin_next_epoch(checkpoint["loops"]["fit_loop"])
         require_classes(self, told, "the checkpoint")
+        if self.fitting:
+            go_on(self, checkpoint)
         if wrong := differences(self.state_dict(), checkpoint["state_dict"]):
             raise UserError(
                 f"the checkpoint does not fit {self.model_name} as configured: {'; '.join(wrong)}"
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEY] = batches_of(self)
 
     def class_scores(self) -> dict[str, dict[str, float]]:
         """Scores of each class after a test, by score and class name; NaN if a class is absent."""
@@ -341,6 +345,11 @@ class Task(L.LightningModule):
             # Its method alone: a submodule would list the model's weights a second time.
             self._captured = GraphedModel(self.model).__call__
 
+    def on_train_start(self) -> None:
+        # A checkpoint brings the settings of its optimiser along; this run's count.
+        schedule: Any = self.lr_schedulers()
+        schedule.restore(self.trainer.global_step)
+
     def on_fit_end(self) -> None:
         self._captured = None  # the graphs hold memory
 
@@ -377,22 +386,3 @@ class Task(L.LightningModule):
     def data(self) -> TaskData:
         """The data module of the run."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
-
-
-def _begin_next_epoch(progress: dict[str, Any]) -> None:
-    """Resume at the next epoch if the checkpoint was written at the end of one.
-
-    Lightning does this in runs limited in epochs. In a run limited in steps it would end the same
-    epoch twice.
-
-    Args:
-        progress: of the fit loop. In the middle of an epoch nothing changes.
-    """
-    epochs, batches = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
-    if epochs["current"]["processed"] != epochs["current"]["started"]:
-        return
-    for counts in (epochs["total"], epochs["current"]):
-        counts["completed"] = counts["processed"]
-        counts["ready"] = counts["started"] + 1
-    batches["current"] = dict.fromkeys(batches["current"], 0)
-    batches["is_last_batch"] = False

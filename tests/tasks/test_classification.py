@@ -217,11 +217,6 @@ def test_a_warm_up_as_long_as_the_run_is_shortened(
     assert lines == ([] if asked == warmup else [message])
 
 
-def test_averages_that_cannot_be_kept_are_refused(tmp_path, data):
-    with pytest.raises(UserError, match=r"ema_decay with trainer\.precision bf16-true"):
-        trainer(tmp_path, precision="bf16-true").fit(task(ema_decay=0.9), datamodule=data)
-
-
 def test_a_limit_that_leaves_no_batches_is_named(tmp_path, data):
     with pytest.raises(
         UserError, match=r"limit_train_batches 0\.01: expected enough for one of 12 batches"
