@@ -6,6 +6,7 @@ import argparse
 import json
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,9 @@ def run(argv: list[str]) -> None:
         text = ", ".join(f"{number} x {name}" for name, number in counts) or "nothing"
         return f"{text}, drawn in {target}_detections.png"
 
-    read = Pictures(chosen_reader(arguments, metadata), pil_to_tensor)
+    turned = metadata.get("orientation") != "stored"  # as the training images were
+    reader = partial(chosen_reader(arguments, metadata), exif=turned)
+    read = Pictures(reader, pil_to_tensor)
     draw_each(paths, failures, read, "detecting", arguments.out, draw)
     file = arguments.out / "detections.json"
     file.write_text(json.dumps(everything), encoding="utf-8")

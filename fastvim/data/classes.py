@@ -23,7 +23,7 @@ class KnownClasses:
 
     source: str
     names: list[str]
-    ids: list[int] = field(default_factory=list)
+    ids: list[int | str] = field(default_factory=list)
 
 
 def places(own: Sequence[str], known: Sequence[str], where: str, of: str = "expected") -> list[int]:

@@ -170,6 +170,18 @@ def refused(name: str, found: str, expected: str) -> UnreadableImageError:
     return UnreadableImageError(f"{name}: {found}; expected {expected}", UNKNOWN_VALUES)
 
 
+def stored_size(path: Path) -> tuple[tuple[int, int], int]:
+    """Width and height as stored and the EXIF orientation, from the header of a file alone.
+
+    The orientation is 1 where nothing can be read, and of TIFF files, which Pillow turns itself.
+    """
+    try:
+        with _without_pillows_limit(), Image.open(path) as image:
+            return image.size, 1 if image.format == "TIFF" else _orientation(image)
+    except Exception:  # reading the whole file says what is wrong
+        return (0, 0), 1
+
+
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, from 1 (upright, or not told) to 8."""
     try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,20 @@ from torch.utils.data import Dataset
 
 from fastvim.data.base import DenseDataModule
 from fastvim.data.classes import MOST_NAMES
-from fastvim.data.coco import DAMAGED_MASK, Instances, is_learned, masks_of, read_instances
+from fastvim.data.coco import Id, Instances, is_learned, masks_of, read_instances
+from fastvim.data.coco_rules import DAMAGED_MASK
 from fastvim.data.dense_data import integer, prepare_objects
-from fastvim.data.issues import Look, SplitReport, look_at_picture
+from fastvim.data.frames import FramedReader, find_frame
+from fastvim.data.issues import Issues, Look, SplitReport, look_at_picture
 from fastvim.data.jitter import LargeScaleJitter
-from fastvim.data.pixels import PictureReader, UnreadableImageError
+from fastvim.data.pixels import UnreadableImageError
 from fastvim.errors import UserError, first_few
 from fastvim.options import COUNT, POSITIVE, SHARE, check, check_given, check_pair
 
 _logger = logging.getLogger(__name__)
+
+FRAME_SAMPLE = 300  # images whose headers tell which way up a split was annotated
+MOST_TRIES = 1000  # images in a row that may show nothing of their objects
 
 Sample = tuple[Tensor, dict[str, Any]]  # float32 image (3, H, W) in 0..1, and what is in it
 
@@ -39,14 +46,14 @@ class DetectionFiles(Dataset[Sample]):
     pixels, the boxes of what the masks show, int64 (n,) from 1 on, and uint8 (n, H, W). Crowds,
     what `is_learned` leaves out and what the crop has cut off are not among them. In evaluation
     they are {"image_id", "size", "annotations"}, as the file has them, crowds included; `size` is
-    the height and width of the image as stored, to which the annotations refer.
+    the height and width of the image, to which the annotations refer.
 
     Args:
         instances: of the split.
         folder: of its images.
         eval_size: longer side of an image in evaluation.
         jitter: the augmentation in training; None in evaluation.
-        read_picture: opens an image file.
+        read_image: opens an image file the way up that it was annotated.
         antialias: in evaluation, as of `DenseDataModule`.
 
     Raises:
@@ -60,12 +67,12 @@ class DetectionFiles(Dataset[Sample]):
         folder: Path,
         eval_size: int,
         jitter: LargeScaleJitter | None,
-        read_picture: PictureReader,
+        read_image: FramedReader,
         antialias: bool = True,
     ) -> None:
         self.records, self.folder = instances.records, folder
         self.eval_size, self.jitter, self.antialias = eval_size, jitter, antialias
-        self.read_picture = read_picture
+        self.read_image = read_image
         self._labels = {category: label for label, category in enumerate(instances.category_ids, 1)}
 
     def __len__(self) -> int:
@@ -94,7 +101,7 @@ class DetectionFiles(Dataset[Sample]):
     def look(self, index: int) -> Look:
         """What an image shows, for `fastvim.data.checks`."""
         image, *_ = self.read(index)
-        return look_at_picture(image)
+        return look_at_picture(image)._replace(odd=self.read_image.oddity(image))
 
     def filename(self, index: int) -> str:
         """The path of an image."""
@@ -105,24 +112,20 @@ class DetectionFiles(Dataset[Sample]):
         return (self.filename(index),)
 
     def _read_image(self, record: dict[str, Any]) -> Image.Image:
-        path = self.folder / record["file_name"]
-        image = self.read_picture(path)
-        if image.size != (record["width"], record["height"]):
-            raise UnreadableImageError(
-                f"{path}: {image.width}x{image.height} pixels; expected "
-                f"{record['width']}x{record['height']}, as its instances say",
-                "image of another size",
-            )
-        return image
+        size = record["width"], record["height"]
+        return self.read_image(self.folder / record["file_name"], size)
 
     def _training_sample(self, index: int, jitter: LargeScaleJitter) -> Sample:
-        changed = None
-        while changed is None:
+        for _ in range(MOST_TRIES):
             image, objects, masks = self.read(index)
             boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]
             changed = jitter.apply(jitter.draw(image.size), image, boxes, masks)
+            if changed is not None:
+                break
             index = integer(len(self) - 1)  # as published, another image takes its place
+        else:
+            raise UserError(f"{self.folder}: no mask shows in {MOST_TRIES:,} images in a row")
         pixels, boxes, shown, kept = changed
         labels = [self._labels[annotation["category_id"]] for annotation in objects]
         return pixels, {
@@ -160,8 +163,10 @@ class DetectionData(DenseDataModule):
         train_all: train on images without an annotation too, and on those with a side under 32
             pixels.
         categories: names of the categories by their ids, in the order of a model's labels: a file
-            may have some of them. None takes the file's.
-        kwargs: further arguments of `DenseDataModule`.
+            may have some of them. None takes those of `known`, or the training file's; the other
+            files may have some of them.
+        kwargs: further arguments of `DenseDataModule`. Images are read as their annotations were
+            drawn, upright or as stored; where "auto" fits both, as most images of the split.
 
     Raises:
         UserError: for an argument out of range, and in `setup` for missing files and for instances
@@ -204,10 +209,18 @@ class DetectionData(DenseDataModule):
         self._jitter = LargeScaleJitter(img_size, scale, hflip, self.antialias)
         self._train_all = train_all
         self._categories = categories
-        self._category_ids: list[int] = []
+        self._category_ids: list[Id] = []
+        self._checked: set[str] = set()
+        self._instances: dict[tuple[str, str, bool], Instances] = {}
+        self._frame = ""
 
     @property
-    def category_ids(self) -> list[int]:
+    def frame(self) -> str:
+        """Whether images are turned by EXIF, "exif", or taken as "stored"; after `setup`."""
+        return self._frame
+
+    @property
+    def category_ids(self) -> list[Id]:
         """The file's ids of the labels 1 to K; known after `setup`."""
         if not self._category_ids:
             raise RuntimeError("DetectionData.category_ids: call setup() first")
@@ -219,70 +232,122 @@ class DetectionData(DenseDataModule):
             raise UserError(f"{instances.file}: {instances.errors}; see fastvim data check")
         if role == "train" and instances.dropped:
             _logger.warning("%s: training leaves out %s", instances.file, instances.dropped)
-        categories = self._categories
-        if categories is None and self.known is not None:
-            categories = dict(zip(self.known.ids, self.known.names, strict=True))
-        if categories is not None:
-            instances = _among(instances, categories)
-        if not self._class_names:
-            self._class_names, self._category_ids = instances.class_names, instances.category_ids
-        elif instances.category_ids != self._category_ids:
-            raise UserError(
-                f"{instances.file}: categories {first_few(instances.category_ids, 5)}; expected "
-                f"those of the split before, {first_few(self._category_ids, 5)}"
-            )
-        return self._files(role, instances)
+        if instances.warnings and role not in self._checked:
+            _logger.warning("%s: %s; see fastvim data check", instances.file, instances.warnings)
+        files = self._files(role, self._among_known(instances))
+        if role == "train" or not self._frame:
+            self._frame = files.read_image.frame
+        return files
 
     def check(self, role: str) -> SplitReport:
-        known = self._read(role)
-        files = self._files(role, known)
-        split = self._splits[role][0]
+        self._checked.add(role)
+        found = self._read(role)
+        errors, warnings = Issues(found.errors), Issues(found.warnings)
+        try:
+            self._among_known(found)
+        except UserError as error:
+            errors.add("category unlike those expected", str(error))
+        if absent := [name for name in self._class_names if name not in found.class_names]:
+            where = f"{found.file.name} has no {first_few(absent, MOST_NAMES)}"
+            warnings.add("category that a split lacks", where, len(absent))
+        folder, file = self._splits[role]
+        alone = len({other for same, other in self._splits.values() if same == folder}) == 1
+        number = Counter(found.class_names)
+        named = zip(found.category_ids, found.class_names, strict=True)
+        names = [name if number[name] == 1 else f"{name} ({own})" for own, name in named]
         return SplitReport(
-            split, files, errors=known.errors, dropped=known.dropped, facts=known.facts
+            folder if alone else Path(file).name,
+            self._files(role, found),
+            errors=errors,
+            dropped=Issues(found.dropped),
+            warnings=warnings,
+            facts=found.facts,
+            classes=dict(zip(names, found.objects, strict=True)),
+            counted="objects",
         )
 
     def reading(self, role: str) -> list[Any]:
         told = os.stat(self.path(self._splits[role][1]))
-        return [*super().reading(role), told.st_size, told.st_mtime_ns]
+        return [*super().reading(role), self.orientation, told.st_size, told.st_mtime_ns]
 
     def _read(self, role: str) -> Instances:
-        whole = role != "train" or self._train_all
-        return read_instances(self.path(self._splits[role][1]), self._folder(role), whole)
+        """The instances of a role; a file is read once."""
+        folder, file = self._splits[role]
+        key = folder, file, role != "train" or self._train_all
+        if key not in self._instances:
+            self._instances[key] = read_instances(self.path(file), self._folder(role), key[2])
+        return self._instances[key]
+
+    def _among_known(self, instances: Instances) -> Instances:
+        """The instances with the categories that are expected; the first ones settle them.
+
+        Raises:
+            UserError: a category that is none of them, or of another name.
+        """
+        expected: Mapping[Any, str] | None = self._categories
+        of = "expected"
+        if expected is None and self.known is not None:
+            expected = dict(zip(self.known.ids, self.known.names, strict=True))
+            of = f"of {self.known.source}"
+        if expected is None and self._class_names:
+            expected = dict(zip(self._category_ids, self._class_names, strict=True))
+            of = "of the split before"
+        if expected is not None:
+            instances = _among(instances, expected, of)
+        if not self._class_names:
+            self._class_names, self._category_ids = instances.class_names, instances.category_ids
+        return instances
 
     def _files(self, role: str, instances: Instances) -> DetectionFiles:
-        jitter = self._jitter if role == "train" else None
         folder = self._folder(role)
+        frame: str = self.orientation
+        if frame == "auto":
+            number = len(instances.records)
+            drawn = np.random.default_rng(self.seed).permutation(number)[:FRAME_SAMPLE]
+            some = [instances.records[index] for index in drawn.tolist()]
+            paths = [folder / record["file_name"] for record in some]
+            frame = find_frame(paths, [(record["width"], record["height"]) for record in some])
         return DetectionFiles(
-            instances, folder, self.eval_size, jitter, self.read_picture, self.antialias
+            instances,
+            folder,
+            self.eval_size,
+            self._jitter if role == "train" else None,
+            FramedReader(self.read_picture, self.orientation, frame),
+            self.antialias,
         )
 
     def _folder(self, role: str) -> Path:
         return self.path(self._splits[role][0])
 
 
-def _among(instances: Instances, categories: dict[int, str]) -> Instances:
+def _among(instances: Instances, categories: Mapping[Id, str], of: str) -> Instances:
     """The instances with all of these categories, of which their file has some.
 
     Raises:
         UserError: the file has another category, or one of these under another name.
     """
     own = dict(zip(instances.category_ids, instances.class_names, strict=True))
-    found = _names(own)
+    lists = f"{_names(categories)}; found {_names(own)}"
     for number, name in own.items():
         if number not in categories:
             raise UserError(
                 f"{instances.file}: category {number} ({name}) is none of the {len(categories)} "
-                f"expected, {_names(categories)}; found {found}"
+                f"{of}, {lists}"
             )
         if name not in (categories[number], str(number)):  # a file may lack the names
             raise UserError(
                 f"{instances.file}: category {number} is {name!r}; expected {categories[number]!r} "
-                f"of {_names(categories)}; found {found}"
+                f"of {lists}"
             )
-    names = list(categories.values())
-    return replace(instances, category_ids=list(categories), class_names=names)
+    objects = dict(zip(instances.category_ids, instances.objects, strict=True))
+    return replace(
+        instances,
+        category_ids=list(categories),
+        class_names=list(categories.values()),
+        objects=[objects.get(number, 0) for number in categories],
+    )
 
 
-def _names(categories: dict[int, str]) -> str:
+def _names(categories: Mapping[Id, str]) -> str:
     """`"1 red, 3 green and 4 more"`."""
     return first_few([f"{number} {name}" for number, name in categories.items()], MOST_NAMES)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -107,7 +108,7 @@ class Pictures:
         brightest: of what was read.
     """
 
-    def __init__(self, reader: PictureReader, transform: Transform) -> None:
+    def __init__(self, reader: Callable[[Path], Image.Image], transform: Transform) -> None:
         self.reader, self.transform = reader, transform
         self.brightest = Brightest(whole=False)
 

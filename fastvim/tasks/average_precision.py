@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,9 +40,9 @@ class AveragePrecision:
         category_ids: of all categories.
     """
 
-    def __init__(self, category_ids: Sequence[int]) -> None:
+    def __init__(self, category_ids: Sequence[int | str]) -> None:
         self.category_ids = list(category_ids)
-        self._images: dict[int, tuple[dict[str, Any], list[Result]]] = {}
+        self._images: dict[int | str, tuple[dict[str, Any], list[Result]]] = {}
 
     def update(self, target: dict[str, Any], results: list[Result]) -> None:
         """Add an image.
@@ -60,14 +60,16 @@ class AveragePrecision:
     def compute(self) -> Scores:
         """The scores of all images."""
         images = self._gather()
-        truth = _truth([target for target, _ in images], self.category_ids)
+        labels = {own: number for number, own in enumerate(self.category_ids, 1)}
+        truth = _truth([target for target, _ in images], labels)
         scores = Scores({}, {})
         for kind, name in KINDS.items():
             # COCO takes the area of a result from its box or its mask: from the one compared.
             left_out = {"box": "segmentation", "mask": "bbox"}[kind]
             results = [
                 {key: value for key, value in result.items() if key != left_out}
-                for _, found in images
+                | {"image_id": number, "category_id": labels[result["category_id"]]}
+                for number, (_, found) in enumerate(images, 1)
                 for result in found
             ]
             evaluation = COCOeval_faster(truth, truth.loadRes(results), name)
@@ -78,7 +80,7 @@ class AveragePrecision:
             precision = evaluation.eval["precision"][:, :, :, 0, -1]
             means = np.where(precision < 0, np.nan, precision).mean(axis=(0, 1)).tolist()
             by_id = dict(zip(evaluation.params.catIds, means, strict=True))
-            scores.of_classes[f"{kind}_ap"] = [by_id[i] for i in self.category_ids]
+            scores.of_classes[f"{kind}_ap"] = [by_id[label] for label in labels.values()]
         return scores
 
     def _gather(self) -> list[tuple[dict[str, Any], list[Result]]]:
@@ -88,24 +90,30 @@ class AveragePrecision:
             parts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(parts, images)
             images = {image_id: image for part in parts for image_id, image in part.items()}
-        return [images[image_id] for image_id in sorted(images)]
+        numbers_first = sorted(images, key=lambda own: (isinstance(own, str), own))
+        return [images[image_id] for image_id in numbers_first]
 
 
-def _truth(targets: list[dict[str, Any]], category_ids: list[int]) -> COCO:
-    """The objects of all images, numbered from 1, since 0 means no match."""
+def _truth(targets: list[dict[str, Any]], labels: Mapping[int | str, int]) -> COCO:
+    """The objects of all images; COCO's tools need numbers, from 1 on, since 0 means no match.
+
+    Args:
+        targets: of the images.
+        labels: numbers of the categories, by their ids.
+    """
     images = [
-        {"id": target["image_id"], "height": target["size"][0], "width": target["size"][1]}
-        for target in targets
+        {"id": number, "height": target["size"][0], "width": target["size"][1]}
+        for number, target in enumerate(targets, 1)
     ]
     objects = [
-        {**annotation, "image_id": target["image_id"]}
-        for target in targets
-        for annotation in target["annotations"]
+        {**each, "image_id": number, "category_id": labels[each["category_id"]]}
+        for number, target in enumerate(targets, 1)
+        for each in target["annotations"]
     ]
     return COCO(
         {
             "images": images,
             "annotations": [{**each, "id": number} for number, each in enumerate(objects, 1)],
-            "categories": [{"id": category_id} for category_id in category_ids],
+            "categories": [{"id": label} for label in labels.values()],
         }
     )

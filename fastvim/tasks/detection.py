@@ -151,6 +151,7 @@ class Detection(DenseTask):
             "detection": head,
             "class_names": list(self.data.class_names),
             "category_ids": list(self.data.category_ids),
+            **({"orientation": "stored"} if self.data.frame == "stored" else {}),
         }
 
     # Training.

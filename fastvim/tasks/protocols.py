@@ -29,6 +29,7 @@ class TaskData(Normalised, Protocol):
         class_names: in the order of the class indices.
         classes_from: the file or folder that has the classes, for messages.
         category_ids: COCO's ids of the classes, in that order; of detection data.
+        frame: "exif" or "stored", whether EXIF turns the images; of detection data.
     """
 
     batch_size: int
@@ -44,7 +45,10 @@ class TaskData(Normalised, Protocol):
     def classes_from(self) -> str: ...
 
     @property
-    def category_ids(self) -> list[int]: ...
+    def category_ids(self) -> list[int | str]: ...
+
+    @property
+    def frame(self) -> str: ...
 
     def train_dataloader(self) -> Any: ...
 

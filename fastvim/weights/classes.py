@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def known_classes(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+def known_classes(metadata: Mapping[str, Any]) -> tuple[list[str], list[int | str]]:
     """The names of a model's outputs in the data that it was trained on, and COCO's ids of them.
 
     Both are empty where nothing tells them. Published weights but COCO's tell none: their names are

@@ -133,6 +133,25 @@ def test_perfect_results():
     assert scores.of_classes["mask_ap"][:2] == pytest.approx([1.0, 1.0])
 
 
+def test_ids_may_be_text():
+    """The same numbers; COCO's tools are given others."""
+    objects, found = scenes()
+    expected = computed(targets_of(objects), found)
+    metric = AveragePrecision([f"category {number}" for number in CATEGORIES])
+    for target in targets_of(objects):
+        image_id = target["image_id"]
+        as_text = [
+            [{**each, "category_id": f"category {each['category_id']}"} for each in some]
+            for some in (target["annotations"], [f for f in found if f["image_id"] == image_id])
+        ]
+        name = f"{image_id:03d}.jpg"
+        results = [{**each, "image_id": name} for each in as_text[1]]
+        metric.update({**target, "image_id": name, "annotations": as_text[0]}, results)
+    scores = metric.compute()
+    assert scores.overall == expected.overall
+    np.testing.assert_array_equal(scores.of_classes["box_ap"], expected.of_classes["box_ap"])
+
+
 def test_shuffled_results():
     """Those of the next image."""
     objects, _ = scenes()

@@ -22,8 +22,8 @@ def coco_results(
     found: dict[str, Tensor],
     seen: Size,
     size: Size,
-    image_id: int,
-    category_ids: Sequence[int],
+    image_id: int | str,
+    category_ids: Sequence[int | str],
 ) -> list[Result]:
     """Detections of `CascadeMaskRCNN.detect` in COCO's format of results, in stored pixels.
 
