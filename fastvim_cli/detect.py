@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each, require_finite
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def run(argv: list[str]) -> None:
         image = Image.fromarray(pixels[0].movedim(0, -1).numpy())
         prepared = prepare_objects(image, side, antialias).to(device)
         (found,) = model.detect([prepared])
+        for part in ("boxes", "scores"):
+            require_finite(found[part])
         seen, size = (prepared.shape[1], prepared.shape[2]), (image.height, image.width)
         results = coco_results(found, seen, size, image_ids[path], ids)
         everything.extend({**result, "file_name": str(path)} for result in results)

@@ -64,6 +64,16 @@ def chosen_reader(arguments: argparse.Namespace, metadata: dict[str, Any]) -> Pi
     return picture_reader(metadata, arguments.value_range, arguments.max_pixels)
 
 
+class NotFiniteError(ValueError):
+    """The result for an image is not finite: no answer."""
+
+
+def require_finite(result: Tensor) -> None:
+    """Raise NotFiniteError for a model's result with values that are not."""
+    if not result.isfinite().all():
+        raise NotFiniteError("the model's result is not finite")
+
+
 def draw_each(
     paths: list[Path],
     failures: list[Failure],
@@ -86,13 +96,16 @@ def draw_each(
     Raises:
         UserError: no file could be read.
     """
-    from fastvim.data.inputs import read_batches
+    from fastvim.data.inputs import Failure, read_batches
 
     lines: list[str] = []
     taken: set[str] = set()
     for (path,), image in track(read_batches(paths, read, 1, failures), doing, len(paths)):
         out.mkdir(parents=True, exist_ok=True)
-        lines.append(f"{path}: {draw(path, image, out / _free_stem(path, taken))}")
+        try:
+            lines.append(f"{path}: {draw(path, image, out / _free_stem(path, taken))}")
+        except NotFiniteError as error:
+            failures.append(Failure(path, str(error)))
     report(failures, read, len(lines))
     for line in lines:
         print(line)

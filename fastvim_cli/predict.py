@@ -37,7 +37,14 @@ def run(argv: list[str]) -> None:
 
     import torch
 
-    from fastvim.data.inputs import ALL_ENDINGS, class_names, image_settings, read_batches, reader
+    from fastvim.data.inputs import (
+        ALL_ENDINGS,
+        Failure,
+        class_names,
+        image_settings,
+        read_batches,
+        reader,
+    )
 
     chosen_images(arguments, ALL_ENDINGS)  # without any, no weights are fetched
     device, size = usable_device(arguments.device), arguments.batch_size
@@ -56,6 +63,9 @@ def run(argv: list[str]) -> None:
             probability = model(images.to(device)).float().softmax(dim=-1).cpu()
         values, indices = probability.topk(min(TOP, len(names)))
         for i, file in enumerate(files):
+            if not values[i].isfinite().all():
+                failures.append(Failure(file, "the model's result is not finite"))
+                continue
             top = [
                 {"class": names[index], "index": index, "probability": value}
                 for value, index in zip(values[i].tolist(), indices[i].tolist(), strict=True)

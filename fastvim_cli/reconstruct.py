@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each, require_finite
 from fastvim_cli.weights import add_model, load
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def run(argv: list[str]) -> None:
     """Run the command; see `fastvim reconstruct --help`."""
     arguments = _parser().parse_intermixed_args(argv)
 
+    import torch
+
     from fastvim.data.inputs import Pictures, image_settings
     from fastvim.data.transforms import IMAGE_MODES, evaluation_transform
     from fastvim.models import MaskedAutoencoder
@@ -67,6 +69,7 @@ def run(argv: list[str]) -> None:
         result = reconstruct(
             model, image, mean, std, mask_ratio=arguments.mask_ratio, seed=arguments.seed
         )
+        require_finite(torch.tensor(result.loss))
         draw_reconstruction(result).save(f"{target}_reconstruction.png")
         return f"loss {result.loss:.4f}, drawn in {target}_reconstruction.png"
 

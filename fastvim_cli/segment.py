@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import Parser, UsageError, at_least, usable_device
-from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each, require_finite
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def run(argv: list[str]) -> None:
         prepared = prepare_scene(image, **settings)[None].to(device)
         size = (image.height, image.width)
         scores = multi_scale_flip(logits, prepared, size, arguments.scales, arguments.flip)
+        require_finite(scores)
         classes = scores[0].argmax(dim=0).byte().cpu().numpy()
         index_image(classes, names).save(f"{target}_classes.png")
         draw_classes(image, classes, names).save(f"{target}_overlay.png")

@@ -38,6 +38,7 @@ from fastvim.tasks.schedules import (
     half_cosine,
 )
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
+from fastvim.weights.files import check_finite
 from fastvim.weights.fit import differences
 from fastvim.weights.published import terms
 
@@ -226,6 +227,7 @@ class Task(L.LightningModule):
         if "value_range" in told and list(trained or ()) != list(given or ()):
             _logger.warning("trained with value_range %s, now it is %s", trained, given)
         require_classes(self, told, "the checkpoint")
+        check_finite("the checkpoint", checkpoint["state_dict"])
         if self.fitting:
             go_on(self, checkpoint)
         if wrong := differences(self.state_dict(), checkpoint["state_dict"]):

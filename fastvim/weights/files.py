@@ -102,6 +102,22 @@ def _read_safetensors(path: Path) -> Checkpoint:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def check_finite(source: object, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError for a weight that is not finite.
+
+    Args:
+        source: the file, for the message.
+        state: weights by name.
+    """
+    for name, weight in state.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            number = int((~weight.isfinite()).sum())
+            raise UserError(
+                f"{source}: {number} of {weight.numel()} values of {name} are not finite; expected "
+                f"numbers that {str(weight.dtype).removeprefix('torch.')} can hold"
+            )
+
+
 def save(
     path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: dict[str, Any]
 ) -> None:
@@ -115,6 +131,7 @@ def save(
         metadata: JSON values: `model` (timm name), `model_args`, and for predictions
             `class_names`, `mean`, `std`, `img_size`, `crop_pct`, `interpolation`.
     """
+    check_finite(path, state)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with _complete_or_absent(Path(path)) as part:
         save_file(tensors, part, {"format": "pt", METADATA_KEY: json.dumps(metadata)})
@@ -122,6 +139,7 @@ def save(
 
 def save_pickled(path: Path, content: Mapping[str, Any]) -> None:
     """Write a dict of weights and plain values as torch does; complete or not at all."""
+    check_finite(path, content["state_dict"])
     with _complete_or_absent(path) as part:
         torch.save(dict(content), part)
 

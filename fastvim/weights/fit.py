@@ -17,7 +17,7 @@ from fastvim.models.masked import MaskedAutoencoder
 from fastvim.models.vision import FastVim
 from fastvim.weights import dense_names
 from fastvim.weights.dense_names import published_head
-from fastvim.weights.files import Checkpoint, read
+from fastvim.weights.files import Checkpoint, check_finite, read
 from fastvim.weights.names import (
     encoder_state,
     from_published,
@@ -78,6 +78,7 @@ def load_weights(
 def load_state(model: nn.Module, checkpoint: Checkpoint, *, new_head: bool = False) -> None:
     """`load_weights` from a file that is already read."""
     model.load_state_dict(fit_state(model, checkpoint, new_head=new_head))
+    check_finite(checkpoint.path, model.state_dict())  # after the cast to the model's types
 
 
 def fit_state(

@@ -184,6 +184,9 @@ class TrainingCLI(LightningCLI):
                 advice = "--ckpt_path last resumes" if self.command == "fit" else ""
                 raise KeyboardInterrupt(advice) from None
             raise
+        for name, value in results.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                raise UserError(f"{name} is {value}: results that are not finite are no answer")
         if self.trainer.is_global_zero:
             if results:
                 print("   ".join(describe(*item) for item in results.items()))
