@@ -187,7 +187,7 @@ def test_recipes_build_what_was_published(entry):
         task.num_classes = sizes["num_classes"]
         with torch.device("meta"):
             task._trainer = cli.trainer
-            cli.trainer.datamodule = SimpleNamespace(class_names=[], category_ids=[])
+            cli.trainer.datamodule = SimpleNamespace(class_names=[], category_ids=[], frame="exif")
             task.configure_model()
         found = task.exported_metadata()[head]
         assert {name: found[name] for name in sizes} == {

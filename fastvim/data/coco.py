@@ -225,7 +225,7 @@ def _annotations(
             if reason := _unlearned(annotation, image["width"], image["height"]):
                 where = f"{_where(entry, number, image)}, {annotation['bbox']}"
                 instances.dropped.add(reason, where)
-            elif kind := warnings.get(index):
+            elif (kind := warnings.get(index)) and not annotation["iscrowd"]:
                 where = _where(entry, number, image) + geometry.describe(index)
                 instances.warnings.add(kind, where)
     for image_id, some in kept.items():

@@ -172,3 +172,24 @@ def test_a_run_stores_the_range_and_trains_alike(tmp_path, caplog):
         caplog.clear()
         assert main(["test", "--config", recipe, "--ckpt_path", "last", *words]) == 0
         assert ("trained with value_range (0" in caplog.text) == told
+
+
+def test_a_detector_trained_on_images_as_stored_reads_them_so(tmp_path: Path) -> None:
+    weights, image = tmp_path / "weights.safetensors", tmp_path / "1.png"
+    small_weights.write_detector(weights)
+    found = read(weights)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = np.asarray(GREY, dtype=np.uint8)
+    results = []
+    for orientation, options in (
+        ("stored", {"exif": exif}),
+        ("stored", {}),
+        (None, {"exif": exif}),
+    ):
+        save(weights, found.state, {**found.metadata, "orientation": orientation})
+        Image.fromarray(grey).save(image, **options)
+        results.append(result("detect", weights, image, tmp_path / "out", "--score", "0"))
+    as_stored, plain, upright = results
+    assert as_stored == plain
+    assert upright != plain
