@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from fault_sets.drawn import BLOCKS, Drawn, fault, named, odd
+from fault_sets.drawn import BLOCKS, ORIENTATION, Drawn, fault, named, odd
 
 
 def write_coco(drawn: Drawn) -> None:
@@ -96,7 +96,8 @@ def a_crowd(drawn: Drawn) -> None:
     def change(content: dict[str, Any]) -> str:
         annotation = content["annotations"][1]
         counts = [64 * 10, 200, 64 * 48 - 64 * 10 - 200]
-        annotation.update(iscrowd=1, segmentation={"size": [48, 64], "counts": counts}, area=200)
+        mask = {"size": [48, 64], "counts": counts}  # column by column
+        annotation.update(iscrowd=1, segmentation=mask, bbox=[13, 0, 5, 48], area=200)
         return ""
 
     change_instances(drawn, change)
@@ -135,9 +136,40 @@ def an_image_without_objects_in_validation(drawn: Drawn) -> None:
 
 
 @odd("coco")
+def ids_as_texts(drawn: Drawn) -> None:
+    for split in ("train2017", "val2017"):
+        content = json.loads(instances_file(drawn, split).read_text())
+        for image in content["images"]:
+            image["id"] = f"img_{image['id']}"
+        for annotation in content["annotations"]:
+            annotation["image_id"] = f"img_{annotation['image_id']}"
+        write_instances(drawn, split, content)
+
+
+@odd("coco")
+def crowds_as_null(drawn: Drawn) -> None:
+    def change(content: dict[str, Any]) -> str:
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = None
+        return ""
+
+    change_instances(drawn, change)
+
+
+@odd("coco")
+def photographs_on_their_side(drawn: Drawn) -> None:
+    """The annotations are of the upright picture."""
+    for path in drawn.root.glob("*2017/*.png"):
+        exif = Image.Exif()
+        exif[ORIENTATION] = 6
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+
+
+@odd("coco")
 def one_grey_photograph(drawn: Drawn) -> None:
     path = drawn.pick("train2017/*.png")
-    Image.open(path).convert("L").save(path)
+    image = Image.open(path)
+    image.convert("L").save(path, exif=image.getexif())
 
 
 @fault("coco", "stops")
@@ -196,6 +228,117 @@ def run_lengths_that_do_not_add_up(drawn: Drawn) -> str:
 def mask_of_another_image(drawn: Drawn) -> str:
     mask = {"size": [20, 20], "counts": [100, 50, 250]}
     return change_annotation(drawn, segmentation=mask)
+
+
+@fault("coco", "stops")
+def polygon_of_no_finite_size(drawn: Drawn) -> str:
+    wrong = [float("nan"), float("inf"), 1e9, "12", None][drawn.rng.integers(5)]
+    return change_annotation(drawn, segmentation=[[4, 4, 20, 4, wrong, 20]])
+
+
+@fault("coco", "stops")
+def box_that_is_not_four_numbers(drawn: Drawn) -> str:
+    wrong: list[Any] = [[1, 2, 3], "1 2 3 4", {"x": 1}, [1, 2, None, 4], [[1, 2], [3, 4]]]
+    return change_annotation(drawn, bbox=wrong[drawn.rng.integers(len(wrong))])
+
+
+@fault("coco", "stops")
+def flag_that_is_a_text(drawn: Drawn) -> str:
+    return change_annotation(drawn, iscrowd="maybe") + ".*iscrowd|iscrowd"
+
+
+@fault("coco", "stops")
+def repeated_image_ids(drawn: Drawn) -> str:
+    def change(content: dict[str, Any]) -> str:
+        content["images"][1]["id"] = content["images"][0]["id"]
+        return "repeated image id"
+
+    return change_instances(drawn, change)
+
+
+@fault("coco", "stops")
+def repeated_category_ids(drawn: Drawn) -> str:
+    def change(content: dict[str, Any]) -> str:
+        content["categories"].append({"id": 7, "name": "blue"})
+        return "repeated category id"
+
+    return change_instances(drawn, change)
+
+
+@fault("coco", "stops")
+def size_that_is_a_text(drawn: Drawn) -> str:
+    def change(content: dict[str, Any]) -> str:
+        image = content["images"][drawn.rng.integers(3)]
+        image[drawn.rng.choice(["width", "height"])] = drawn.rng.choice(["64 px", "wide"])
+        return "width|height"
+
+    return change_instances(drawn, change)
+
+
+@fault("coco", "stops")
+def image_without_a_name(drawn: Drawn) -> str:
+    def change(content: dict[str, Any]) -> str:
+        content["images"][2]["file_name"] = None
+        return "file_name"
+
+    return change_instances(drawn, change)
+
+
+@fault("coco", "stops")
+def names_exchanged_in_validation(drawn: Drawn) -> str:
+    def change(content: dict[str, Any]) -> str:
+        content["categories"][0]["name"], content["categories"][1]["name"] = "green", "red"
+        return "category.*(red|green)"
+
+    return change_instances(drawn, change, "val2017")
+
+
+@fault("coco", "stops")
+def category_that_training_lacks(drawn: Drawn) -> str:
+    def change(content: dict[str, Any]) -> str:
+        content["categories"].append({"id": 9, "name": "blue"})
+        return "blue"
+
+    return change_instances(drawn, change, "val2017")
+
+
+@fault("coco", "warns")
+def category_that_never_occurs(drawn: Drawn) -> str:
+    for split in ("train2017", "val2017"):
+        change_instances(
+            drawn, lambda c: c["categories"].append({"id": 9, "name": "blue"}) or "", split
+        )
+    return "class without objects.*blue"
+
+
+def change_boxes(
+    drawn: Drawn, change: Callable[[float, float, float, float], list[float]], masks: bool
+) -> None:
+    """Change all boxes of the training file; with `masks`, make the polygons those of the boxes."""
+
+    def apply(content: dict[str, Any]) -> str:
+        for annotation in content["annotations"]:
+            x, y, across, down = annotation["bbox"] = change(*annotation["bbox"])
+            if masks:
+                right, bottom = x + across, y + down
+                annotation["segmentation"] = [[x, y, right, y, right, bottom, x, bottom]]
+        return ""
+
+    change_instances(drawn, apply, "train2017")
+
+
+@fault("coco", "stops")
+def boxes_as_corners(drawn: Drawn) -> str:
+    change_boxes(drawn, lambda x, y, across, down: [x, y, x + across, y + down], masks=False)
+    return "box that fits its mask as x1, y1, x2, y2"
+
+
+@fault("coco", "stops")
+def shares_of_the_image(drawn: Drawn) -> str:
+    change_boxes(
+        drawn, lambda x, y, across, down: [x / 64, y / 48, across / 64, down / 48], masks=True
+    )
+    return "share|0 to 1|under a pixel"
 
 
 @fault("coco", "stops")

@@ -46,6 +46,15 @@ def one_image_in_16_bits(drawn: Drawn) -> None:
 
 
 @odd("folders")
+def images_of_rare_modes(drawn: Drawn) -> None:
+    image = Image.fromarray(drawn.noise())
+    image.convert("CMYK").save(drawn.root / "train" / "ant" / "print.jpg")
+    image.convert("1").save(drawn.root / "train" / "bee" / "bits.png")
+    values = drawn.noise(channels=1).astype(np.float32) / 255
+    Image.fromarray(values).save(drawn.root / "val" / "ant" / "shares.tif")
+
+
+@odd("folders")
 def one_photograph_on_its_side(drawn: Drawn) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = int(drawn.rng.integers(2, 9))

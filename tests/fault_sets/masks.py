@@ -80,6 +80,12 @@ def validation_of_one_class(drawn: Drawn) -> None:
 
 
 @odd("masks")
+def a_mask_in_16_bits(drawn: Drawn) -> None:
+    path = drawn.pick("annotations/*/*.png")
+    Image.fromarray(read_mask(path).astype(np.uint16)).save(path)
+
+
+@odd("masks")
 def masks_with_a_palette(drawn: Drawn) -> None:
     path = drawn.pick("annotations/training/*.png")
     image = Image.fromarray(read_mask(path))
