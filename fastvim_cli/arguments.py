@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_SIDE = 1 << 16  # pixels that an image is resized to, or seen at once
+MOST_SEED = 2**32 - 1
+
+
 class UsageError(Exception):
     """A mistake on the command line; argparse would catch an error of its own kind again."""
 
@@ -41,9 +45,12 @@ def usable_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable on this machine") from error
+    if device.type == "meta":
+        raise UserError(f"--device {name}: computes nothing; expected cpu or a GPU")
+    return device
 
 
 def local_path(text: str) -> Path:
@@ -51,12 +58,13 @@ def local_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Parses a whole number of at least this."""
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Parses a whole number of at least this, and at most that."""
 
     def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: expected {least} or more")
+        if int(text) < least or (most is not None and int(text) > most):
+            expected = f"{least} or more" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return int(text)
 
     return number

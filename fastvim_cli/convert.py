@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from fastvim_cli.arguments import Parser, local_path
+import argparse
+import math
+from contextlib import suppress
+
+from fastvim_cli.arguments import Parser, at_least, local_path
 from fastvim_cli.weights import add_options
 
 LICENCE = "The published FastVim weights are CC-BY-NC-SA: not for commercial use, converted or not."
@@ -28,14 +32,23 @@ def _parser() -> Parser:
         "--backbone", action="store_true", help="of a segmentor or detector, the backbone alone"
     )
     add_options(parser)
-    parser.add_argument("--img-size", type=int, metavar="PIXELS", help="side it was trained at")
+    parser.add_argument(
+        "--img-size", type=at_least(1), metavar="PIXELS", help="side it was trained at"
+    )
     untold = parser.add_argument_group("what the weights cannot tell")
     untold.add_argument("--scan-path", choices=("row", "column"))
     untold.add_argument("--pooling", choices=("mean", "max", "none"))
-    untold.add_argument("--pool-scale", type=float, metavar="FACTOR")
+    untold.add_argument("--pool-scale", type=_factor, metavar="FACTOR")
     untold.add_argument("--out-indices", type=int, nargs="+", metavar="BLOCK", help=MAPS)
     untold.add_argument("--no-alternate", dest="alternate", action="store_false", default=None)
     return parser
+
+
+def _factor(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
 
 
 def run(argv: list[str]) -> None:

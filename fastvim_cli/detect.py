@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvim_cli.arguments import Parser, at_least, usable_device
+from fastvim_cli.arguments import MOST_SIDE, Parser, at_least, usable_device
 from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each, require_finite
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
@@ -36,7 +36,7 @@ def _parser() -> Parser:
     help = "draw and count what has at least this score (default: 0.5); the results hold all"
     add("--score", type=_score, default=0.5, metavar="SCORE", help=help)
     help = "longer side that an image is resized to (default: the evaluation's)"
-    add("--img-size", type=at_least(1), metavar="N", help=help)
+    add("--img-size", type=at_least(1, MOST_SIDE), metavar="N", help=help)
     return parser
 
 

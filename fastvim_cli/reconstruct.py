@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvim_cli.arguments import Parser, at_least, usable_device
+from fastvim_cli.arguments import MOST_SEED, MOST_SIDE, Parser, at_least, usable_device
 from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each, require_finite
 from fastvim_cli.weights import add_model, load
 
@@ -30,24 +31,23 @@ def _parser() -> Parser:
     help = "hidden part (default: the model's, 0.75)"
     add("--mask-ratio", type=_part, metavar="PART", help=help)
     help = "of the mask, the same for every image (default: 0)"
-    add("--seed", type=int, default=0, metavar="N", help=help)
+    add("--seed", type=at_least(0, MOST_SEED), default=0, metavar="N", help=help)
     help = "side in pixels (default: that of the training)"
-    add("--size", type=at_least(1), metavar="N", help=help)
+    add("--size", type=at_least(1, MOST_SIDE), metavar="N", help=help)
     add_images(parser, "reconstructions", "NAME_reconstruction.png")
     return parser
 
 
 def _part(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 0, below 1")
-    return float(text)
+    with suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected at least 0, below 1")
 
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim reconstruct --help`."""
     arguments = _parser().parse_intermixed_args(argv)
-
-    import torch
 
     from fastvim.data.inputs import Pictures, image_settings
     from fastvim.data.transforms import IMAGE_MODES, evaluation_transform
@@ -69,7 +69,7 @@ def run(argv: list[str]) -> None:
         result = reconstruct(
             model, image, mean, std, mask_ratio=arguments.mask_ratio, seed=arguments.seed
         )
-        require_finite(torch.tensor(result.loss))
+        require_finite(result.loss)
         draw_reconstruction(result).save(f"{target}_reconstruction.png")
         return f"loss {result.loss:.4f}, drawn in {target}_reconstruction.png"
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvim_cli.arguments import Parser, UsageError, at_least, usable_device
+from fastvim_cli.arguments import MOST_SIDE, Parser, UsageError, at_least, usable_device
 from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each, require_finite
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_SCALE = 100
 DEFAULT = "upernet_fastvim_small_patch16_512.ade20k"
 
 
@@ -31,7 +31,7 @@ def _parser() -> Parser:
     add_images(parser, "segments", "the pictures")
     add_model(parser, DEFAULT)
     help = "side of the windows (default: the training's)"
-    add("--window", type=at_least(1), metavar="N", help=help)
+    add("--window", type=at_least(1, MOST_SIDE), metavar="N", help=help)
     help = "from one window to the next (default: the training's; two thirds of a --window)"
     add("--stride", type=at_least(1), metavar="N", help=help)
     help = "average over these factors on the sides of the image (default: 1)"
@@ -42,9 +42,9 @@ def _parser() -> Parser:
 
 def _factor(text: str) -> float:
     with suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if 0 < float(text) <= MOST_SCALE:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected factors above 0")
+    raise argparse.ArgumentTypeError(f"{text}: expected factors above 0, at most {MOST_SCALE}")
 
 
 def run(argv: list[str]) -> None:

@@ -165,7 +165,7 @@ def test_the_rest_is_drawn(weights, photo, tmp_path, capsys):
         (["--checkpoint", "WEIGHTS", "none.png"], "no image among 1 files"),
         (["--checkpoint", "WEIGHTS", "--mask-ratio", "1", "a.png"], "--mask-ratio: 1: expected"),
         (["--checkpoint", "WEIGHTS", "--mask-ratio", "0.99", "PHOTO"], "keeps none of 16 patches"),
-        (["--checkpoint", "WEIGHTS", "--size", "0", "a.png"], "--size: 0: expected 1 or more"),
+        (["--checkpoint", "WEIGHTS", "--size", "0", "a.png"], "--size: 0: expected 1 to 65536"),
         (["--checkpoint", "WEIGHTS", "--size", "4", "PHOTO"], "smaller than a patch"),
         (["--checkpoint", "WEIGHTS", "--model", CLASSIFIER, "PHOTO"], f"not of {CLASSIFIER}"),
         (["--checkpoint", "WEIGHTS", "--device", "gpu", "PHOTO"], "--device gpu"),

@@ -172,7 +172,7 @@ def test_the_rest_is_drawn(weights, photo, tmp_path, capsys):
         (["none.ckpt", "PHOTO"], "no checkpoint at none.ckpt"),
         (["WEIGHTS", "none.png"], "no image among 1 files"),
         (["WEIGHTS", "PHOTO", "--scales", "0"], "--scales: 0: expected factors above 0"),
-        (["WEIGHTS", "PHOTO", "--window", "0"], "--window: 0: expected 1 or more"),
+        (["WEIGHTS", "PHOTO", "--window", "0"], "--window: 0: expected 1 to 65536"),
         (["WEIGHTS", "PHOTO", "--stride", "33"], "stride 33: expected at least 1 and at most"),
         (["WEIGHTS", "PHOTO", "--device", "gpu"], "--device gpu"),
         (["UNTOLD", "PHOTO"], "does not say base_size: expected weights of fastvim fit"),
