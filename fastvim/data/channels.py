@@ -189,7 +189,7 @@ class ChannelData(DataModule):
         std: as `mean`.
         path_column: name of the column of the files.
         label_column: of the labels.
-        split_column: of "train", "val" and "test"; a table may lack it.
+        split_column: of "train", "val" and "test"; a table may lack the default one.
         split_seed: of the permutation, at least 0.
         img_size: height and width in pixels, or one number for both.
         augment: options of `fastvim.data.channel_transforms.training_transform`.

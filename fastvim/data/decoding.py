@@ -38,6 +38,8 @@ BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
 MIN_IS_WHITE, SEPARATE, SIGNED = 0, 2, 2
 # The other order of the two bytes of a value: big-endian, little-endian, native.
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+SEVERAL = ("GIF", "PNG", "TIFF", "WEBP")  # may hold images that are no previews or layers
+STEPS = {"L;4": 17, "L;2": 85}  # by what Pillow calls the stored pixels
 
 Source = str | Path | IO[bytes]
 
@@ -67,6 +69,8 @@ class Decoded(NamedTuple):
         values: (H, W) or (H, W, C) as stored, unless they are 8 bits without sign.
         white: the highest value of their type; None where no type tells it.
         inverted: whether 0 is white in `values`.
+        step: what Pillow multiplies stored values by: of grey in 2 and 4 bits, up to 255.
+        several: whether the file holds further images, such as pages.
     """
 
     image: Image.Image
@@ -75,6 +79,8 @@ class Decoded(NamedTuple):
     values: np.ndarray | None = None
     white: float | None = None
     inverted: bool = False
+    step: int = 1
+    several: bool = False
 
 
 def decode(source: Source, name: str, max_pixels: int | None) -> Decoded:
@@ -116,8 +122,12 @@ def _decode(file: IO[bytes], name: str, max_pixels: int | None) -> Decoded:
         check_size(image.size, max_pixels, name)
         stored = _raw_mode(image)  # before the EXIF data, for which Pillow loads PNG files
         orientation = _orientation(image)
+        # Asked before loading: a GIF file is read on for it.
+        several = image.format in SEVERAL and getattr(image, "is_animated", False)
         image.load()
-        known = decoded(image)._replace(orientation=orientation)
+        known = decoded(image)._replace(
+            orientation=orientation, step=STEPS.get(stored, 1), several=several
+        )
         if ";16" in stored and known.values is None:
             values = _all_16_bits(file, image, stored, name)
             known = known._replace(values=values, white=65535)

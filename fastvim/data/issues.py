@@ -20,6 +20,7 @@ from fastvim.errors import UserError, first_few
 
 BLACK_AND_WHITE = (0, 255)
 UNUSABLE = "image that cannot be used"
+SEVERAL_IMAGES = "file of several images, of which the first is read"
 MOST = 12  # classes, sizes or modes in a line
 
 
@@ -101,7 +102,8 @@ def look_at_picture(image: Image.Image) -> Look:
     """What an image shows that a `PictureReader` has read."""
     highest, white = highest_value(image)
     found = look_at(np.asarray(image), stored(image).mode)
-    return found._replace(highest=highest, white=white)
+    odd = SEVERAL_IMAGES if stored(image).several else ""
+    return found._replace(highest=highest, white=white, odd=odd)
 
 
 class Examined(Sized, Protocol):
@@ -200,6 +202,8 @@ class SplitReport:
         if look.kind:
             found = self.dropped if look.kind in self.skips else self.errors
             found.add(look.kind + self.among(), look.message)
+            if found is self.dropped and self.targets is not None and self.classes:
+                self.classes[list(self.classes)[self.targets[index]]] -= 1
             return
         if look.odd:
             self.warnings.add(look.odd + self.among(), self.files.filename(index))

@@ -59,6 +59,7 @@ class Stored(NamedTuple):
         orientation: EXIF's, from 1 (upright) to 8.
         highest: value, where more than 8 bits are stored; else None.
         white: the value of the type that becomes white, likewise; None with a `value_range`.
+        several: whether the file holds further images, which are not read.
     """
 
     mode: str
@@ -66,6 +67,7 @@ class Stored(NamedTuple):
     orientation: int
     highest: float | None
     white: float | None
+    several: bool
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class PictureReader:
             highest = float(known.values.max())
             white = known.white if self.value_range is None else None
         image = _turned(self._converted(known, name), turn)
-        image.info = {"stored": Stored(known.image.mode, size, told, highest, white)}
+        what = Stored(known.image.mode, size, told, highest, white, known.several)
+        image.info = {"stored": what}
         return image
 
     @property
@@ -141,7 +144,7 @@ class PictureReader:
         """An image in the wanted mode, not turned."""
         image, mode = known.image, self.mode
         if mode is None:
-            return image
+            return image.point(lambda value: value // known.step) if known.step > 1 else image
         if known.values is not None:
             low, high = self._black_and_white(known, name)
             return Image.fromarray(_scaled(known.values, low, high, known.inverted)).convert(mode)

@@ -30,7 +30,7 @@ from fastvim.data.dense_data import (
     to_tensor,
     uniform,
 )
-from fastvim.data.folders import list_images
+from fastvim.data.folders import describe_endings, list_images
 from fastvim.data.issues import Issues, Look, SplitReport, look_at_picture
 from fastvim.data.masks import Labels, count, read_names, read_pair
 from fastvim.data.pixels import PictureReader, UnreadableImageError
@@ -197,7 +197,8 @@ class SegmentationFiles(Dataset[Pair]):
     def look(self, index: int) -> Look:
         """What a pair shows, for `fastvim.data.checks`."""
         image, values, odd = self._pair(index)
-        found = look_at_picture(image)._replace(values=count(values), odd=odd)
+        found = look_at_picture(image)._replace(values=count(values))
+        found = found._replace(odd=odd or found.odd)
         try:
             self.labels.indices(values, self.pairs[index][1])
         except UnreadableImageError as error:
@@ -356,7 +357,7 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues,
     """The images of a split, sorted by name, with the files of their classes.
 
     Returns:
-        The pairs; what is missing; masks without an image.
+        The pairs; what is missing; what is not used, and images that share a mask.
 
     Raises:
         UserError: no such split, or no image in it.
@@ -370,11 +371,21 @@ def find_pairs(root: Path, split: str) -> tuple[list[tuple[Path, Path]], Issues,
     if not listing.paths:
         raise UserError(f"{images}: no images; expected files that Pillow reads, such as NAME.jpg")
     labelled = {}
-    if masks.is_dir():
-        labelled = {os.path.splitext(path)[0]: path for path in list_images(masks, [".png"]).paths}
     pairs, missing, unused = [], Issues(), Issues()
+    left_out = [(images, "image", listing.left_out)]
+    if masks.is_dir():
+        found = list_images(masks, [".png"])
+        labelled = {os.path.splitext(path)[0]: path for path in found.paths}
+        left_out.append((masks, "annotation", found.left_out))
+    for folder, what, others in left_out:
+        if number := sum(others.values()):
+            where = f"{folder}: {describe_endings(others)}"
+            unused.add(f"file that is no {what}", where, number)
+    taken: dict[str, str] = {}
     for path in sorted(listing.paths):
         stem = os.path.splitext(path)[0]
+        if (first := taken.setdefault(stem, path)) != path:
+            unused.add("image with the annotation of another", f"{images / path}, as {first}")
         if stem in labelled:
             pairs.append((images / path, masks / labelled[stem]))
         else:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 PARQUET = (".parquet", ".pq")
 SPLITS = ("train", "val", "test")
+SPLIT_COLUMN = "split"  # the usual name
 
 
 def import_pandas() -> ModuleType:
@@ -63,7 +64,11 @@ def read_table(
             table = pandas.read_parquet(BytesIO(data), engine="pyarrow")
         else:
             text = {"dtype": str, "keep_default_na": False, "na_values": [""]}
-            table = pandas.read_csv(BytesIO(data), sep=SEPARATORS[suffix], **text)
+            text["sep"] = SEPARATORS[suffix]
+            table = pandas.read_csv(BytesIO(data), **text)
+            # pandas gives a repeated name a number.
+            head = pandas.read_csv(BytesIO(data), header=None, nrows=1, **text).iloc[0]
+            table.attrs["repeated"] = head[head.duplicated()].tolist()
     except (ValueError, OSError) as error:  # bases of pandas' and pyarrow's errors
         raise UnreadableFileError(f"{url}: unreadable table ({error})") from error
     if table.empty:
@@ -121,6 +126,8 @@ def require_columns(table: pd.DataFrame, columns: Iterable[str], url: str) -> No
             raise UserError(
                 f"{url}: no column {column!r}{nearest(column, found)}; it has {', '.join(found)}"
             )
+        if column in table.attrs.get("repeated", ()):
+            raise UserError(f"{url}: two columns {column!r}; expected one")
 
 
 def require_values(table: pd.DataFrame, column: str, url: str) -> None:
@@ -145,9 +152,12 @@ def splits_of(table: pd.DataFrame, column: str, seed: int, url: str) -> np.ndarr
         url: of the table, for messages.
 
     Raises:
-        UserError: for a value that is not the name of a split.
+        UserError: for a value that is not the name of a split; a column that is missing, unless it
+            has the usual name and no column has one like it.
     """
-    if column in table.columns:
+    like = [name for name in table.columns if str(name).strip().lower() == column.lower()]
+    if like or column not in ("", SPLIT_COLUMN):
+        require_columns(table, [column], url)
         return split_names(table[column], url)
     return random_splits(len(table), seed)
 

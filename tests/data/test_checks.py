@@ -78,6 +78,17 @@ def test_facts_of_each_split(tmp_path):
     assert not wrong([train, val])
 
 
+def test_a_class_of_damaged_images_alone(tmp_path):
+    root = write_folders(tmp_path)
+    for path in (root / "train" / "dog").iterdir():
+        path.write_bytes(b"")
+    train, _ = check_data(folders(root))
+    assert train.classes == {"cat": 6, "dog": 0}
+    assert (
+        "class cat has all 6 images, none has class dog" in train.errors["one class in all"].first
+    )
+
+
 def test_a_sample_says_that_it_is_one(tmp_path):
     root = write_masks(write_masks(tmp_path, 9, (0, 1)), 5, (0, 255), "validation")
     for index in (0, 3, 5, 8):

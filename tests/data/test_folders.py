@@ -185,12 +185,17 @@ def test_images_with_classes_of_pixels(tmp_path: Path) -> None:
     write(images, names)
     write(masks, ("a.png", "town/b.PNG", "._a.png"))
     pairs, missing, unused = find_pairs(tmp_path, "training")
-    assert not unused
+    assert unused == {"file that is no image": (1, f"{images}: 1 .txt")}
     assert [(image.name, mask.name) for image, mask in pairs] == [
         ("a.WEBP", "a.png"),
         ("b.bmp", "b.PNG"),
     ]
     assert missing["missing annotation"] == (1, str(masks / "town" / "c.png"))
+    write(images, ("a.jpg",))
+    write(masks, ("b.tif",))
+    _, _, unused = find_pairs(tmp_path, "training")
+    assert unused["file that is no annotation"] == (1, f"{masks}: 1 .tif")
+    assert unused["image with the annotation of another"].first == f"{images / 'a.jpg'}, as a.WEBP"
 
 
 def test_reading_in_workers(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_16_bit_colours_of_png_files(path, channels):
     with path.open("rb") as file:
         dark = PictureReader()(file)
     assert (np.asarray(dark) == np.rint(shown / 257)).all()
-    assert stored_as(dark)[3:] == (shown.max(), 65535)
+    assert stored_as(dark)[3:5] == (shown.max(), 65535)
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -346,3 +346,22 @@ def test_a_range_that_no_image_needs(tmp_path, value_range, told):
     saved(tmp_path / "train/ant/1.png", GREY.astype(np.uint16) * 16, "PNG")
     (report,) = check_data(ImageData(str(tmp_path), value_range=value_range), ["train"])
     assert not any("value_range" in kind for kind in report.warnings)
+
+
+def test_a_file_of_several_images_is_said(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            first, *others = (
+                Image.fromarray(np.roll(GREY, shift)).convert("RGB") for shift in range(3)
+            )
+            first.save(tmp_path / split / name / "one.png")
+    for ending in ("gif", "tif", "webp", "png"):
+        path = tmp_path / "train" / "cat" / f"pages.{ending}"
+        first.save(path, save_all=True, append_images=others)
+        assert stored_as(PictureReader()(path)).several
+    first.save(tmp_path / "val" / "cat" / "preview.mpo", save_all=True, append_images=others)
+    train, val = check_data(ImageData(str(tmp_path), img_size=8), ("train", "val"))
+    number, where = train.warnings["file of several images, of which the first is read"]
+    assert (number, Path(where).name) == (4, "pages.gif")
+    assert not any("several" in kind for kind in val.warnings)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from struct import pack
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from fastvim.data.checks import check_data
 from fastvim.data.colours import distort
 from fastvim.data.decoding import TURNS
 from fastvim.data.files import UnreadableImageError
-from fastvim.data.pixels import UNDONE
+from fastvim.data.masks import read_values
+from fastvim.data.pixels import UNDONE, PictureReader
 from fastvim.data.resizing import fit, linear
 from fastvim.data.sampler import seeded
 from fastvim.data.segmentation import (
@@ -324,3 +327,18 @@ def test_odd_annotations_are_named_in_one_line(root, damage, message, workers):
 def test_arguments_out_of_range(root, options):
     with pytest.raises(UserError, match=next(iter(options))):
         data(root, **options)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_masks_of_few_bits_keep_their_values(root, bits):
+    """Pillow stretches grey in 2 and 4 bits to 0 to 255."""
+    values = stripes(60, 104) % min(5, 2**bits)
+    planes = np.unpackbits(values[..., None], axis=-1)[..., 8 - bits :]
+    rows = np.packbits(planes.reshape(60, -1), axis=-1)
+    header = pack(">IIBBBBB", 104, 60, bits, 0, 0, 0, 0)
+    data = compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    file = b"".join(pack(">I", len(d)) + k + d + pack(">I", crc32(k + d)) for k, d in chunks)
+    path = root / "mask.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + file)
+    np.testing.assert_array_equal(read_values(path, PictureReader()), values)
