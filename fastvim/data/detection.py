@@ -101,7 +101,8 @@ class DetectionFiles(Dataset[Sample]):
     def look(self, index: int) -> Look:
         """What an image shows, for `fastvim.data.checks`."""
         image, *_ = self.read(index)
-        return look_at_picture(image)._replace(odd=self.read_image.oddity(image))
+        found = look_at_picture(image)
+        return found._replace(odd=self.read_image.oddity(image) or found.odd)
 
     def filename(self, index: int) -> str:
         """The path of an image."""
