@@ -79,7 +79,7 @@ class Instances:
         dropped: what training leaves out.
         warnings: what looks odd.
         facts: counts that are not mistakes.
-        objects: of each category, in the same order.
+        objects: of each category, in the same order; those that training learns.
     """
 
     file: Path
@@ -131,12 +131,11 @@ def read_instances(file: Path, folder: Path, whole: bool = True) -> Instances:
     _find_files([image for image in images.values() if image], folder, errors)
     annotations = _annotations(content["annotations"], images, set(categories), instances)
     known = {number: image for number, image in images.items() if image}
-    objects = Counter(a["category_id"] for some in annotations.values() for a in some)
-    instances.objects = [objects[number] for number in instances.category_ids]
+    instances.objects = _count_learned(instances.category_ids, images, annotations)
     instances.facts = {
         "images": len(known),
         "categories": len(instances.category_ids),
-        "objects": objects.total(),
+        "objects": sum(map(len, annotations.values())),
         "crowds": sum(a["iscrowd"] for some in annotations.values() for a in some),
         "images without objects": len(known) - len(annotations),
     }
@@ -263,16 +262,34 @@ def _where(entry: Any, number: int, image: Mapping[str, Any]) -> str:
     return f"annotation {show(own)}" + (f" of {image['file_name']}" if image else "")
 
 
+def _count_learned(
+    categories: Sequence[Id],
+    images: Mapping[Id, dict[str, Any]],
+    annotations: Mapping[Id, list[dict[str, Any]]],
+) -> list[int]:
+    """How many objects of each category training learns: no crowds."""
+    counts: Counter[Id] = Counter()
+    for number, some in annotations.items():
+        width, height = images[number]["width"], images[number]["height"]
+        counts.update(a["category_id"] for a in some if is_learned(a, width, height))
+    return [counts[category] for category in categories]
+
+
 def _kept(entry: dict[str, Any], area: float) -> dict[str, Any]:
     """The fields that are used. A file may lack `iscrowd` and `area`."""
     told = entry.get("area")
     return {
         "category_id": _whole(entry["category_id"]),
         "bbox": entry["bbox"],
-        "segmentation": entry["segmentation"],
+        "segmentation": _plain(entry["segmentation"]),
         "iscrowd": int(entry.get("iscrowd") or 0),
         "area": area if told is None else told,
     } | ({"ignore": 1} if entry.get("ignore") else {})
+
+
+def _plain(mask: Any) -> Any:
+    """A mask as COCO's tools take it: JSON may have 64.0 for a side of 64."""
+    return {**mask, "size": [int(side) for side in mask["size"]]} if type(mask) is dict else mask
 
 
 def _whole(number: Id) -> Id:

@@ -313,3 +313,23 @@ def test_files_of_a_folder_are_two_splits(tmp_path):
     other = {"val_folder": "train2017", "val_file": "annotations/instances_other.json"}
     names = [data(tmp_path, **other).check(role).split for role in ("train", "val")]
     assert names == ["instances_train2017.json", "instances_other.json"]
+
+
+def test_sides_of_run_lengths_may_be_written_as_floats(tmp_path):
+    content = content_of(write_set(tmp_path))
+    for each in content["annotations"]:
+        each["segmentation"]["size"] = [64.0, 64.0]
+    write_instances(tmp_path, "train2017", content)
+    module = data(tmp_path)
+    assert not module.check("train").errors
+    assert module.opened("train").read(0)[2].shape == (64, 64, 2)
+
+
+def test_a_split_of_crowds_alone_teaches_nothing(tmp_path):
+    content = content_of(write_set(tmp_path))
+    for each in content["annotations"]:
+        each["iscrowd"] = 1
+    write_instances(tmp_path, "train2017", content)
+    report = data(tmp_path).check("train")
+    assert report.facts["objects"] == report.facts["crowds"] == 16
+    assert report.classes == {"box": 0, "disc": 0}
