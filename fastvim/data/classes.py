@@ -50,3 +50,9 @@ def places(own: Sequence[str], known: Sequence[str], where: str, of: str = "expe
             f"{first_few(known, MOST_NAMES)}; found {first_few(own, MOST_NAMES)}"
         )
     return [index[name] for name in own]
+
+
+def check_different(names: Sequence[str], where: str) -> None:
+    """Raise UserError for a name of two classes; `where` they are, for the message."""
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"{where}: two classes named {first_few(repeated)}; expected another name")

@@ -155,7 +155,9 @@ def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]
         "interpolation": config["interpolation"],
     }
     settings = {key: told.get(key, value) for key, value in default.items()}
-    settings["mean"], settings["std"] = tuple(settings["mean"]), tuple(settings["std"])
+    for key in ("mean", "std"):  # a single value serves every channel
+        values = tuple(settings[key])
+        settings[key] = values * settings["in_chans"] if len(values) == 1 else values
     return settings
 
 

@@ -223,10 +223,15 @@ class SplitReport:
                 self.warnings.add(kind, f"{self.files.filename(index)}, as {same}")
 
     def count(self, targets: np.ndarray, class_names: Sequence[str]) -> None:
-        """Fill `classes` from the class index of every image."""
+        """Fill `classes` from the class index of every image.
+
+        Two classes of one name, as ImageNet has, are told apart by their indices.
+        """
         self.targets = targets
         counts = np.bincount(targets, minlength=len(class_names)).tolist()
-        self.classes = dict(zip(class_names, counts, strict=True))
+        twice = {name for name, number in Counter(class_names).items() if number > 1}
+        names = [f"{name} [{i}]" if name in twice else name for i, name in enumerate(class_names)]
+        self.classes = dict(zip(names, counts, strict=True))
 
     def __str__(self) -> str:
         """A line of facts, then a line for each kind of mistake and of what looks odd."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastvim.data.classes import check_different
 from fastvim.data.decoding import turn_values
 from fastvim.data.pixels import PictureReader, UnreadableImageError, stored
 from fastvim.errors import UserError, first_few
@@ -79,7 +80,7 @@ def read_names(path: Path, count: int) -> list[str]:
     """The names in a text file, one a line; of a table with tabs, the last column below the header.
 
     Raises:
-        UserError: no such file, or another number of names than `count`.
+        UserError: no such file, another number of names than `count`, or a name twice.
     """
     if not path.is_file():
         raise UserError(f"class_file: no file {path}")
@@ -93,6 +94,7 @@ def read_names(path: Path, count: int) -> list[str]:
     names = [line.rpartition("\t")[2].strip() for line in lines]
     if len(names) != count:
         raise UserError(f"{path}: {len(names)} names; expected num_classes {count}")
+    check_different(names, str(path))
     return names
 
 

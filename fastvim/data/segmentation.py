@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from fastvim.data.base import DenseDataModule, Orientation
-from fastvim.data.classes import places
+from fastvim.data.classes import check_different, places
 from fastvim.data.colours import distort
 from fastvim.data.dense_data import (
     chance,
@@ -298,6 +298,7 @@ class SegmentationData(DenseDataModule):
         if classes is not None and len(classes) != num_classes:
             raise OptionError("classes", classes, f"num_classes = {num_classes} names")
         self._class_names = list(classes or [])
+        check_different(self._class_names, "classes")
         test = val_split if test_split is None else test_split
         self._splits = {"train": train_split, "val": val_split, "test": test}
         crop = (img_size, img_size) if isinstance(img_size, int) else img_size

@@ -61,7 +61,8 @@ def test_images_of_many_channels(tmp_path, capsys):
     name = "fastchannelvim_small_patch16_224"
     torch.manual_seed(0)
     model = create_model(name, **options).eval()
-    told = {"class_names": NAMES, "img_size": 32, "mean": [9.0] * 5, "std": [3.0] * 5}
+    # A single value serves every channel.
+    told = {"class_names": NAMES, "img_size": 32, "mean": [9.0], "std": [3.0] * 5}
     path = tmp_path / "model.safetensors"
     save(path, model.state_dict(), {"model": name, "model_args": options, **told})
     folder = tmp_path / "images"

@@ -9,6 +9,7 @@ import segmentation_sets
 import torch
 from coco_sets import write_set
 
+from fastvim.data.checks import check_data
 from fastvim.data.classes import KnownClasses
 from fastvim.data.detection import DetectionData
 from fastvim.data.images import ImageData
@@ -71,6 +72,20 @@ def test_names_of_the_classes_of_pixels(tmp_path: Path) -> None:
     assert set(torch.unique(classes).tolist()) == {0, 1, 2, 255}
     with pytest.raises(UserError, match=r"classes .*: expected num_classes = 4 names"):
         SegmentationData(str(tmp_path), num_classes=4, classes=names)
+    (tmp_path / "names.txt").write_text("sky\nsea\nsky\n")
+    twice = "two classes named sky; expected another name"
+    data = SegmentationData(str(tmp_path), num_classes=3, class_file="names.txt")
+    with pytest.raises(UserError, match=rf"names\.txt: {twice}"):
+        check_data(data, ["train"])
+    with pytest.raises(UserError, match=f"classes: {twice}"):
+        SegmentationData(str(tmp_path), num_classes=2, classes=["sky", "sky"])
+
+
+def test_two_folders_of_one_name(image_root: Path) -> None:
+    folders = {"ant": "crane", "bee": "bee", "cat": "crane"}
+    train, val = check_data(ImageData(str(image_root), classes=folders), ["train", "val"])
+    assert [*train.classes] == [*val.classes] == ["crane [0]", "bee", "crane [2]"]
+    assert sum(train.classes.values()) == len(train.files)
 
 
 @pytest.mark.parametrize("own", [["ground", "box", "disc"], ["disc", "ground", "box"]])
