@@ -134,7 +134,9 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
 
     def _read(self, index: int) -> Tensor:
         array = self._array(index)
-        return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
+        if array.dtype != np.uint8:
+            return torch.from_numpy(array.astype(np.float32))
+        return torch.from_numpy(np.require(array, requirements="W"))  # Pillow's is read-only
 
     def _array(self, index: int) -> np.ndarray:
         """The stored values (C, H, W).

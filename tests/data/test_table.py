@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from fastvim.data.channels import ChannelData
 from fastvim.data.table import list_images
 from fastvim.errors import UserError
 
@@ -43,3 +47,12 @@ def test_two_columns_of_one_name(tmp_path):
     with pytest.raises(UserError, match=r"table\.csv: two columns 'path'; expected one"):
         list_images(table(tmp_path, "path,label,path"))
     assert len(list_images(table(tmp_path, "path,note,note"))) == 10
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_are_read_without_a_warning(tmp_path):
+    url = table(tmp_path, "path,label,split", "picture.png,{},train")
+    Image.fromarray(np.full((16, 16, 3), 7, np.uint8)).save(tmp_path / "picture.png")
+    data = ChannelData(os.path.dirname(url), 3, (7.0,), (1.0,), img_size=16)
+    image, _ = data.opened("train")[0]
+    assert image.shape == (3, 16, 16)
