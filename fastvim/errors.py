@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class NotFiniteError(UserError):
+    """A result that is not finite: no answer."""
+
+
 class OptionError(UserError):
     """An option with a value that it cannot have.
 

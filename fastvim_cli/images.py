@@ -64,12 +64,10 @@ def chosen_reader(arguments: argparse.Namespace, metadata: dict[str, Any]) -> Pi
     return picture_reader(metadata, arguments.value_range, arguments.max_pixels)
 
 
-class NotFiniteError(ValueError):
-    """The result for an image is not finite: no answer."""
-
-
 def require_finite(result: Tensor) -> None:
     """Raise NotFiniteError for a model's result with values that are not."""
+    from fastvim.errors import NotFiniteError
+
     if not result.isfinite().all():
         raise NotFiniteError("the model's result is not finite")
 
@@ -97,6 +95,7 @@ def draw_each(
         UserError: no file could be read.
     """
     from fastvim.data.inputs import Failure, read_batches
+    from fastvim.errors import NotFiniteError
 
     lines: list[str] = []
     taken: set[str] = set()

@@ -149,7 +149,11 @@ class CascadeMaskRCNN(nn.Module):
         return {**losses, **self.heads.losses(features, proposals, padded, targets)}
 
     def detect(self, images: Sequence[Tensor]) -> list[Target]:
-        """As `forward` in evaluation, but with "masks" (n, 1, 28, 28) that fill the boxes."""
+        """As `forward` in evaluation, but with "masks" (n, 1, 28, 28) that fill the boxes.
+
+        Raises:
+            NotFiniteError: scores or boxes that are not finite, a `UserError`.
+        """
         self._sizes(images)
         batch, padded, features = self._pyramid(images)
         proposals, _ = self.rpn(batch, features)

@@ -18,7 +18,13 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
 from fastvim.models.heads.pyramid import ChannelNorm
-from fastvim.models.heads.regions import OffsetCoder, RegionPooling, Size, full_precision
+from fastvim.models.heads.regions import (
+    OffsetCoder,
+    RegionPooling,
+    Size,
+    full_precision,
+    require_finite,
+)
 
 Target = dict[str, Tensor]
 
@@ -320,6 +326,7 @@ class CascadeHeads(nn.Module):
         stages = self._stages()
         for i, (stage, _) in enumerate(stages):
             logits, offsets = stage(features, boxes)
+            require_finite(logits, offsets)
             all_logits.append(logits)
             if i + 1 < len(stages):
                 boxes = stage.refine(logits, offsets, boxes, padded)

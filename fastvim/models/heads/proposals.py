@@ -16,7 +16,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou
 
 from fastvim.models.heads.pyramid import LEVELS
-from fastvim.models.heads.regions import OffsetCoder, Size, full_precision
+from fastvim.models.heads.regions import OffsetCoder, Size, full_precision, require_finite
 
 RATIOS = (0.5, 1.0, 2.0)  # height to width
 OBJECT_IOU, BACKGROUND_IOU = 0.7, 0.3
@@ -108,6 +108,22 @@ class ProposalNetwork(RegionProposalNetwork):
         """Per image the proposals (n, 4), the best first; in training the losses."""
         self._padded = images.image_sizes[0]
         return super().forward(images, features, targets)
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[Size],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As torchvision's.
+
+        Raises:
+            NotFiniteError: in evaluation, for values that are not finite.
+        """
+        if not self.training:
+            require_finite(proposals, objectness)
+        return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
