@@ -110,7 +110,9 @@ def check_finite(source: object, state: Mapping[str, Tensor]) -> None:
         state: weights by name.
     """
     for name, weight in state.items():
-        if weight.is_floating_point() and not weight.isfinite().all():
+        if not weight.is_floating_point() or weight.is_meta:
+            continue  # a meta tensor has no values
+        if not weight.isfinite().all():
             number = int((~weight.isfinite()).sum())
             raise UserError(
                 f"{source}: {number} of {weight.numel()} values of {name} are not finite; expected "
