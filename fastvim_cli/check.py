@@ -31,13 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own; the others are the recipe's."""
     add = parser.add_argument
     add("--config", metavar="FILE", action="append", required=True, help="a recipe")
-    add(
-        "--workers",
-        type=at_least(1),
-        default=4,
-        metavar="N",
-        help="files read at a time (default: 4)",
-    )
+    help = "files read at a time (default: 4)"
+    add("--workers", type=at_least(1), default=4, metavar="N", help=help)
     add("--no-read", dest="read", action="store_false", help="look at the lists of files alone")
     help = "folder for a picture of a few samples with their labels, as training sees them"
     add("--out", metavar="DIR", help=help)

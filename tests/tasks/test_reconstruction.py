@@ -294,5 +294,5 @@ def test_mistakes_are_told_when_training_starts(tmp_path, settings, message):
 
 
 def test_counts_below_one(tmp_path):
-    with pytest.raises(UserError, match="every_n_epochs=0, images=8"):
+    with pytest.raises(UserError, match="every_n_epochs 0: expected 1 or more"):
         ReconstructionPictures(every_n_epochs=0)
