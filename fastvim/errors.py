@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class UserError(ValueError):
@@ -16,6 +20,12 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError):
     """A result that is not finite: no answer."""
+
+
+def require_finite(*results: Tensor) -> None:
+    """Raise NotFiniteError for results of a model that are not finite."""
+    if not all(result.isfinite().all() for result in results):
+        raise NotFiniteError("the model's result is not finite")
 
 
 class OptionError(UserError):

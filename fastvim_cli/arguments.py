@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -66,5 +67,17 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
             expected = f"{least} or more" if most is None else f"{least} to {most}"
             raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return int(text)
+
+    return number
+
+
+def number_where(allowed: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """Parses a number that is allowed; `expected` says in a message which are."""
+
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if allowed(float(text)):
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
 
     return number

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-from contextlib import suppress
 
-from fastvim_cli.arguments import Parser, at_least, local_path
+from fastvim_cli.arguments import Parser, at_least, local_path, number_where
 from fastvim_cli.weights import add_options
 
 LICENCE = "The published FastVim weights are CC-BY-NC-SA: not for commercial use, converted or not."
@@ -38,17 +36,11 @@ def _parser() -> Parser:
     untold = parser.add_argument_group("what the weights cannot tell")
     untold.add_argument("--scan-path", choices=("row", "column"))
     untold.add_argument("--pooling", choices=("mean", "max", "none"))
-    untold.add_argument("--pool-scale", type=_factor, metavar="FACTOR")
+    factor = number_where(lambda value: 0 < value < math.inf, "a number above 0")
+    untold.add_argument("--pool-scale", type=factor, metavar="FACTOR")
     untold.add_argument("--out-indices", type=int, nargs="+", metavar="BLOCK", help=MAPS)
     untold.add_argument("--no-alternate", dest="alternate", action="store_false", default=None)
     return parser
-
-
-def _factor(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
 
 
 def run(argv: list[str]) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvim_cli.arguments import MOST_SIDE, Parser, at_least, usable_device
-from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each, require_finite
+from fastvim_cli.arguments import MOST_SIDE, Parser, at_least, number_where, usable_device
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
 if TYPE_CHECKING:
@@ -34,17 +32,11 @@ def _parser() -> Parser:
     add_images(parser, "detections", "the pictures and the results")
     add_model(parser, DEFAULT)
     help = "draw and count what has at least this score (default: 0.5); the results hold all"
-    add("--score", type=_score, default=0.5, metavar="SCORE", help=help)
+    score = number_where(lambda value: 0 <= value <= 1, "0 to 1")
+    add("--score", type=score, default=0.5, metavar="SCORE", help=help)
     help = "longer side that an image is resized to (default: the evaluation's)"
     add("--img-size", type=at_least(1, MOST_SIDE), metavar="N", help=help)
     return parser
-
-
-def _score(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected 0 to 1")
 
 
 def run(argv: list[str]) -> None:
@@ -58,6 +50,7 @@ def run(argv: list[str]) -> None:
 
     from fastvim.data.dense_data import prepare_objects
     from fastvim.data.inputs import Pictures
+    from fastvim.errors import require_finite
     from fastvim.models import CascadeMaskRCNN
     from fastvim.models.heads.results import coco_results
     from fastvim.pictures.detections import draw_detections
@@ -79,8 +72,7 @@ def run(argv: list[str]) -> None:
         image = Image.fromarray(pixels[0].movedim(0, -1).numpy())
         prepared = prepare_objects(image, side, antialias).to(device)
         (found,) = model.detect([prepared])
-        for part in ("boxes", "scores"):
-            require_finite(found[part])
+        require_finite(found["boxes"], found["scores"])
         seen, size = (prepared.shape[1], prepared.shape[2]), (image.height, image.width)
         results = coco_results(found, seen, size, image_ids[path], ids)
         everything.extend({**result, "file_name": str(path)} for result in results)

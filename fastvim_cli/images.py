@@ -64,14 +64,6 @@ def chosen_reader(arguments: argparse.Namespace, metadata: dict[str, Any]) -> Pi
     return picture_reader(metadata, arguments.value_range, arguments.max_pixels)
 
 
-def require_finite(result: Tensor) -> None:
-    """Raise NotFiniteError for a model's result with values that are not."""
-    from fastvim.errors import NotFiniteError
-
-    if not result.isfinite().all():
-        raise NotFiniteError("the model's result is not finite")
-
-
 def draw_each(
     paths: list[Path],
     failures: list[Failure],

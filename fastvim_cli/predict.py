@@ -45,6 +45,7 @@ def run(argv: list[str]) -> None:
         read_batches,
         reader,
     )
+    from fastvim.errors import NotFiniteError, require_finite
 
     chosen_images(arguments, ALL_ENDINGS)  # without any, no weights are fetched
     device, size = usable_device(arguments.device), arguments.batch_size
@@ -63,8 +64,10 @@ def run(argv: list[str]) -> None:
             probability = model(images.to(device)).float().softmax(dim=-1).cpu()
         values, indices = probability.topk(min(TOP, len(names)))
         for i, file in enumerate(files):
-            if not values[i].isfinite().all():
-                failures.append(Failure(file, "the model's result is not finite"))
+            try:
+                require_finite(values[i])
+            except NotFiniteError as error:
+                failures.append(Failure(file, str(error)))
                 continue
             top = [
                 {"class": names[index], "index": index, "probability": value}

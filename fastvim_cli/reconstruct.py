@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvim_cli.arguments import MOST_SEED, MOST_SIDE, Parser, at_least, usable_device
-from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each, require_finite
+from fastvim_cli.arguments import (
+    MOST_SEED,
+    MOST_SIDE,
+    Parser,
+    at_least,
+    number_where,
+    usable_device,
+)
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
 from fastvim_cli.weights import add_model, load
 
 if TYPE_CHECKING:
@@ -29,7 +34,8 @@ def _parser() -> Parser:
     add = parser.add_argument
     add_model(parser, DEFAULT, checkpoint=True)
     help = "hidden part (default: the model's, 0.75)"
-    add("--mask-ratio", type=_part, metavar="PART", help=help)
+    part = number_where(lambda value: 0 <= value < 1, "at least 0, below 1")
+    add("--mask-ratio", type=part, metavar="PART", help=help)
     help = "of the mask, the same for every image (default: 0)"
     add("--seed", type=at_least(0, MOST_SEED), default=0, metavar="N", help=help)
     help = "side in pixels (default: that of the training)"
@@ -38,19 +44,13 @@ def _parser() -> Parser:
     return parser
 
 
-def _part(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected at least 0, below 1")
-
-
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim reconstruct --help`."""
     arguments = _parser().parse_intermixed_args(argv)
 
     from fastvim.data.inputs import Pictures, image_settings
     from fastvim.data.transforms import IMAGE_MODES, evaluation_transform
+    from fastvim.errors import require_finite
     from fastvim.models import MaskedAutoencoder
     from fastvim.pictures.reconstruction import draw_reconstruction
     from fastvim.reconstruction import reconstruct

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvim_cli.arguments import MOST_SIDE, Parser, UsageError, at_least, usable_device
-from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each, require_finite
+from fastvim_cli.arguments import (
+    MOST_SIDE,
+    Parser,
+    UsageError,
+    at_least,
+    number_where,
+    usable_device,
+)
+from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
 if TYPE_CHECKING:
@@ -35,16 +41,11 @@ def _parser() -> Parser:
     help = "from one window to the next (default: the training's; two thirds of a --window)"
     add("--stride", type=at_least(1), metavar="N", help=help)
     help = "average over these factors on the sides of the image (default: 1)"
-    add("--scales", type=_factor, nargs="+", default=[1.0], metavar="FACTOR", help=help)
+    expected = f"factors above 0, at most {MOST_SCALE}"
+    factor = number_where(lambda value: 0 < value <= MOST_SCALE, expected)
+    add("--scales", type=factor, nargs="+", default=[1.0], metavar="FACTOR", help=help)
     add("--flip", action="store_true", help="average over the mirror images as well")
     return parser
-
-
-def _factor(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) <= MOST_SCALE:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected factors above 0, at most {MOST_SCALE}")
 
 
 def run(argv: list[str]) -> None:
@@ -58,6 +59,7 @@ def run(argv: list[str]) -> None:
 
     from fastvim.data.dense_data import prepare_scene
     from fastvim.data.inputs import Pictures
+    from fastvim.errors import require_finite
     from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
     from fastvim.pictures.segmentation import draw_classes, index_image, legend
 

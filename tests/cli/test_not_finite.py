@@ -13,13 +13,12 @@ from safetensors.torch import save_file
 
 from fastvim.data.arrays import read_array
 from fastvim.data.remote import UnreadableFileError
-from fastvim.errors import NotFiniteError, UserError
+from fastvim.errors import NotFiniteError, UserError, require_finite
 from fastvim.models import FeatureMaps, create_model
 from fastvim.models.heads.cascade import build_detector
 from fastvim.models.heads.upernet import UPerNet
 from fastvim.weights import METADATA_KEY, save
 from fastvim_cli import main
-from fastvim_cli.images import require_finite
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1}
 

@@ -17,14 +17,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
+from fastvim.errors import require_finite
 from fastvim.models.heads.pyramid import ChannelNorm
-from fastvim.models.heads.regions import (
-    OffsetCoder,
-    RegionPooling,
-    Size,
-    full_precision,
-    require_finite,
-)
+from fastvim.models.heads.regions import OffsetCoder, RegionPooling, Size, full_precision
 
 Target = dict[str, Tensor]
 

@@ -15,8 +15,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou
 
+from fastvim.errors import require_finite
 from fastvim.models.heads.pyramid import LEVELS
-from fastvim.models.heads.regions import OffsetCoder, Size, full_precision, require_finite
+from fastvim.models.heads.regions import OffsetCoder, Size, full_precision
 
 RATIOS = (0.5, 1.0, 2.0)  # height to width
 OBJECT_IOU, BACKGROUND_IOU = 0.7, 0.3

@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import roi_align
 
-from fastvim.errors import NotFiniteError
 from fastvim.models.heads.pyramid import LEVELS
 
 Size = tuple[int, int]  # height and width
-
-
-def require_finite(*results: Tensor) -> None:
-    """Raise NotFiniteError for results that are not finite: a threshold would drop them."""
-    if not all(result.isfinite().all() for result in results):
-        raise NotFiniteError("the model's result is not finite")
 
 
 def full_precision(x: Tensor) -> Tensor:
