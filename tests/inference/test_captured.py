@@ -207,7 +207,7 @@ def test_compiled(device, monkeypatch):
 
 
 def test_a_cpu_has_no_graph_and_the_log_says_so(caplog):
-    with caplog.at_level(logging.INFO, logger="fastvim.inference"):
+    with caplog.at_level(logging.INFO, logger="fastvim.inference.captured"):
         served = Predictor(tiny(), SHAPE)
     assert served.dtype == torch.float32
     assert served.reason == "CUDA graphs need a CUDA device, not cpu"
