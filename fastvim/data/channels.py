@@ -321,6 +321,7 @@ class ChannelData(DataModule):
             report.skips = (DAMAGED,)
         for path in missing_files([files.filename(index) for index in range(len(files))]):
             (report.dropped if report.skips else report.errors).add(MISSING_IMAGE, path)
+        _add_repeated(report, files, self.class_names)
         return report
 
     def reading(self, role: str) -> list[Any]:
@@ -350,6 +351,20 @@ class ChannelData(DataModule):
 
     def _table_url(self) -> str:
         return join(self.directory(), self.table)
+
+
+def _add_repeated(report: SplitReport, files: ChannelImages, class_names: list[str]) -> None:
+    """Add the files that a split lists more than once."""
+    first: dict[str, int] = {}
+    for index, target in enumerate(files.targets.tolist()):
+        path = files.filename(index)
+        if path not in first:
+            first[path] = target
+        elif first[path] == target:
+            report.warnings.add("file listed twice", path)
+        else:
+            names = f"{class_names[first[path]]} and {class_names[target]}"
+            report.warnings.add("file listed under two classes", f"{path}, as {names}")
 
 
 def _known_options(augment: dict[str, Any]) -> dict[str, Any]:

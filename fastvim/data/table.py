@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Iterable
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import PurePosixPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -63,17 +64,48 @@ def read_table(
         if suffix in PARQUET:
             table = pandas.read_parquet(BytesIO(data), engine="pyarrow")
         else:
-            text = {"dtype": str, "keep_default_na": False, "na_values": [""]}
-            text["sep"] = SEPARATORS[suffix]
-            table = pandas.read_csv(BytesIO(data), **text)
-            # pandas gives a repeated name a number.
-            head = pandas.read_csv(BytesIO(data), header=None, nrows=1, **text).iloc[0]
-            table.attrs["repeated"] = head[head.duplicated()].tolist()
-    except (ValueError, OSError) as error:  # bases of pandas' and pyarrow's errors
+            head, rows = _cells(data.decode("utf-8-sig"), SEPARATORS[suffix], url)
+            table = pandas.DataFrame(rows, columns=head, dtype=object)
+            table.attrs["repeated"] = [name for name in head if head.count(name) > 1]
+    except UserError:
+        raise
+    except (csv.Error, ValueError, OSError) as error:  # the last two: of pandas and pyarrow
         raise UnreadableFileError(f"{url}: unreadable table ({error})") from error
     if table.empty:
         raise UserError(f"{url}: no rows")
     return table
+
+
+def _cells(text: str, separator: str, url: str) -> tuple[list[str], list[list[str | None]]]:
+    """The names of the columns and the cells of each row; None for an empty one.
+
+    Separators at the end of a line, as spreadsheets write them, and lines without a cell do not
+    count.
+
+    Raises:
+        UserError: another separator, or a line of more cells than columns.
+    """
+    lines = csv.reader(StringIO(text, newline=""), delimiter=separator, strict=True)
+    head = _without_end(next(lines, []))
+    for other in (",", ";", "\t"):
+        if len(head) == 1 and other in head[0]:
+            raise UserError(f"{url}: separated by {other!r}; expected {separator!r}")
+    rows: list[list[str | None]] = []
+    for line in lines:
+        cells = _without_end(line)
+        if len(cells) > len(head):
+            raise UserError(
+                f"{url}: line {lines.line_num} has {len(cells)} cells; expected at most "
+                f"{len(head)}, as there are columns: {', '.join(head)}"
+            )
+        if cells:
+            rows.append([cell or None for cell in cells] + [None] * (len(head) - len(cells)))
+    return head, rows
+
+
+def _without_end(cells: list[str]) -> list[str]:
+    """The cells of a line up to the last one that is not empty."""
+    return cells[: max((place for place, cell in enumerate(cells, 1) if cell), default=0)]
 
 
 def list_images(
@@ -158,6 +190,7 @@ def splits_of(table: pd.DataFrame, column: str, seed: int, url: str) -> np.ndarr
     like = [name for name in table.columns if str(name).strip().lower() == column.lower()]
     if like or column not in ("", SPLIT_COLUMN):
         require_columns(table, [column], url)
+        require_values(table, column, url)
         return split_names(table[column], url)
     return random_splits(len(table), seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image
 
 from fastvim.data.channels import ChannelData
-from fastvim.data.table import list_images
+from fastvim.data.checks import check_data, findings
+from fastvim.data.table import list_images, read_table
 from fastvim.errors import UserError
 
 pytest.importorskip("pandas")
@@ -56,3 +58,64 @@ def test_pictures_are_read_without_a_warning(tmp_path):
     data = ChannelData(os.path.dirname(url), 3, (7.0,), (1.0,), img_size=16)
     image, _ = data.opened("train")[0]
     assert image.shape == (3, 16, 16)
+
+
+def columns(folder: Path, text: str, name: str = "table.csv") -> dict[str, list]:
+    (folder / name).write_bytes(text.encode())
+    return read_table(str(folder / name)).to_dict("list")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,split\na.npy,train\nb.npy,val\n",
+        "\ufeffpath,split\r\na.npy,train\r\nb.npy,val\r\n",
+        "path,split\na.npy,train,\nb.npy,val,\n",
+        "path,split,\na.npy,train,\nb.npy,val,\n",
+        "path,split,,\na.npy,train\nb.npy,val\n",
+        "path,split\n\na.npy,train\nb.npy,val\n\n,\n,,\n",
+        '"path","split"\n"a.npy","train"\n"b.npy",val',
+    ],
+    ids=["plain", "mark", "ends", "all ends", "end of the names", "blank lines", "quoted"],
+)
+def test_cells_stay_in_their_columns(text, tmp_path):
+    assert columns(tmp_path, text) == {"path": ["a.npy", "b.npy"], "split": ["train", "val"]}
+    assert columns(tmp_path, text.replace(",", "\t"), "table.tsv")["split"] == ["train", "val"]
+
+
+def test_a_cell_may_hold_separators_lines_and_quotes(tmp_path):
+    found = columns(tmp_path, 'path,label\n"a,\nb.npy","the ""first"""\nNA,\n')
+    assert found == {"path": ["a,\nb.npy", "NA"], "label": ['the "first"', None]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path;split\na;train\n", "separated by ';'; expected ','"),
+        ("path\tsplit\na,b\ttrain\n", "separated by '\\t'; expected ','"),
+        ("path,split\na,train\nb,c,val\n", "line 3 has 3 cells; expected at most 2"),
+        ('path,split\n"a"b,train\n', "unreadable table"),
+        ('path,split\n"a,train\n', "unreadable table"),
+        ("path,split\na,train\nb\n", "row 2 has no 'split' (1 such rows)"),
+        ("path,split\na,train\n,val\n", "row 2 has no 'path' (1 such rows)"),
+    ],
+)
+def test_cells_out_of_their_columns_are_named(text, message, tmp_path):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        list_images(str(tmp_path / "table.csv"), split="train")
+
+
+def test_files_listed_twice(tmp_path):
+    rows = ["0,a,train", "1,b,train", "0,a,train", "1,a,train", "2,b,val", "2,b,val"]
+    lines = [row.replace(",", ".npy,", 1) for row in rows]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label,split", *lines]))
+    for index in range(3):
+        np.save(tmp_path / f"{index}.npy", np.random.default_rng(index).random((1, 16, 16)))
+    data = ChannelData(str(tmp_path), 1, (0.5,), (0.3,), img_size=16)
+    _, warnings = findings(check_data(data, ("train", "val"), sample=0))
+    assert warnings == {
+        "train: file listed twice": (1, str(tmp_path / "0.npy")),
+        "train: file listed under two classes": (1, f"{tmp_path / '1.npy'}, as b and a"),
+        "val: file listed twice": (1, str(tmp_path / "2.npy")),
+    }

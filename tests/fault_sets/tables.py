@@ -157,3 +157,17 @@ def file_in_two_splits(drawn: Drawn) -> str:
     shared = next(row for row in read_rows(drawn) if row["split"] == "train")
     change_row(drawn, "val", path=shared["path"], label=shared["label"])
     return re.escape(shared["path"])
+
+
+@fault("tables", "warns")
+def file_listed_twice(drawn: Drawn) -> str:
+    rows = read_rows(drawn)
+    write_rows(drawn, [*rows, rows[0]])
+    return rf"listed twice.*{re.escape(rows[0]['path'])}"
+
+
+@odd("tables")
+def separators_at_the_ends_of_the_rows(drawn: Drawn) -> None:
+    file = drawn.root / "table.csv"
+    head, *rows = file.read_text(encoding="utf-8-sig").splitlines()
+    file.write_text("\n".join([head, *(f"{row}," for row in rows), ",,"]))
