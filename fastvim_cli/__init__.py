@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the words after `fastvim`; those of the process when None.
     """
+    parent = os.getppid()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         line = _mistake(error)
         if debug or line is None:
             raise
-        print(f"fastvim: error: {line}", file=sys.stderr)
+        if not _told_by(parent):
+            print(f"fastvim: error: {line}", file=sys.stderr)
         _tell_torchrun(line)
         return EXIT_MISTAKE
     except KeyboardInterrupt as interrupt:
@@ -92,6 +94,23 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, mistakes) or (library and isinstance(error, library.UserError)):
         return " ".join(str(error).split())
     return None
+
+
+def _told_by(parent: int) -> bool:
+    """Whether the first process of a run told what stops this one, which it had started.
+
+    A mistake in an option stops all processes, with one and the same line. One that stops this
+    process alone leaves the first process waiting.
+
+    Args:
+        parent: the process that started this one.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for _ in range(0 if first else 30):
+        if os.getppid() != parent:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _tell_torchrun(line: str) -> None:

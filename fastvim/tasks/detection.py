@@ -69,6 +69,7 @@ class Detection(DenseTask):
 
     monitor, monitor_mode = "val/box_ap", "max"
     head = "detection"
+    head_options = ("source", "channels", "hidden_dim")
     classes_by_name = False  # four offsets a class, and the background
     default_no_decay = ("*pos_embed",)
     fixed_options = (*DenseTask.fixed_options, "min_lr", "capture")

@@ -38,7 +38,8 @@ def parameter_groups(
         decay_vectors: all other parameters decay, those of one dimension too.
         lr_scales: factors of the rate by shell pattern of parameter names.
     """
-    vectors = set() if decay_vectors else model.no_weight_decay()
+    told = not decay_vectors and hasattr(model, "no_weight_decay")  # some models of timm do not
+    vectors = model.no_weight_decay() if told else set()
     layer_of: dict[str, int] = {}
     if layer_decay is not None:
         layer_of = group_parameters(model, model.group_matcher(coarse=False), reverse=True)

@@ -3,14 +3,90 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from fastvim.errors import OptionError, UserError
 from fastvim.tasks.optim import count_steps
+from fastvim.weights import METADATA_KEY
+from fastvim.weights.fit import differences
+from fastvim.weights.unpickle import read_pickled
 
 _logger = logging.getLogger(__name__)
 
 KEY = "batches"  # of a checkpoint
+TASK = "task"
+# Options that make the groups of the optimiser.
+_GROUPS = ("layer_decay", "blocks_per_decay", "lr_scales", "no_decay", "decay_vectors")
+
+
+def told_by(path: str) -> dict[str, Any]:
+    """The metadata of a training checkpoint; its weights are not read.
+
+    Raises:
+        UserError: a file that is none, as one of weights alone.
+    """
+    file = Path(path)
+    content = {} if file.suffix == ".safetensors" else read_pickled(file, mmap=True)
+    if "loops" not in content:
+        raise UserError(
+            f"{path} is no training checkpoint: a file of weights alone is given as "
+            f"--model.checkpoint {path}, not as --ckpt_path"
+        )
+    told: dict[str, Any] = content.get(METADATA_KEY, {})
+    return told
+
+
+def require_same_model(task: Any, checkpoint: dict[str, Any]) -> None:
+    """Compare the network of a checkpoint with a task's.
+
+    Options that leave names and shapes of the weights alone may differ, which is said. Rates of
+    dropping are settings of training.
+
+    Raises:
+        UserError: other names or shapes, where options differ; names these options.
+    """
+    network = ("model", "model_args", "num_classes", *task.head_options)
+    changed = _changes(task, checkpoint, network)
+    if not differences(task.state_dict(), checkpoint["state_dict"]):
+        changed = [each for each in changed if "drop" not in each.partition(" ")[0]]
+        if changed and task.trainer.is_global_zero:
+            _logger.warning("the same weights in another model: %s", "; ".join(changed))
+    elif changed := [*_other_task(task, checkpoint), *changed]:
+        raise UserError(
+            f"the checkpoint is of another model: {'; '.join(changed)} (--model.checkpoint starts "
+            "from its weights)"
+        )
+
+
+def _other_task(task: Any, checkpoint: dict[str, Any]) -> list[str]:
+    own, stored = type(task).__name__, checkpoint.get(TASK)
+    return [] if stored in (None, own) else [f"model is {own}, {stored} in the checkpoint"]
+
+
+def _changes(task: Any, checkpoint: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """The options of those names that differ, as the user writes them, with both values."""
+    found = []
+    own, stored = (
+        {**options, **{f"model_args.{k}": v for k, v in (options.get("model_args") or {}).items()}}
+        for options in (dict(task.hparams), checkpoint.get("hyper_parameters", {}))
+    )
+    for name in {**own, **stored}:
+        if name == "model_args" or name.partition(".")[0] not in names:
+            continue
+        here, there = (_plain(options.get(name)) for options in (own, stored))
+        if here != there:
+            found.append(f"model.{name} is {_told(here)}, {_told(there)} in the checkpoint")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _told(value: Any) -> str:
+    return "not given" if value is None else str(value)
 
 
 def batches_of(task: Any) -> dict[str, int]:
@@ -92,9 +168,10 @@ def _check_groups(task: Any, checkpoint: dict[str, Any]) -> None:
         for group in state["param_groups"]
     ]
     if own != theirs:
+        changed = [*_other_task(task, checkpoint), *_changes(task, checkpoint, _GROUPS)]
         raise UserError(
             f"the checkpoint's optimiser has {len(theirs)} groups, {sum(theirs)} weights; expected "
-            f"{len(own)} of {sum(own)}: resume with its layer_decay, lr_scales and no_decay"
+            f"{len(own)} of {sum(own)}: {'; '.join(changed) or 'other weights are trained'}"
         )
 
 

@@ -61,6 +61,7 @@ class Segmentation(DenseTask):
 
     monitor, monitor_mode = "val/miou", "max"
     head = "segmentation"
+    head_options = ("out_indices", "source", "channels", "aux_channels")
     default_no_decay = ("*pos_embed", "*cls_token", "*norm*", "*A_log", "*.D")
     fixed_options = (*DenseTask.fixed_options, "layer_decay", "blocks_per_decay")
 

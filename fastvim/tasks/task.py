@@ -28,7 +28,7 @@ from fastvim.tasks.classes import fit_classes, require_classes
 from fastvim.tasks.optim import count_steps, parameter_groups
 from fastvim.tasks.origin import ORIGIN, origin_of
 from fastvim.tasks.protocols import TaskData
-from fastvim.tasks.resuming import KEY, batches_of, go_on
+from fastvim.tasks.resuming import KEY, TASK, batches_of, go_on, require_same_model
 from fastvim.tasks.schedules import (
     Curve,
     Schedule,
@@ -107,6 +107,7 @@ class Task(L.LightningModule):
     classes_by_name = True  # see `fastvim.tasks.classes`
     default_no_decay: tuple[str, ...] = ()  # where `no_decay` is None
     fixed_options: tuple[str, ...] = ()  # that the class sets itself: it does not take them
+    head_options: tuple[str, ...] = ()  # own ones, that the network follows from
 
     def __init__(
         self,
@@ -226,6 +227,7 @@ class Task(L.LightningModule):
         trained, given = told.get("value_range"), getattr(self.data, "value_range", None)
         if "value_range" in told and list(trained or ()) != list(given or ()):
             _logger.warning("trained with value_range %s, now it is %s", trained, given)
+        require_same_model(self, checkpoint)
         require_classes(self, told, "the checkpoint")
         check_finite("the checkpoint", checkpoint["state_dict"])
         if self.fitting:
@@ -237,6 +239,7 @@ class Task(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = batches_of(self)
+        checkpoint[TASK] = type(self).__name__
 
     def class_scores(self) -> dict[str, dict[str, float]]:
         """Scores of each class after a test, by score and class name; NaN if a class is absent."""

@@ -127,8 +127,12 @@ _STAND_INS: list[Any] = [
 ]
 
 
-def read_pickled(path: Path) -> dict[str, Any]:
+def read_pickled(path: Path, mmap: bool = False) -> dict[str, Any]:
     """What a file of `torch.save` holds, in its zip format or the one before it.
+
+    Args:
+        path: the file.
+        mmap: read tensors when they are used; the zip format alone can.
 
     Raises:
         UserError: a damaged file, one of more than plain values (names what), or one of no dict.
@@ -137,7 +141,8 @@ def read_pickled(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
             # A file that is read nevertheless.
             warnings.filterwarnings("ignore", "Detected pickle protocol")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            lazy = mmap and zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} {_refusal(str(error), path)}") from error
     except _DAMAGE as error:

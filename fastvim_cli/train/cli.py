@@ -7,6 +7,8 @@ overridden on the command line. Everything that a run writes lies under `trainer
 from __future__ import annotations
 
 import argparse
+import contextlib
+import enum
 import json
 import math
 import os
@@ -17,8 +19,11 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.spike import TrainingSpikeException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich import get_console
 
@@ -27,20 +32,27 @@ from fastvim.data.classes import KnownClasses
 from fastvim.errors import UserError
 from fastvim.options import COUNT, SEED, check_given
 from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
+from fastvim.tasks.callbacks.refused import refuse_callbacks
 from fastvim.tasks.callbacks.run_log import describe
+from fastvim.tasks.resuming import told_by
 from fastvim.tasks.task import Task
 from fastvim.weights import find, known_classes
 from fastvim_cli.check import check_before_fit
 from fastvim_cli.console import table
 from fastvim_cli.train.config_errors import causes, explain, options_as_written
-from fastvim_cli.train.every_run import as_list, callbacks, loggers
-from fastvim_cli.train.trainer_options import check_launcher, check_trainer
+from fastvim_cli.train.every_run import as_list, callbacks, loggers, only_run
+from fastvim_cli.train.trainer_options import check_launcher, check_trainer, trainer_mistake
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     # Our data modules divide the images among the processes themselves.
     "use_distributed_sampler": False,
 }
+
+# Of options that are texts, as the interval of Lightning's Timer: a member stands for its text.
+yaml.SafeDumper.add_multi_representer(
+    enum.Enum, lambda dumper, member: dumper.represent_data(member.value)
+)
 
 
 class TrainingCLI(LightningCLI):
@@ -124,23 +136,27 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config_init.trainer
-        check_trainer(settings)
+        check_trainer(settings, self.command)
         self.root = Path(os.path.expanduser(settings.default_root_dir or self._root_of_config()))
         kwargs["default_root_dir"] = str(self.root)
         kwargs["plugins"] = [AtomicCheckpointIO(), *as_list(settings.plugins)]
         own = callbacks(self.command, self.root, self.config, self.model)
-        kwargs["callbacks"] = [*as_list(settings.callbacks), *own]
+        chosen = as_list(settings.callbacks)
+        refuse_callbacks(chosen)
+        if any(isinstance(callback, ProgressBar) for callback in chosen):
+            own = [callback for callback in own if not isinstance(callback, ProgressBar)]
+        elif settings.enable_progress_bar is None and not get_console().is_terminal:
+            kwargs["enable_progress_bar"] = False  # a bar in a log file is noise
+        kwargs["callbacks"] = [*chosen, *own]
         kwargs["logger"] = settings.logger or False
         if self.command == "fit":
             kwargs["logger"] = loggers(self.root, settings.logger)
-        if settings.enable_progress_bar is None and not get_console().is_terminal:
-            kwargs["enable_progress_bar"] = False  # a bar in a log file is noise
         if settings.deterministic is None and not _uses_accelerator(settings.accelerator):
             kwargs["deterministic"] = True
         try:
             trainer: L.Trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
-            raise UserError(f"trainer: {error}") from error
+            raise UserError(f"trainer: {trainer_mistake(error)}") from error
         check_launcher(trainer, settings.strategy)
         return trainer
 
@@ -165,18 +181,22 @@ class TrainingCLI(LightningCLI):
         try:
             with options_as_written(self.config):
                 if self.command == "fit":
-                    if self.trainer.is_global_zero and isinstance(self.datamodule, DataModule):
-                        check_before_fit(self.datamodule, self.model.uses_labels)
-                    self.trainer.fit(**inputs)
+                    with contextlib.ExitStack() as stack:
+                        if self.trainer.is_global_zero:
+                            stack.enter_context(only_run(self.root))
+                            if isinstance(self.datamodule, DataModule):
+                                check_before_fit(self.datamodule, self.model.uses_labels)
+                        self.trainer.fit(**inputs)
                 elif self.command == "validate":
                     (results,) = self.trainer.validate(**inputs, verbose=False)
                 else:
                     (results,) = self.trainer.test(**inputs, verbose=False)
         except MisconfigurationException as error:
-            raise UserError(str(error)) from error
+            raise trainer_mistake(error) from error
         except (RuntimeError, ModuleNotFoundError) as error:
-            # What Lightning's callbacks say of a metric or a package that is not there.
-            if "conditioned on metric" in str(error) or "Requirement" in str(error):
+            # What Lightning's callbacks say of a metric or a package that is not there, or stop at.
+            told = "conditioned on metric" in str(error) or "Requirement" in str(error)
+            if told or isinstance(error, TrainingSpikeException):
                 raise UserError(f"trainer.callbacks: {error}") from error
             raise
         except SystemExit:
@@ -200,7 +220,7 @@ class TrainingCLI(LightningCLI):
         source = checkpoint or (None if self.command == "fit" else self.model.checkpoint)
         if source is None:
             return None
-        names, ids = known_classes(find(source).metadata)
+        names, ids = known_classes(told_by(source) if checkpoint else find(source).metadata)
         return KnownClasses(source, names, ids) if names else None
 
     def _checkpoint(self) -> str | None:
@@ -220,10 +240,11 @@ class TrainingCLI(LightningCLI):
         files = sorted(folder.glob(f"{name}*.ckpt"), key=os.path.getmtime)
         if files:
             return str(files[-1])
-        if not fitting:
+        if not fitting or name == "best":
             raise UserError(f"no {name} checkpoint in {folder}")
         # Not an error: a scheduler restarts a preempted run with one and the same command.
-        print(f"no checkpoint in {folder} yet: starting afresh")
+        if self.trainer.is_global_zero:
+            print(f"no last checkpoint in {folder} yet: starting afresh")
         return None
 
 

@@ -30,6 +30,8 @@ def explain(message: str, keys: Iterable[str]) -> str:
     where = re.findall(r'Parser key "([\w.]+)"', message)
     if option in where:  # another class that was tried does not have it
         option = ""
+    if several := _find(r"- (Multiple subclasses with name .+)\.$", message):
+        return f"{where[0]}: {several}"
     if section and option:
         return f"{section} has no option '{option}'{nearest(option, _options(section))}"
     if section and missing:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,20 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rich import get_console
 
+from fastvim.errors import UserError
 from fastvim.tasks.callbacks.checkpointing import ExportWeights, FiniteLoss, LastCheckpoint
 from fastvim.tasks.callbacks.curves import LearningCurves
 from fastvim.tasks.callbacks.progress import ProgressBar
 from fastvim.tasks.callbacks.report import Report
 from fastvim.tasks.callbacks.run_log import RunLog, SeedSteps
 from fastvim.tasks.task import Task
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+_logger = logging.getLogger(__name__)
 
 # The arguments of a data module that prediction needs again.
 IMAGE_SETTINGS = (
@@ -68,12 +80,40 @@ def callbacks(command: str, root: Path, config: Namespace, task: Task) -> list[C
     ]
     if config.trainer.enable_checkpointing is not False:
         folder = str(root / "checkpoints")
-        found += [
-            ModelCheckpoint(folder, "best", monitor=task.monitor, mode=task.monitor_mode),
-            # The last: its file then holds the other's state of the same moment.
-            LastCheckpoint(folder, config.checkpoint_every_n_steps),
-        ]
+        if config.trainer.limit_val_batches != 0:  # without validation none is the best
+            best = ModelCheckpoint(folder, "best", monitor=task.monitor, mode=task.monitor_mode)
+            found.append(best)
+        # The last: its file then holds the other's state of the same moment.
+        found.append(LastCheckpoint(folder, config.checkpoint_every_n_steps))
     return found
+
+
+@contextmanager
+def only_run(root: Path) -> Iterator[None]:
+    """Refuse a second training run that would write into a folder at the same time.
+
+    The kernel frees the lock when the process ends, however it does.
+
+    Args:
+        root: folder of the run.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # no locks on this file system
+                _logger.warning("%s: %s, so that a second run is not kept out", file.name, error)
+            else:
+                raise UserError(
+                    f"another run is training in {root}: wait for its end, or give another "
+                    "--trainer.default_root_dir"
+                ) from error
+        yield
 
 
 def as_list(value: Any) -> list[Any]:

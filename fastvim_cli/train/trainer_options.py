@@ -1,15 +1,21 @@
-"""Ranges of the trainer's options, where Lightning has none or says them in many lines."""
+"""The trainer's options: ranges that Lightning has not, and its messages as a user writes them."""
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
-from fastvim.errors import OptionError
-from fastvim.options import COUNT, COUNT_OR_0, NOT_NEGATIVE, Range, check_given
+from fastvim.errors import OptionError, UserError
+from fastvim.options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SHARE, Range, check_given
+
+# What a command is about, which cannot be nothing.
+LIMITS = {"fit": "train", "validate": "val", "test": "test"}
+# Those that are no common words.
+OPTIONS = [name for name in inspect.signature(L.Trainer).parameters if "_" in name]
 
 
 def check_launcher(trainer: L.Trainer, strategy: object) -> None:
@@ -23,25 +29,52 @@ def check_launcher(trainer: L.Trainer, strategy: object) -> None:
         raise OptionError("strategy", strategy, expected)
 
 
-def check_trainer(settings: Namespace) -> None:
-    """Compare the options of a trainer with their ranges.
+def trainer_mistake(error: Exception) -> UserError:
+    """The user's mistake that an error of Lightning's trainer tells."""
+    message = str(error)
+    none = re.search(r"requested to check (\S+) of .* \* (\d+) < 1.*`(limit_\w+)`", message)
+    if none:
+        return OptionError(
+            f"trainer.{none[3]}", float(none[1]), f"enough for one of {none[2]} batches"
+        )
+    return UserError(re.sub(rf"(?<![\w.])(?={'|'.join(OPTIONS)})", "trainer.", message))
+
+
+def check_trainer(settings: Namespace, command: str) -> None:
+    """Compare the options of a trainer with their ranges, and with each other.
+
+    Args:
+        settings: section `trainer` of the configuration.
+        command: "fit", "validate" or "test".
 
     Raises:
         OptionError: at the first one outside.
     """
+    for unit in ("epochs", "steps"):
+        least, most = settings[f"min_{unit}"], settings[f"max_{unit}"]
+        if most not in (None, -1) and (least or 0) > most:
+            expected = f"{most} or less, as trainer.max_{unit} is {most}"
+            raise OptionError(f"min_{unit}", least, expected)
     for name in ("max_epochs", "max_steps"):
         if settings[name] not in (None, -1) and settings[name] not in COUNT:
             raise OptionError(name, settings[name], f"{COUNT}, or -1 for no end")
-    for name in ("limit_train_batches", "val_check_interval"):
+    some = (f"limit_{LIMITS[command]}_batches", "val_check_interval")
+    limits = [f"limit_{data}_batches" for data in ("train", "val", "test", "predict")]
+    for name in {*limits, "overfit_batches", "val_check_interval"}:
         value = settings[name]
-        batches = isinstance(value, int) and value in COUNT
-        share = isinstance(value, float) and 0 < value <= 1
-        if value is not None and not isinstance(value, str) and not (batches or share):
-            raise OptionError(name, value, "a number of batches, or a share of them up to 1.0")
+        known = value in (COUNT_OR_0 if isinstance(value, int) else SHARE) and (
+            value or name not in some
+        )
+        if value is not None and not isinstance(value, str) and not known:
+            least = "" if name in some else "0, "
+            expected = f"{least}a number of batches, or a share of them up to 1.0"
+            raise OptionError(name, value, expected)
     for name in ("max_time", "val_check_interval"):
         value = settings[name]
         if isinstance(value, str) and not re.fullmatch(r"\d+(:\d+){3}", value):
             raise OptionError(name, value, "a time as DD:HH:MM:SS")
+    if settings.max_time is not None and not re.search("[1-9]", str(settings.max_time)):
+        raise OptionError("max_time", settings.max_time, "more than no time")
     names = ("accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
     check_given(COUNT, **{name: settings[name] for name in names})
     names = ("min_epochs", "min_steps", "log_every_n_steps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import trainer
+from harness import ONE_EPOCH, trainer
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
@@ -22,11 +22,18 @@ REFUSED = {
     "GradientAccumulationScheduler": {"scheduling": {1: 2}},
     "BackboneFinetuning": {},
     "ModelPruning": {"pruning_fn": "l1_unstructured"},
+    "OnExceptionCheckpoint": {"dirpath": "."},
+}
+# Of the other callbacks, what they cannot be without.
+SERVING = {
+    "EarlyStopping": {"monitor": "val/acc1"},
+    "ThroughputMonitor": {"batch_size_fn": "builtins.len"},
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_callbacks_that_contradict_the_loop(tmp_path, data, name):
+def test_callbacks_that_contradict_the_loop(tmp_path, monkeypatch, data, name):
+    monkeypatch.chdir(tmp_path)  # where one of them writes
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1}
     task = Classification("fastvim_tiny_patch16_224", args, ema_decay=None)
     started = []
@@ -35,10 +42,45 @@ def test_callbacks_that_contradict_the_loop(tmp_path, data, name):
         def on_train_start(self, *args) -> None:
             started.append(True)
 
-    run = trainer(tmp_path, Begun(), getattr(callbacks, name)(**REFUSED[name]))
+    refused = getattr(callbacks, name)(**REFUSED[name])
+    run = trainer(tmp_path, Begun(), refused, enable_checkpointing=True)
     with pytest.raises(UserError, match=f"^trainer.callbacks: {name} does not work with a task"):
         run.fit(task, datamodule=data)
     assert not started
+
+
+@pytest.mark.parametrize("name", callbacks.__all__)
+def test_every_callback_of_lightning(write_recipe, capfd, name):
+    path = f"lightning.pytorch.callbacks.{name}"
+    callback = {"class_path": path, "init_args": {**REFUSED, **SERVING}.get(name, {})}
+    file = write_recipe({**ONE_EPOCH, "trainer.callbacks": [callback]})
+    code = main(["fit", "--config", str(file)])
+    error = capfd.readouterr().err
+    if name in REFUSED or name == "BaseFinetuning":
+        assert code == 2
+        assert error.startswith(f"fastvim: error: trainer.callbacks: {name} does not work with")
+        assert error.count("\n") == 1
+    elif code:  # a package that the callback asks for is not here
+        assert (name, code) == ("DeviceStatsMonitor", 2)
+        assert error.startswith("fastvim: error: trainer.callbacks: ")
+        assert "psutil" in error
+    else:
+        assert (file.with_suffix("") / "model.safetensors").exists()
+
+
+def test_two_callbacks_of_one_name(write_recipe, capsys):
+    file = write_recipe({"trainer.callbacks": [{"class_path": "ProgressBar"}]})
+    assert main(["fit", "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "trainer.callbacks: Multiple subclasses with name ProgressBar" in error
+
+
+def test_a_spike_that_a_callback_stops_at(write_recipe, capsys):
+    options = {"warmup": 1, "window": 2, "rtol": 0.0, "atol": 0.0}
+    spike = {"class_path": "SpikeDetection", "init_args": options}
+    file = write_recipe({"trainer.callbacks": [spike], "model.init_args.lr": 30})
+    assert main(["fit", "--config", str(file)]) == 2
+    assert "error: trainer.callbacks: Training spike detected in batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])

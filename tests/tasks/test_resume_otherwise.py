@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import PRETRAINING, PROBE
 from torch import Tensor
 
 from fastvim.data.sampler import Seeded
@@ -139,7 +140,49 @@ def test_other_groups_of_parameters_are_said(write_recipe, capsys):
     checkpoint = middle(write_recipe)
     file = write_recipe({**STEPS, "model.init_args.layer_decay": None}, "second")
     assert main(["fit", "--config", str(file), "--ckpt_path", str(checkpoint)]) == 2
-    assert "resume with its layer_decay" in capsys.readouterr().err
+    assert ": model.layer_decay is not given, 0.8 in the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_args.depth": 1}, ["model_args.depth is 1, 2"]),
+        ({"model_args.embed_dim": 16}, ["model_args.embed_dim is 16, 32"]),
+        ({"model_args.img_size": 64}, ["model_args.img_size is 64, 32"]),
+        ({"num_classes": 9}, ["num_classes is 9, not given"]),
+        ({"model": "vim_tiny_patch16_224"}, ["model is vim_tiny", "fastvim_tiny_patch16_224 in"]),
+        ({"model": "resnet18", "model_args": {}}, ["model is resnet18, fastvim", "depth is not"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_another_model_is_said(write_recipe, capsys, command, changes, told):
+    checkpoint = middle(write_recipe)
+    capsys.readouterr()
+    options = {f"model.init_args.{name}": value for name, value in changes.items()}
+    file = write_recipe({**STEPS, **options}, "second")
+    assert main([command, "--config", str(file), "--ckpt_path", str(checkpoint)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fastvim: error: the checkpoint is of another model: model.")
+    assert all(each in error for each in told), error
+
+
+def test_another_task_is_said(write_recipe, capsys):
+    checkpoint = middle(write_recipe)
+    for task in (PRETRAINING, PROBE):
+        file = write_recipe({"model": task}, "second")
+        assert main(["fit", "--config", str(file), "--ckpt_path", str(checkpoint)]) == 2
+        name = task["class_path"].rpartition(".")[2]
+        error = capsys.readouterr().err
+        assert f"of another model: model is {name}, Classification in the checkpoint" in error
+
+
+def test_the_same_weights_in_another_walk_are_said(write_recipe, caplog):
+    checkpoint = middle(write_recipe, steps=12)
+    goes_on(write_recipe, checkpoint, {"model.init_args.model_args.drop_path_rate": 0.1})
+    assert "another model" not in caplog.text
+    goes_on(write_recipe, checkpoint, {"model.init_args.model_args.alternate": False})
+    told = "another model: model.model_args.alternate is False, not given in the checkpoint"
+    assert told in caplog.text
 
 
 @pytest.mark.parametrize("before", [0.9, None])

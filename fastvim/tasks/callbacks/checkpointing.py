@@ -170,7 +170,7 @@ class ExportWeights(L.Callback):
 
     def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         # Not earlier: only now are the averages in the module.
-        fitted = stage == TrainerFn.FITTING and not trainer.fast_dev_run
+        fitted = stage == TrainerFn.FITTING and not trainer.fast_dev_run and trainer.global_step
         if fitted and trainer.is_global_zero:
             assert isinstance(pl_module, TrainedTask)
             weights = "only" if pl_module.ema_decay is None else "EMA"

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -28,6 +29,8 @@ _INSTEAD: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "the schedule counts steps of trainer.accumulate_grad_batches",
     BaseFinetuning: "model.layer_decay and model.lr_scales slow layers down, LinearProbe freezes",
     ModelPruning: "weights are exported whole",
+    # Lightning resumes from its file without being asked to.
+    OnExceptionCheckpoint: "last.ckpt is the state to go on from, see checkpoint_every_n_steps",
 }
 
 

@@ -48,9 +48,11 @@ class RunLog(L.Callback):
         self._console = console
         self._start = 0.0
         self._validated = False  # in this epoch; the trainer keeps the metrics of earlier ones
+        self._began = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()  # a run resumed in the middle of an epoch starts none
+        self._began = True
         if not trainer.is_global_zero:
             return
         parameters = sum(weight.numel() for weight in pl_module.parameters())
@@ -81,8 +83,26 @@ class RunLog(L.Callback):
             line += f"   {describe(name.removesuffix('_epoch'), float(metrics[name]))}"
         self._print(f"{line}   {time.monotonic() - self._start:.1f} s")
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not self._began:
+            self._print(f"nothing left to train: {_why_done(trainer)} goes on")
+
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _why_done(trainer: L.Trainer) -> str:
+    """What had ended a run before it began, and the option that would let it go on."""
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        step = f"the checkpoint is at step {trainer.global_step:,}"
+        return f"{step} and trainer.max_steps is {trainer.max_steps:,}; a higher one"
+    epochs = trainer.current_epoch  # complete ones
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
+        epoch = f"the checkpoint is at the end of epoch {epochs:,}"
+        return f"{epoch} and trainer.max_epochs is {trainer.max_epochs:,}; a higher one"
+    return (
+        "trainer.max_time, which counts the time before the checkpoint too, is over; a longer one"
+    )
 
 
 def describe(name: str, value: float) -> str:
