@@ -51,21 +51,20 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from fastvim.data.base import DataModule
     from fastvim.data.checks import check_data, findings
     from fastvim.errors import UserError
-    from fastvim_cli.train import load_data
+    from fastvim_cli.train import load_data, options_as_written
 
-    data, with_labels = load_data([f"--config={file}" for file in arguments.config] + overrides)
+    words = [f"--config={file}" for file in arguments.config] + overrides
+    data, with_labels, config = load_data(words)
     if not isinstance(data, DataModule):
         raise UserError(f"{type(data).__name__} cannot be checked")
-    data.prepare_data()
-    reports = check_data(
-        data,
-        sample=None if arguments.read else 0,
-        workers=arguments.workers,
-        with_labels=with_labels,
-        watch=track,
-    )
+    sample, workers = None if arguments.read else 0, arguments.workers
+    with options_as_written(config):
+        data.prepare_data()
+        reports = check_data(
+            data, sample=sample, workers=workers, with_labels=with_labels, watch=track
+        )
     print("\n".join(map(str, reports)))
-    errors, warnings = findings(reports)
+    errors, warnings, left_out = findings(reports)
     if arguments.out:
         try:
             print(f"samples in {_draw(data, arguments.out, with_labels)}")
@@ -74,7 +73,9 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if errors:
         wrong = sum(number for number, _ in errors.values())
         raise UserError(f"{wrong:,} mistakes would stop a run: {errors}")
-    if not warnings and not any(report.dropped for report in reports):
+    if left_out:
+        print(f"left out: {left_out}")
+    elif not warnings:
         print("nothing wrong")
 
 
@@ -93,7 +94,7 @@ def check_before_fit(data: DataModule, with_labels: bool) -> None:
 
     data.prepare_data()
     reports = check_data(data, ("train", "val"), sample=SAMPLE, with_labels=with_labels)
-    errors, warnings = findings(reports)
+    errors, warnings, _ = findings(reports)
     if errors:
         raise UserError(f"{errors}; see fastvim data check")
     for report in reports:

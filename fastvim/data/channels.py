@@ -161,12 +161,14 @@ class Rows:
         labels: names of the classes.
         splits: "train", "val" or "test".
         class_names: all classes in index order; None for the labels in natural order.
+        left_out: "train", "val" or "test" of the rows that the table has besides.
     """
 
     paths: np.ndarray
     labels: np.ndarray
     splits: np.ndarray
     class_names: list[str] | None = None
+    left_out: Sequence[str] | np.ndarray = ()
 
 
 class ChannelData(DataModule):
@@ -321,6 +323,9 @@ class ChannelData(DataModule):
             report.skips = (DAMAGED,)
         for path in missing_files([files.filename(index) for index in range(len(files))]):
             (report.dropped if report.skips else report.errors).add(MISSING_IMAGE, path)
+        assert self._rows is not None
+        if number := list(self._rows.left_out).count(report.split):
+            report.left_out.add("row without a class", self._table_url(), number)
         _add_repeated(report, files, self.class_names)
         return report
 

@@ -14,7 +14,7 @@ from fastvim.data.base import DataModule
 from fastvim.data.issues import Issue, Issues, Look, NoFiles, SplitReport, examine
 from fastvim.data.known import Known
 from fastvim.data.sampler import Seeded, TrainingSampler
-from fastvim.errors import UserError, first_few
+from fastvim.errors import OptionError, UserError, first_few
 
 SAMPLE = 300  # images of each split that a run examines before its first step
 FEW = 10  # classes; of more, a sample may miss some
@@ -52,15 +52,17 @@ def check_data(
             images there are.
 
     Raises:
-        UserError: no such files at all, or data that cannot be checked.
+        UserError: no split can be opened, or data that cannot be checked.
     """
     reports: dict[str, SplitReport] = {}  # roles may share a split
+    failed: dict[str, UserError] = {}
     for role in roles:
         try:
             report = data.check(role)
+        except OptionError:
+            raise
         except UserError as error:
-            if not reports:
-                raise
+            failed[str(error)] = error
             report = reports.setdefault(str(error), SplitReport(role, NoFiles()))
             report.errors["split that cannot be opened"] = Issue(1, str(error))
             continue
@@ -75,6 +77,8 @@ def check_data(
         if data.value_range is not None and eight_bits and not data.read_picture.scales_8_bits:
             where = f"{list(data.value_range)}, {report.split} has values of 0 to 255"
             report.warnings.add(f"value_range that no image needs{report.among()}", where)
+    if len(failed) == len(reports):
+        raise next(iter(failed.values()))
     first, *others = reports.values()
     for other in others:
         _compare(first, other)
@@ -178,14 +182,19 @@ def _compare(first: SplitReport, other: SplitReport) -> None:
         other.warnings.add(kind, f"{own}, as {same}", len(shared))
 
 
-def findings(reports: Sequence[SplitReport]) -> tuple[Issues, Issues]:
-    """What would stop a run, and what looks odd, of all splits."""
-    errors, warnings = Issues(), Issues()
+def findings(reports: Sequence[SplitReport]) -> tuple[Issues, Issues, Issues]:
+    """What would stop a run, what looks odd and what is left out, of all splits."""
+    errors, warnings, left_out = Issues(), Issues(), Issues()
     for report in reports:
-        for found, issues in ((errors, report.errors), (warnings, report.warnings)):
+        for found, issues in (
+            (errors, report.errors),
+            (warnings, report.warnings),
+            (left_out, report.dropped),
+            (left_out, report.left_out),
+        ):
             for kind, (number, where) in issues.items():
                 found.add(f"{report.split}: {kind}", where, number)
-    return errors, warnings
+    return errors, warnings, left_out
 
 
 def training_samples(data: DataModule, number: int) -> list[tuple[Tensor, Any]]:

@@ -20,6 +20,7 @@ from typing import IO, BinaryIO, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from fastvim.data.issues import Issues
 from fastvim.errors import UserError, first_few
 
 ClassFolder = Literal["outer", "inner"]
@@ -209,15 +210,15 @@ class ClassFolders:
         )
 
     @property
-    def remarks(self) -> list[str]:
-        """What does not count as an image or a class, in words."""
-        found = []
+    def unused(self) -> Issues:
+        """What does not count as an image or a class."""
+        found = Issues()
         if self.left_out:
-            number, endings = sum(self.left_out.values()), describe_endings(self.left_out)
-            found.append(f"{self.root}: {number:,} files are no images and left out: {endings}")
+            where = f"{self.root}: {describe_endings(self.left_out)}"
+            found.add("file that is no image", where, sum(self.left_out.values()))
         if self.empty:
-            names = first_few(self.empty, 10)
-            found.append(f"{self.root}: class folders without an image are left out: {names}")
+            where = f"{self.root}: {first_few(self.empty, 10)}"
+            found.add("class folder without an image", where, len(self.empty))
         return found
 
 

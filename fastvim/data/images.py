@@ -180,13 +180,14 @@ class ImageData(DataModule):
         source = self._source(split, training)
         if isinstance(source, ClassFolders):
             self._unlabelled = self._unlabelled or source.outside
-            for remark in source.remarks:
-                _logger.warning(remark)
+            if source.unused:
+                _logger.warning("left out: %s", source.unused)
         if not self._class_names and not self._unlabelled:
             self._settle_classes(source, training)
         if isinstance(source, IterableImageDataset):
             if training and self.train_images is not None:
-                raise UserError(f"{self.dataset}: train_images needs a dataset with a length")
+                expected = f"null, as {self.dataset} has no length"
+                raise OptionError("train_images", self.train_images, expected)
             source.transform = Compose([self._to_mode, transform])
             source.target_transform = self._indices(source)
             return source
@@ -209,8 +210,8 @@ class ImageData(DataModule):
         assert isinstance(files, ImageFiles | TorchFiles | Chosen)
         report = SplitReport(self._split(role), files, facts={"images": len(files)})
         reader = getattr(getattr(files, "dataset", files), "reader", None)
-        if isinstance(reader, ClassFolders) and (others := sum(reader.left_out.values())):
-            report.facts["other files"] = others
+        if isinstance(reader, ClassFolders):
+            report.left_out |= reader.unused
         if (targets := files.targets) is not None:
             report.count(targets, self.class_names)
         elif self._unlabelled:
@@ -279,8 +280,8 @@ class ImageData(DataModule):
             self._folders = self._find_folders(source, training)
         elif not names and not _own_classes(source):
             if self._num_classes not in (None, len(self.known.names)):
-                known = f"{self.known.source} knows {len(self.known.names)} classes"
-                raise UserError(f"num_classes {self._num_classes}: {known}")
+                expected = f"{len(self.known.names)}, as {self.known.source} knows"
+                raise OptionError("num_classes", self._num_classes, expected)
             self._folders = self.known.names
         else:
             places(list(names.values()), self.known.names, "classes", self._whose)

@@ -145,6 +145,7 @@ class SplitReport:
         labels: what the values of its masks stand for; None without masks.
         errors: what a run would stop at; at first, what the lists of files tell.
         dropped: what training leaves out.
+        left_out: what belongs to no split, as files that are no images.
         warnings: what looks odd; a run goes on, and says it once.
         facts: counts that are not mistakes.
         classes: what each class has, by its name, in the order of the labels.
@@ -167,6 +168,7 @@ class SplitReport:
     labels: Labels | None = None
     errors: Issues = field(default_factory=Issues)
     dropped: Issues = field(default_factory=Issues)
+    left_out: Issues = field(default_factory=Issues)
     warnings: Issues = field(default_factory=Issues)
     facts: dict[str, int] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
@@ -249,6 +251,7 @@ class SplitReport:
         for issues, note in (
             (self.errors, ""),
             (self.dropped, ", left out in training"),
+            (self.left_out, ", left out"),
             (self.warnings, ", looks odd"),
         ):
             for kind, (number, first) in issues.items():

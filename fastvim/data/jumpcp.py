@@ -104,11 +104,13 @@ class CellData(ChannelData):
                 (~known).sum(),
                 len(cells),
             )
+        splits = random_splits(len(cells), self.split_seed)
         return Rows(
             cells[self.path_column].astype(str).to_numpy(dtype=object)[known],
             wells[known].map(label_by_well).to_numpy(dtype=object),
-            random_splits(len(cells), self.split_seed)[known],
+            splits[known],
             class_names,
+            splits[~known],
         )
 
     def _labels(self) -> tuple[dict[str, str], list[str]]:

@@ -232,7 +232,7 @@ class SegmentationData(DenseDataModule):
 
     Args:
         root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
-        num_classes: that the files use, at most 255.
+        num_classes: that the files use, 2 to 255.
         reduce_zero_label: a stored 0 is ignored and the classes are stored from 1, as in ADE20K.
         class_file: text file below `root` with a class name a line. Of a table with tabs, such as
             `objectInfo150.txt`, it is the last column below the header. None numbers the classes.
@@ -282,7 +282,7 @@ class SegmentationData(DenseDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, batch_size=batch_size, eval_batch_size=1, **kwargs)
-        check(Range(1, IGNORE_INDEX, whole=True), num_classes=num_classes)
+        check(Range(2, IGNORE_INDEX, whole=True), num_classes=num_classes)
         check(COUNT, img_size=img_size)
         check_given(COUNT, base_size=base_size)
         if base_size is not None and base_size[0] < base_size[1]:

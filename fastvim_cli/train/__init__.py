@@ -6,12 +6,14 @@ import logging
 import warnings
 
 import lightning as L
+from jsonargparse import Namespace
 
 from fastvim.errors import UserError
 from fastvim_cli.train.cli import DataCLI, TrainingCLI
+from fastvim_cli.train.config_errors import options_as_written
 from fastvim_cli.train.published import as_published
 
-__all__ = ["TrainingCLI", "load_data", "run"]
+__all__ = ["TrainingCLI", "load_data", "options_as_written", "run"]
 
 
 def run(words: list[str]) -> None:
@@ -38,8 +40,8 @@ def run(words: list[str]) -> None:
         print("\n".join(published.compare(results)))
 
 
-def load_data(words: list[str]) -> tuple[L.LightningDataModule, bool]:
-    """The data module of a recipe, without its model and trainer, and whether labels are used.
+def load_data(words: list[str]) -> tuple[L.LightningDataModule, bool, Namespace]:
+    """The data module of a recipe, whether labels are used, and the recipe.
 
     Args:
         words: `--config=FILE`, and values that override the recipe's.
@@ -49,7 +51,7 @@ def load_data(words: list[str]) -> tuple[L.LightningDataModule, bool]:
     """
     _quiet()
     cli = DataCLI(words)
-    return cli.datamodule, cli.uses_labels
+    return cli.datamodule, cli.uses_labels, cli.config
 
 
 def _quiet() -> None:

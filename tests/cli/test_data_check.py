@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def test_a_good_set(tmp_path, capsys):
         "  sizes: 64x64 (5)",
         "  modes: RGB (5)",
         "  objects of each class: box (4), disc (4)",
+        "left out: 1 x train2017: image without objects (first: 8.png)",
     ]
 
 
@@ -188,3 +190,60 @@ def test_labels_do_not_matter_where_training_has_none(tmp_path, capsys):
     file.write_text(yaml.safe_dump(config))
     assert main(["data", "check", f"--config={file}", f"--out={tmp_path}"]) == 0
     assert capsys.readouterr().out.endswith("nothing wrong\n")
+
+
+def drawn_recipe(tmp_path: Path, layout: str) -> tuple[Path, Path]:
+    """A sound set, and its recipe."""
+    set_ = draw(tmp_path / "set", 1, layout)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(set_, layout)))
+    return set_.root, file
+
+
+def test_files_that_are_left_out_stand_in_the_last_line(tmp_path, capsys):
+    root, file = drawn_recipe(tmp_path, "folders")
+    for name in ("notes.txt", "more.txt", "cat.heic"):
+        (root / "train" / "cat" / name).touch()
+    code, output, _ = check(capsys, file, root)
+    assert code == 0
+    where = f"{root}/train: 2 .txt, 1 .heic"
+    assert f"  3 x file that is no image, left out, first: {where}\n" in output
+    last = output.splitlines()[-1]
+    assert last == f"left out: 3 x train: file that is no image (first: {where})"
+
+
+@pytest.mark.parametrize("layout", ["folders", "masks", "tables", "coco"])
+def test_splits_without_one_to_train_on_are_checked(layout, tmp_path, capsys):
+    root, file = drawn_recipe(tmp_path, layout)
+    expected = "no such|no split 'train'|no rows of the split 'train'"
+    if layout == "tables":
+        lines = (root / "table.csv").read_text().splitlines()
+        (root / "table.csv").write_text("\n".join(x for x in lines if not x.endswith(",train")))
+        damaged = next(root.glob("val-*.npy"))
+    else:
+        for folder in {*root.glob("**/train"), *root.glob("**/training"), *root.glob("train2017")}:
+            shutil.rmtree(folder)
+        damaged = sorted(p for p in root.glob("**/val*/**/*") if p.is_file())[0]
+    damaged.write_bytes(b"")
+    code, output, error = check(capsys, file, root)
+    assert code == 2
+    assert re.search(f"train: split that cannot be opened .first: .*({expected})", error)
+    assert str(damaged) in output
+    assert main(["fit", f"--config={file}"]) == 2
+    assert re.search(expected, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--data.train_images", "999"), "data.train_images 999: expected 1 to"),
+        (("--data.num_classes", "9"), "data.num_classes 9: expected"),
+    ],
+)
+def test_options_are_named_as_they_are_written(words, message, tmp_path, capsys):
+    root, file = drawn_recipe(tmp_path, "folders")
+    code, _, error = check(capsys, file, root, *words)
+    assert code == 2
+    assert message in error
+    assert main(["fit", f"--config={file}", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -80,8 +80,8 @@ def test_what_counts(tmp_path: Path, kind: str) -> None:
         file, _ = split[index]
         with file:
             assert file.read() == (folder / name).read_bytes()
-    (line,) = split.remarks
-    assert "4 files are no images and left out: 2 .heic, 1 .txt, 1 without ending" in line
+    where = f"{split.root}: 2 .heic, 1 .txt, 1 without ending"
+    assert split.unused == {"file that is no image": (4, where)}
 
 
 def test_the_innermost_folder_is_the_class(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_numbers_are_ordered_by_value_and_letters_by_case_at_last() -> None:
 def test_class_folders_without_an_image_are_named(tmp_path: Path) -> None:
     split = ClassFolders(write(tmp_path / "train", ("cat/1.jpg", "emu/1.raw", "emu/b/2.raw")))
     assert split.empty == ["emu"]
-    assert split.remarks[1].endswith("class folders without an image are left out: emu")
+    assert split.unused["class folder without an image"] == (1, f"{split.root}: emu")
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -111,9 +111,10 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     data = ImageData(str(tmp_path), num_workers=0)
     data.setup("fit")
     assert data.class_names == ["cat", "dog"]
-    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
-        "1 files are no images and left out: 1 .heic",
-        "class folders without an image are left out: emu",
+    folder = tmp_path / "train"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"left out: 1 x file that is no image (first: {folder}: 1 .heic); "
+        f"1 x class folder without an image (first: {folder}: emu)"
     ]
 
 

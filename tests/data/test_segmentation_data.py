@@ -318,6 +318,7 @@ def test_odd_annotations_are_named_in_one_line(root, damage, message, workers):
 @pytest.mark.parametrize(
     "options",
     [
+        {"num_classes": 1},
         {"num_classes": 256},
         {"ratio": (2.0, 0.5)},
         {"base_size": (512, 2048)},

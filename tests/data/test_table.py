@@ -113,7 +113,7 @@ def test_files_listed_twice(tmp_path):
     for index in range(3):
         np.save(tmp_path / f"{index}.npy", np.random.default_rng(index).random((1, 16, 16)))
     data = ChannelData(str(tmp_path), 1, (0.5,), (0.3,), img_size=16)
-    _, warnings = findings(check_data(data, ("train", "val"), sample=0))
+    _, warnings, _ = findings(check_data(data, ("train", "val"), sample=0))
     assert warnings == {
         "train: file listed twice": (1, str(tmp_path / "0.npy")),
         "train: file listed under two classes": (1, f"{tmp_path / '1.npy'}, as b and a"),

@@ -170,4 +170,4 @@ def file_listed_twice(drawn: Drawn) -> str:
 def separators_at_the_ends_of_the_rows(drawn: Drawn) -> None:
     file = drawn.root / "table.csv"
     head, *rows = file.read_text(encoding="utf-8-sig").splitlines()
-    file.write_text("\n".join([head, *(f"{row}," for row in rows), ",,"]))
+    file.write_text("\n".join([head, *(f"{row}," for row in rows)]))
