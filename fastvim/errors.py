@@ -18,6 +18,13 @@ class UserError(ValueError):
     """
 
 
+class MachineError(UserError):
+    """What the machine does not give: room on a disk, a permission, a process that was lost.
+
+    The command line prints the line and exits with code 1.
+    """
+
+
 class NotFiniteError(UserError):
     """A result that is not finite: no answer."""
 

@@ -6,14 +6,16 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvim.data.pixels import DAMAGED
 from fastvim.errors import UserError
 from fastvim.extras import install
 
 _logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 TIMEOUT = 300.0  # seconds of one attempt at a URL
 S3 = ("s3://", "s3a://")
@@ -85,13 +87,27 @@ def read_bytes(
         UserError: for an argument out of range, options or a protocol that fsspec does not know,
             or a package that is not installed.
     """
+    if is_url(url):
+        return retried(lambda: _fetch(url, storage_options or {}), url, attempts, wait)
+    return retried(Path(os.path.expanduser(url)).read_bytes, url, attempts, wait)
+
+
+def retried(
+    action: Callable[[], _Result], url: str, attempts: int = 4, wait: float = 0.5
+) -> _Result:
+    """What `action` returns, tried again as `read_bytes` says, with its errors.
+
+    Args:
+        action: on the file.
+        url: of the file, for messages.
+        attempts: at least 1.
+        wait: seconds before the second attempt, at least 0.
+    """
     if attempts < 1 or wait < 0:
         raise UserError(f"attempts {attempts}, wait {wait}: expected at least 1 and at least 0")
     for attempt in range(1, attempts + 1):
         try:
-            if is_url(url):
-                return _fetch(url, storage_options or {})
-            return Path(os.path.expanduser(url)).read_bytes()
+            return action()
         except UserError:
             raise
         except Exception as error:
@@ -110,9 +126,9 @@ def read_bytes(
 
 
 def _fetch(url: str, storage_options: dict[str, Any]) -> bytes:
-    filesystem = _filesystem(url, storage_options)
-    limit = {"timeout": TIMEOUT} if filesystem.async_impl else {}
-    return filesystem.cat_file(filesystem._strip_protocol(url), **limit)
+    opened = filesystem(url, storage_options)
+    limit = {"timeout": TIMEOUT} if opened.async_impl else {}
+    return opened.cat_file(opened._strip_protocol(url), **limit)
 
 
 # Keyed by process, thread, server and options. A worker must neither use nor close a connection of
@@ -120,7 +136,7 @@ def _fetch(url: str, storage_options: dict[str, Any]) -> bytes:
 _filesystems: dict[tuple[Any, ...], Any] = {}
 
 
-def _filesystem(url: str, storage_options: dict[str, Any]) -> Any:
+def filesystem(url: str, storage_options: dict[str, Any]) -> Any:
     """The fsspec filesystem of a URL, made once for each thread of each process."""
     protocol, _, rest = url.rpartition("::")[2].partition("://")
     place = (url.rpartition("::")[0], protocol, rest.partition("/")[0])

@@ -1,0 +1,99 @@
+"""A part as bytes, and back: Parquet, or JSON lines. The bytes follow from the rows alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import IO, TYPE_CHECKING, Any
+
+from fastvim.errors import UserError
+from fastvim.extras import install
+from fastvim.inference.parts.work import Row
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+def encode(rows: list[Row], form: str, columns: pyarrow.Schema | None) -> bytes:
+    """Rows as the content of a file.
+
+    Args:
+        rows: of one part.
+        form: "parquet" or "jsonl".
+        columns: of the work, for Parquet; see `schema`.
+    """
+    if form == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    import pyarrow
+    from pyarrow import parquet
+
+    assert columns is not None
+    readable = [{**row, "path": printable(row["path"])} for row in rows]
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(readable, schema(columns)), buffer)
+    return buffer.getvalue()
+
+
+def decode(content: bytes, form: str, name: str) -> list[Row]:
+    """The rows of a part.
+
+    Args:
+        content: of its file.
+        form: "parquet" or "jsonl".
+        name: of the file, for messages.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    try:
+        if form == "jsonl":
+            return [json.loads(line) for line in content.splitlines()]
+        parquet = import_parquet(name)
+        return parquet.read_table(io.BytesIO(content), use_threads=False).to_pylist()
+    except (ValueError, OSError) as error:  # pyarrow's errors are some of these
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name}: damaged ({reason}); remove it, and start again to compute it anew"
+        ) from error
+
+
+def errors_in(file: IO[bytes], form: str, name: str) -> int:
+    """The number of rows with an error; of Parquet the last bytes alone are read.
+
+    Args:
+        file: a part, open.
+        form: "parquet" or "jsonl".
+        name: of the file, for messages.
+    """
+    if form == "jsonl":
+        return sum(not line.endswith(b'"error": null}\n') for line in file)
+    opened = import_parquet(name).ParquetFile(file)
+    groups = (opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups))
+    return sum(
+        group.num_rows - group.column(leaf).statistics.null_count
+        for group in groups
+        for leaf in range(group.num_columns)
+        if group.column(leaf).path_in_schema == "error"
+    )
+
+
+def schema(columns: pyarrow.Schema) -> pyarrow.Schema:
+    """The columns of a part: "path", those of a work, "error"."""
+    import pyarrow
+
+    path, error = pyarrow.field("path", pyarrow.string()), pyarrow.field("error", pyarrow.string())
+    return pyarrow.schema([path, *columns, error])
+
+
+def printable(path: str) -> str:
+    """A path as text of Unicode: bytes that are none, as a backslash and their number."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
+def import_parquet(name: str) -> Any:
+    """The module `pyarrow.parquet`, or a UserError that says how to install it."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f"{name}: pyarrow is not installed: {install('microscopy')}") from error
+    return parquet

@@ -1,0 +1,181 @@
+"""Read, compute, commit: the parts of one process, in order, while the next images are read.
+
+C, H, W: channels, height and width of an image; B: images of a batch
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastvim.errors import UserError
+from fastvim.inference.parts.formats import encode
+from fastvim.inference.parts.listing import read_items
+from fastvim.inference.parts.manifest import Manifest
+from fastvim.inference.parts.shards import local_share
+from fastvim.inference.parts.store import Store
+from fastvim.inference.parts.work import Failure, Item, Opened, Read, Row, Work
+
+
+class Report(Protocol):
+    """Is told how a run goes on."""
+
+    def advance(self, images: int) -> None:
+        """That many images are done, failures included."""
+        ...
+
+    def failed(self, failure: Failure) -> None:
+        """One of them failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of an output folder; can be pickled.
+
+    Attributes:
+        out: the folder.
+        manifest: what its parts have in common.
+    """
+
+    out: Store
+    manifest: Manifest
+
+    @property
+    def parts(self) -> Store:
+        """Where the parts lie."""
+        return self.out.below("parts")
+
+
+def open_for(work: Work, run: Run, device: torch.device) -> Opened:
+    """Open a work in a process that did not begin the run.
+
+    Raises:
+        UserError: the weights are others here.
+    """
+    opened = work.open(device)
+    if opened.weights != run.manifest.weights:
+        raise UserError(
+            f"{socket.gethostname()}: other weights than the run's: {opened.weights}, expected "
+            f"{run.manifest.weights}; the file must be the same on every machine"
+        )
+    return opened
+
+
+def compute(
+    run: Run,
+    opened: Opened,
+    parts: Iterable[int],
+    device: torch.device,
+    report: Report,
+    workers: int,
+) -> None:
+    """Compute parts and write each of them whole.
+
+    Args:
+        run: that they belong to.
+        opened: the work.
+        parts: their numbers, in the order to compute them.
+        device: of the model.
+        report: is told of every batch.
+        workers: processes that read images; 0 reads between the batches.
+    """
+    manifest, numbers = run.manifest, list(parts)
+    columns = opened.columns() if manifest.format == "parquet" else None
+    listed = (read_items(run.parts, manifest.listing, part) for part in numbers)
+    found = rows(opened, listed, device, run.out, report, workers)
+    for part in numbers:
+        done: list[Row] = []
+        while len(done) < manifest.size(part):
+            done += next(found)
+        run.parts.write(manifest.name(part), encode(done, manifest.format, columns))
+
+
+def rows(
+    opened: Opened,
+    lists: Iterable[list[Item]],
+    device: torch.device,
+    out: Store | None,
+    report: Report,
+    workers: int,
+) -> Iterator[list[Row]]:
+    """The rows of each batch, in the order of the items; no batch is of two lists.
+
+    Args:
+        opened: the work.
+        lists: of items, taken as they are needed.
+        out: of `Opened.rows`.
+
+    The other arguments are those of `compute`.
+    """
+    size = opened.batch_size
+    batches = (items[i : i + size] for items in lists for i in range(0, len(items), size))
+    loader: DataLoader[_Batch] = DataLoader(
+        _Reading(opened.read),
+        batch_sampler=batches,  # of items instead of indices
+        num_workers=workers,
+        collate_fn=_as_it_is,  # `_Reading` gives whole batches
+        pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
+        good = [item for item, reason in zip(batch.items, batch.reasons, strict=True) if not reason]
+        results = iter(opened.rows(good, batch.images, out) if good else ())
+        done: list[Row] = []
+        for item, reason in zip(batch.items, batch.reasons, strict=True):
+            row = {"error": reason} if reason else next(results)
+            error = row.get("error")
+            if error is not None:
+                report.failed(Failure(item["path"], error))
+            done.append({"path": item["path"], **row, "error": error})
+        opened.hear(batch.told)
+        report.advance(len(done))
+        yield done
+
+
+def readers(device: torch.device, processes: int | None = None) -> int:
+    """How many processes read images for one that computes: none for a CPU, which has no idle core.
+
+    Args:
+        device: of the model.
+        processes: that compute on this machine; None for what a scheduler's variables say.
+    """
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // (processes or local_share()[1]))
+
+
+class _Batch(NamedTuple):
+    items: Sequence[Item]
+    reasons: Sequence[str]  # "" for each that could be read
+    images: Tensor | None  # (B, C, H, W) of those
+    told: Any  # of `Read.told`
+
+
+class _Reading(Dataset[_Batch]):
+    """Reads the images of batches; an error is a value, which loses one image and no batch."""
+
+    def __init__(self, read: Read) -> None:
+        self.read = read
+
+    def __getitems__(self, items: list[Item]) -> _Batch:
+        reasons, images = [], []
+        for item in items:
+            try:
+                if not (reason := item.get("error", "")):
+                    images.append(self.read(item["path"]))
+            except UserError as error:
+                reason = str(error).removeprefix(f"{item['path']}: ")
+            reasons.append(reason)
+        return _Batch(items, reasons, torch.stack(images) if images else None, self.read.told())
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

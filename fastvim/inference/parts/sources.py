@@ -1,0 +1,137 @@
+"""The images that a run is given: names of files and folders, globs, addresses, or a long list."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from fastvim.data.folders import (
+    describe_endings,
+    image_endings,
+    is_ignored,
+    list_images,
+    natural_key,
+)
+from fastvim.data.remote import filesystem, is_url, join, read_bytes, retried
+from fastvim.inference.parts.tables import file_digest, table_paths
+from fastvim.inference.parts.work import Item
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the list of a run comes from.
+
+    Args:
+        words: files, folders with all below them, globs, and addresses of these.
+        table: a list, see `table_paths`; its relative paths are below its folder. Instead of words.
+    """
+
+    words: tuple[str, ...] = ()
+    table: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this source from others without making the list."""
+        if self.table is None:
+            return {"words": list(self.words), "folder": os.getcwd()}
+        with _local(self.table) as file:
+            return {"table": file_digest(file), "folder": _folder(self.table)}
+
+    def items(self, endings: Collection[str] | None) -> Iterator[Item]:
+        """Each image as {"path": …}; what names no image as {"path": …, "error": …}.
+
+        Words give every file once; a table gives a row for each of its rows.
+
+        Args:
+            endings: of the image files in folders, in small letters; None for what Pillow reads.
+
+        Raises:
+            UserError: as `table_paths`; a folder that cannot be listed.
+        """
+        if self.table is not None:
+            folder = _folder(self.table)
+            with _local(self.table) as file:
+                for path in table_paths(file, self.table):
+                    yield {"path": join(folder, path)}
+            return
+        seen: set[str] = set()
+        for word in self.words:
+            for item in _named(word, endings):
+                if item["path"] in seen:
+                    continue
+                if len(self.words) > 1:
+                    seen.add(item["path"])
+                yield item
+
+
+def _named(word: str, endings: Collection[str] | None) -> Iterator[Item]:
+    """The images that one word names."""
+    if is_url(word):
+        yield from _at_address(word, endings)
+        return
+    path = os.fspath(Path(os.path.expanduser(word)))
+    if os.path.isdir(path):
+        found = list_images(path, endings)
+        if found.left_out:
+            _logger.warning("%s: left out %s", path, describe_endings(found.left_out))
+        if not found.paths:
+            yield {"path": path, "error": "a folder without images"}
+        for below in found.paths:
+            yield {"path": os.path.join(path, below)}
+    elif os.path.exists(path):
+        yield {"path": path}
+    else:
+        files = sorted(glob.glob(path, recursive=True))
+        if not files:
+            yield {"path": path, "error": "no such file"}
+        yield from ({"path": os.fspath(Path(file))} for file in files)
+
+
+def _at_address(url: str, endings: Collection[str] | None) -> Iterator[Item]:
+    """A file at an address, the files that match a pattern, or all below a folder.
+
+    A server that lists nothing, as of `https://`, has files alone.
+    """
+    known = image_endings() if endings is None else endings
+    opened = filesystem(url, {})
+    bare = opened._strip_protocol(url)
+
+    def listed() -> list[str]:
+        if "*" in bare:
+            found = opened.glob(bare)
+            return [name for name in found if not is_ignored(PurePath(name).name)]
+        names = opened.find(bare) if opened.isdir(bare) else []
+        below = ((name, name[len(bare) :].split("/")) for name in names)
+        names = [name for name, parts in below if not any(map(is_ignored, parts))]
+        return [name for name in names if PurePath(name).suffix.lower() in known]
+
+    plain = "::" in url or url.startswith(("http://", "https://"))
+    names = [] if plain else retried(listed, url)
+    for name in sorted(names, key=natural_key):
+        yield {"path": opened.unstrip_protocol(name)}
+    if not names:
+        yield {"path": url}
+
+
+@contextmanager
+def _local(table: str) -> Iterator[str]:
+    """A table as a file of this machine; an address is fetched."""
+    if not is_url(table):
+        yield os.path.expanduser(table)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "table")
+        file.write_bytes(read_bytes(table))
+        yield str(file)
+
+
+def _folder(table: str) -> str:
+    return table.rpartition("/")[0] if is_url(table) else os.path.dirname(table)

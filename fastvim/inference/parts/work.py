@@ -1,0 +1,100 @@
+"""What is computed for each image: the side of a command that the loop over parts knows.
+
+C, H, W: channels, height and width of an image; B: images of a batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pyarrow
+    import torch
+
+    from fastvim.inference.parts.store import Store
+
+# A line of the list: "path", what else the work says of an image, "error" where there is none.
+Item = dict[str, Any]
+Row = dict[str, Any]  # a result: "path", the work's columns, and "error", None where there is none
+
+
+class Failure(NamedTuple):
+    """A file that gave no image, and why."""
+
+    path: str
+    reason: str
+
+
+class Read(Protocol):
+    """From a file to a prepared image; called in the workers of a loader."""
+
+    def __call__(self, path: str) -> Tensor:
+        """The image (C, H, W) of a path or an address.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        ...
+
+    def told(self) -> Any:
+        """What it has seen of all its images, for `Opened.hear`; can be pickled."""
+        ...
+
+
+class Opened(Protocol):
+    """A work with its model on a device.
+
+    Attributes:
+        batch_size: images at a time; above 1 all of them have one shape.
+        weights: digest of the model's tensors.
+        endings: of the image files in folders, in small letters; None for what Pillow reads.
+        read: reads an image; knows nothing of the model.
+    """
+
+    batch_size: int
+    weights: str
+    endings: Collection[str] | None
+    read: Read
+
+    def settings(self) -> dict[str, Any]:
+        """All beside the weights that changes rows, as JSON values."""
+        ...
+
+    def items(self, found: Iterable[Item]) -> Iterator[Item]:
+        """What is found, with all that the rows of an image need to know of the whole list."""
+        ...
+
+    def rows(self, items: Sequence[Item], images: Tensor, out: Store | None) -> list[Row]:
+        """The columns of each image, or its "error" alone.
+
+        Args:
+            items: of the images.
+            images: (B, C, H, W).
+            out: for files by image; None where nothing is written.
+        """
+        ...
+
+    def hear(self, told: Any) -> None:
+        """Take in what a copy of `read` tells, again and again as it sees more images."""
+        ...
+
+    def columns(self) -> pyarrow.Schema:
+        """Names and types of the columns, without "path" and "error"."""
+        ...
+
+
+class Work(Protocol):
+    """A work to be opened in each process: a dataclass of plain fields, which can be pickled.
+
+    Attributes:
+        command: that does it.
+    """
+
+    command: str
+
+    def open(self, device: torch.device) -> Opened:
+        """Load the model."""
+        ...
