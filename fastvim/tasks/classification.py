@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from fastvim.errors import OptionError, UserError
 from fastvim.models import FastChannelVim, sample_channels
 from fastvim.options import NOT_NEGATIVE, SHARE, SHARE_BELOW_1, check
+from fastvim.tasks.metrics import tell_not_finite
 from fastvim.tasks.task import Task
 
 Batch = tuple[Tensor, Tensor]
@@ -153,6 +154,16 @@ class Classification(Task):
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         return sample_channels(count, torch.Generator().manual_seed(seed))
 
+    def on_validation_epoch_start(self) -> None:
+        self._not_finite: Tensor | int = 0
+
+    def on_test_epoch_start(self) -> None:
+        self._not_finite = 0
+
+    def on_validation_epoch_end(self) -> None:
+        if self.fitting:
+            tell_not_finite(self, self._not_finite)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val/loss", self.val_metrics)
 
@@ -163,7 +174,11 @@ class Classification(Task):
     def _evaluate(self, batch: Batch, loss_name: str, metrics: MetricCollection) -> Tensor:
         images, target = batch
         logits = self(images).float()
-        metrics.update(logits, target)
+        lost = ~logits.isfinite().all(dim=1)
+        self._not_finite = self._not_finite + lost.sum()
+        # Where a result is not finite, the right class is the last of all.
+        no_answer = -F.one_hot(target, logits.shape[1]).to(logits.dtype)
+        metrics.update(torch.where(lost[:, None], no_answer, logits), target)
         self.log(loss_name, F.cross_entropy(logits, target), batch_size=len(images), sync_dist=True)
         self.log_dict(metrics, batch_size=len(images))
         return logits

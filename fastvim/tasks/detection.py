@@ -10,7 +10,7 @@ from typing import Any, get_args
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from fastvim.errors import OptionError
+from fastvim.errors import NotFiniteError, OptionError
 from fastvim.models import CascadeMaskRCNN, FastVim
 from fastvim.models.heads.cascade import build_detector
 from fastvim.models.heads.results import coco_results
@@ -28,6 +28,7 @@ from fastvim.options import (
 )
 from fastvim.tasks.average_precision import AveragePrecision
 from fastvim.tasks.dense_task import DenseTask
+from fastvim.tasks.metrics import tell_not_finite
 from fastvim.tasks.schedules import Curve, drops_by_steps
 
 # Images (3, H, W) with values in 0 to 1, and what is in them.
@@ -181,6 +182,7 @@ class Detection(DenseTask):
         return self._test_scores
 
     def on_validation_epoch_start(self) -> None:
+        self._not_finite = 0
         self._metrics = AveragePrecision(self.data.category_ids)
 
     def on_test_epoch_start(self) -> None:
@@ -193,6 +195,7 @@ class Detection(DenseTask):
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
+        tell_not_finite(self, self._not_finite)
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -204,13 +207,30 @@ class Detection(DenseTask):
 
     def _evaluate(self, batch: Batch) -> None:
         images, targets = batch
-        assert isinstance(self.model, CascadeMaskRCNN)
         assert self._metrics is not None
-        for image, target, found in zip(images, targets, self.model.detect(images), strict=True):
+        for image, target, found in zip(images, targets, self._detect(images), strict=True):
+            if found is None:
+                self._metrics.update(target, [])
+                continue
             seen = (image.shape[1], image.shape[2])
             size, image_id = target["size"], target["image_id"]
             results = coco_results(found, seen, size, image_id, self._metrics.category_ids)
             self._metrics.update(target, results)
+
+    def _detect(self, images: list[Tensor]) -> list[dict[str, Tensor] | None]:
+        """Detections of each image; in training None where a result of the batch is not finite.
+
+        Raises:
+            NotFiniteError: for such results, but in training.
+        """
+        assert isinstance(self.model, CascadeMaskRCNN)
+        try:
+            return [*self.model.detect(images)]
+        except NotFiniteError:
+            if not self.fitting:
+                raise
+        self._not_finite += len(images)
+        return [None] * len(images)
 
     def _log_scores(self, stage: str) -> dict[str, list[float]]:
         """Log the scores over all classes and return those of each class."""

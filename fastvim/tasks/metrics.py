@@ -1,17 +1,21 @@
-"""Metrics of segmentation, from a confusion matrix.
+"""Metrics of segmentation, from a confusion matrix; the count of results that are not finite.
 
 K  classes
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TypedDict
 
 import torch
+from lightning import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
 from fastvim.labels import IGNORE_INDEX
+
+_logger = logging.getLogger(__name__)
 
 
 class SegmentationScores(TypedDict):
@@ -64,3 +68,14 @@ class SegmentationMetrics(Metric):
         told = torch.tensor(1.0 if (union > 0).sum() > 1 else torch.nan, device=iou.device)
         acc = right.sum() / self.matrix.sum()
         return {"miou": told * iou.nanmean(), "acc": told * acc, "iou": iou}
+
+
+def tell_not_finite(task: LightningModule, images: Tensor | int) -> None:
+    """Say how many images of a validation, over all processes, gave no finite result."""
+    count = torch.as_tensor(images, dtype=torch.float32, device=task.device)
+    total = int(task.trainer.strategy.reduce(count, reduce_op="sum"))
+    if total and task.trainer.is_global_zero:
+        _logger.warning(
+            "validation after step %d: images whose results are not finite, none right: %d",
+            *(task.trainer.global_step, total),
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from fastvim.options import (
     check_given,
 )
 from fastvim.tasks.dense_task import DenseTask
-from fastvim.tasks.metrics import SegmentationMetrics
+from fastvim.tasks.metrics import SegmentationMetrics, tell_not_finite
 from fastvim.tasks.schedules import Curve, line_by_steps
 
 # Images (3, H, W) and classes (H, W) each: tensors in training, lists in evaluation.
@@ -181,7 +182,15 @@ class Segmentation(DenseTask):
         """The predicted classes of each image, for `fastvim.tasks.callbacks.report.Report`."""
         return {"labelled": self._evaluate(batch, "test/loss", self.test_metrics)}
 
+    def on_validation_epoch_start(self) -> None:
+        self._not_finite: Tensor | int = 0
+
+    def on_test_epoch_start(self) -> None:
+        self._not_finite = 0
+
     def on_validation_epoch_end(self) -> None:
+        if self.fitting:
+            tell_not_finite(self, self._not_finite)
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
@@ -193,7 +202,11 @@ class Segmentation(DenseTask):
         for image, classes in zip(*batch, strict=True):
             size = (classes.shape[0], classes.shape[1])
             logits = multi_scale_flip(self, image[None], size, self.scales, self.flip)
-            predicted.append(logits[0].argmax(dim=0))
+            lost = logits[0].isnan().any(dim=0)
+            self._not_finite = self._not_finite + lost.any()
+            # Where a result is not finite, another class than the right one.
+            wrong = (classes + 1) % logits.shape[1]
+            predicted.append(torch.where(lost, wrong, logits[0].argmax(dim=0)))
             metrics.update(predicted[-1], classes)
             loss = _cross_entropy(logits, classes[None])
             # An image of which no pixel counts has no loss, not one of 0.
