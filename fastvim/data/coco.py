@@ -9,7 +9,7 @@ import gc
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,7 +49,7 @@ class Records(Sequence[dict[str, Any]]):
     reference counts.
     """
 
-    def __init__(self, values: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, values: Iterable[dict[str, Any]]) -> None:
         texts = [json.dumps(value).encode() for value in values]
         self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(texts), dtype=np.uint8)

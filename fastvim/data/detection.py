@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from fastvim.data.base import DenseDataModule
 from fastvim.data.classes import MOST_NAMES
-from fastvim.data.coco import Id, Instances, is_learned, masks_of, read_instances
+from fastvim.data.coco import Id, Instances, Records, is_learned, masks_of, read_instances
 from fastvim.data.coco_rules import DAMAGED_MASK
 from fastvim.data.dense_data import integer, prepare_objects
 from fastvim.data.frames import FramedReader, find_frame
@@ -233,9 +233,10 @@ class DetectionData(DenseDataModule):
             raise UserError(f"{instances.file}: {instances.errors}; see fastvim data check")
         if role == "train" and instances.dropped:
             _logger.warning("%s: training leaves out %s", instances.file, instances.dropped)
+        instances = self._among_known(instances)
         if instances.warnings and role not in self._checked:
             _logger.warning("%s: %s; see fastvim data check", instances.file, instances.warnings)
-        files = self._files(role, self._among_known(instances))
+        files = self._files(role, instances)
         if role == "train" or not self._frame:
             self._frame = files.read_image.frame
         return files
@@ -245,7 +246,7 @@ class DetectionData(DenseDataModule):
         found = self._read(role)
         errors, warnings = Issues(found.errors), Issues(found.warnings)
         try:
-            self._among_known(found)
+            warnings |= self._among_known(found).warnings
         except UserError as error:
             errors.add("category unlike those expected", str(error))
         if absent := [name for name in self._class_names if name not in found.class_names]:
@@ -324,17 +325,29 @@ class DetectionData(DenseDataModule):
 def _among(instances: Instances, categories: Mapping[Id, str], of: str) -> Instances:
     """The instances with all of these categories, of which their file has some.
 
+    A file with ids of its own is mapped by name, which is said among `warnings`. Where all ids are
+    known and stand for other names, either may be wrong: that is an error.
+
     Raises:
         UserError: the file has another category, or one of these under another name.
     """
     own = dict(zip(instances.category_ids, instances.class_names, strict=True))
     lists = f"{_names(categories)}; found {_names(own)}"
+    unknown = [number for number in own if number not in categories]
+    id_of = {name: number for number, name in categories.items()}
+    names = {*own.values()}
+    different = len(id_of) == len(categories) and len(names) == len(own)
+    if unknown and different and names <= id_of.keys():
+        instances = _renumbered(instances, {number: id_of[name] for number, name in own.items()})
+        instances.warnings.add("category of another id, taken by name", lists, len(own))
+        own = dict(zip(instances.category_ids, instances.class_names, strict=True))
+    elif unknown:
+        number = unknown[0]
+        raise UserError(
+            f"{instances.file}: category {number} ({own[number]}) is none of the "
+            f"{len(categories)} {of}, {lists}"
+        )
     for number, name in own.items():
-        if number not in categories:
-            raise UserError(
-                f"{instances.file}: category {number} ({name}) is none of the {len(categories)} "
-                f"{of}, {lists}"
-            )
         if name not in (categories[number], str(number)):  # a file may lack the names
             raise UserError(
                 f"{instances.file}: category {number} is {name!r}; expected {categories[number]!r} "
@@ -346,6 +359,21 @@ def _among(instances: Instances, categories: Mapping[Id, str], of: str) -> Insta
         category_ids=list(categories),
         class_names=list(categories.values()),
         objects=[objects.get(number, 0) for number in categories],
+    )
+
+
+def _renumbered(instances: Instances, new: Mapping[Id, Id]) -> Instances:
+    """The instances with new ids of their categories, by the old ones."""
+
+    def changed(record: dict[str, Any]) -> dict[str, Any]:
+        annotations = [{**a, "category_id": new[a["category_id"]]} for a in record["annotations"]]
+        return {**record, "annotations": annotations}
+
+    return replace(
+        instances,
+        records=Records(map(changed, instances.records)),
+        category_ids=[new[number] for number in instances.category_ids],
+        warnings=Issues(instances.warnings),
     )
 
 

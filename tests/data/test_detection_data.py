@@ -402,6 +402,36 @@ def test_splits_have_the_same_categories(root):
         fitted(root)
 
 
+def renumber(root: Path, ids: dict[int, int]) -> None:
+    """Give the categories of the validation file other ids."""
+    content = instances(root, "val2017")
+    for key, entries in (("id", "categories"), ("category_id", "annotations")):
+        content[entries] = [{**entry, key: ids[entry[key]]} for entry in content[entries]]
+    write_instances(root, "val2017", content)
+
+
+def test_a_split_with_ids_of_its_own_is_mapped_by_name(root, caplog):
+    """0-based ids, of which one is the training file's id of the other category."""
+    before = [target["annotations"] for _, target in fitted(root).opened("val")]
+    renumber(root, {3: 7, 7: 0})
+    module = fitted(root)
+    assert [target["annotations"] for _, target in module.opened("val")] == before
+    assert module.category_ids == [3, 7]
+    (record,) = caplog.records
+    assert (
+        "2 x category of another id, taken by name (first: 3 box, 7 disc; found 0 disc, 7 box)"
+        in record.message
+    )
+    report = data(root).check("val")
+    assert report.classes == {"disc": 4, "box": 4}
+
+
+def test_known_ids_under_each_others_names_are_refused(root):
+    renumber(root, {3: 7, 7: 3})
+    with pytest.raises(UserError, match="category 3 is 'disc'; expected 'box' of 3 box, 7 disc"):
+        fitted(root)
+
+
 def test_odd_images_are_named_when_read(root):
     Image.new("RGB", (64, 60)).save(root / "val2017" / "0.png")
     (root / "val2017" / "1.png").write_bytes(b"no image")

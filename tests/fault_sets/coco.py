@@ -293,6 +293,17 @@ def names_exchanged_in_validation(drawn: Drawn) -> str:
     return change_instances(drawn, change, "val2017")
 
 
+@fault("coco", "warns")
+def other_ids_in_validation(drawn: Drawn) -> str:
+    def change(content: dict[str, Any]) -> str:
+        for key, entries in (("id", "categories"), ("category_id", "annotations")):
+            for entry in content[entries]:
+                entry[key] -= 3
+        return "taken by name.*(3 red, 7 green; found 0 red, 4 green)"
+
+    return change_instances(drawn, change, "val2017")
+
+
 @fault("coco", "stops")
 def category_that_training_lacks(drawn: Drawn) -> str:
     def change(content: dict[str, Any]) -> str:
