@@ -5,19 +5,21 @@ A command's module imports the library when the command runs, so that help needs
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import importlib.metadata
 import io
 import json
 import os
+import select
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from fastvim_cli.arguments import UsageError
+from fastvim_cli.console import escape_logs
+from fastvim_cli.failures import EXIT_FAILURE, EXIT_INTERRUPTED, explained
 
 
 class Command(NamedTuple):
@@ -43,15 +45,13 @@ COMMANDS = {
     "models": Command("list the models and the engines that compute them", "models"),
 }
 
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    A mistake of the user is one line on standard error and code 2; `--debug`, anywhere, shows
-    the traceback as well. A bug keeps its traceback.
+    What ends a command is one line on standard error: of a mistake of the user with code 2, of the
+    machine, as a full disk, with code 1, of Ctrl-C with code 130. `--debug`, anywhere, shows the
+    traceback instead. A reader of the output that has closed it ends the command without a word.
 
     Args:
         argv: the words after `fastvim`; those of the process when None.
@@ -62,16 +62,20 @@ def main(argv: list[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
+    escape_logs()
     try:
         _dispatch(words)
+        sys.stdout.flush()
     except Exception as error:
-        line = _mistake(error)
-        if debug or line is None:
+        if isinstance(error, BrokenPipeError) and _closed_output():
+            return EXIT_FAILURE
+        if debug:
             raise
+        line, code = explained(error)
         if not _told_by(parent):
             print(f"fastvim: error: {line}", file=sys.stderr)
         _tell_torchrun(line)
-        return EXIT_MISTAKE
+        return code
     except KeyboardInterrupt as interrupt:
         if debug:
             raise
@@ -81,19 +85,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _mistake(error: Exception) -> str | None:
-    """The line about a mistake of the user, or None for a bug."""
-    if isinstance(error, ModuleNotFoundError):
-        from fastvim.extras import needed_extra
-
-        return needed_extra(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    library = sys.modules.get("fastvim.errors")  # imported, if it raised the error
-    mistakes = (UsageError, argparse.ArgumentError, FileNotFoundError)
-    if isinstance(error, mistakes) or (library and isinstance(error, library.UserError)):
-        return " ".join(str(error).split())
-    return None
+def _closed_output() -> bool:
+    """Whether the reader of the output has closed it, as `| head` does; the rest goes nowhere."""
+    output, poll = sys.stdout.fileno(), select.poll()
+    poll.register(output, select.POLLOUT)
+    closed = any(events & select.POLLERR for _, events in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python flushes at its end as well
+    return closed
 
 
 def _told_by(parent: int) -> bool:

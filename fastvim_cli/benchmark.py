@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from fastvim_cli.arguments import Parser, add_device, at_least, local_path, usable_device
-from fastvim_cli.console import note, table, track
+from fastvim_cli.console import note, say, table, track
 
 # Written out, so that the help page does not import torch. The tests compare them.
 MODES = ("eager", "compiled", "graph", "compiled-graph")
@@ -114,6 +114,6 @@ def run(argv: list[str]) -> None:
         note(f"{benchmark.describe(row)}: {row.failure}")
     if picture is not None:
         benchmark.draw(record, picture)
-        print(f"drawn in {picture}")
+        say(f"drawn in {picture}")
     if source is None and any(row.wrong for row in rows):
         raise SystemExit(1)

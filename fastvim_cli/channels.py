@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import Parser, add_device, at_least, local_path, usable_device
-from fastvim_cli.console import table, track
+from fastvim_cli.console import say, table, track
 from fastvim_cli.weights import add_options, load_named
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ def run(argv: list[str]) -> None:
         name: _evaluate(path, arguments)
         for name, path in zip(names, arguments.checkpoints, strict=True)
     }
-    print(_table(accuracies))
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         record = {
@@ -65,7 +64,9 @@ def run(argv: list[str]) -> None:
         (arguments.out / "channels.json").write_text(json.dumps(record, indent=1) + "\n")
         title = "the same weights on every subset of the channels"
         draw_subsets(accuracies, title).savefig(arguments.out / "channels.png", dpi=130)
-        print(f"written to {arguments.out}/channels.json and channels.png")
+    print(_table(accuracies))
+    if arguments.out is not None:
+        say(f"written to {arguments.out}/channels.json and channels.png")
 
 
 def _evaluate(path: str, arguments: argparse.Namespace) -> dict[Subset, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import at_least
-from fastvim_cli.console import note, track
+from fastvim_cli.console import note, say, track
 
 if TYPE_CHECKING:
     from fastvim.data.base import DataModule
@@ -63,18 +63,19 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
         reports = check_data(
             data, sample=sample, workers=workers, with_labels=with_labels, watch=track
         )
-    print("\n".join(map(str, reports)))
+    for line in "\n".join(map(str, reports)).split("\n"):
+        say(line)
     errors, warnings, left_out = findings(reports)
     if arguments.out:
         try:
-            print(f"samples in {_draw(data, arguments.out, with_labels)}")
+            say(f"samples in {_draw(data, arguments.out, with_labels)}")
         except UserError as error:
             note(f"no picture of samples: {error}")
     if errors:
         wrong = sum(number for number, _ in errors.values())
         raise UserError(f"{wrong:,} mistakes would stop a run: {errors}")
     if left_out:
-        print(f"left out: {left_out}")
+        say(f"left out: {left_out}")
     elif not warnings:
         print("nothing wrong")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -9,23 +10,50 @@ from typing import TypeVar
 _Item = TypeVar("_Item")
 
 
-def note(text: str) -> None:
-    """Print to standard error, which is not the command's result."""
-    print(text, file=sys.stderr, flush=True)
+def printable(text: str) -> str:
+    """A text whose characters all show: names may hold what a terminal acts upon.
+
+    Line ends, escape sequences, marks of direction and bytes that are no text become escapes as
+    Python writes them: `\\n`, `\\x1b`, `\\u202e`, `\\udcff`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def say(line: str) -> None:
+    """Print a line of the command's result."""
+    print(printable(line))
+
+
+def note(line: str) -> None:
+    """Print a line to standard error, which is not the command's result."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def escape_logs() -> None:
+    """Print the warnings of the library, which name files and classes, as `printable`."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Printable())
 
 
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str] | None = None
 ) -> str:
-    """Columns of text under their names.
+    """Columns of text under their names, each cell `printable`.
 
     Args:
         header: a name for each column.
         rows: a cell for each column.
         left: the columns that are aligned to the left; None for the first one.
     """
-    lines = [header, *rows]
     left = header[:1] if left is None else left
+    lines = [tuple(map(printable, line)) for line in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fastvim_cli.arguments import Parser, at_least, local_path, number_where
+from fastvim_cli.console import say
 from fastvim_cli.weights import add_options
 
 LICENCE = "The published FastVim weights are CC-BY-NC-SA: not for commercial use, converted or not."
@@ -62,7 +63,7 @@ def run(argv: list[str]) -> None:
     }
     head = next((head for head in heads if head in found), None)
     what = found["model"] if head is None else heads[head]
-    print(f"{source}: {kind.get(found['weights'], 'weights')} of {what}")
+    say(f"{source}: {kind.get(found['weights'], 'weights')} of {what}")
     for option, value in {**found["model_args"], **found.get(head or "", {})}.items():
-        print(f"  {option:<17} {value}")
-    print(f"written to {target}")
+        say(f"  {option:<17} {value}")
+    say(f"written to {target}")

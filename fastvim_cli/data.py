@@ -12,7 +12,7 @@ from typing import Any
 
 from fastvim_cli import check
 from fastvim_cli.arguments import Parser, at_least
-from fastvim_cli.console import note, table, track
+from fastvim_cli.console import note, say, table, track
 
 DESCRIPTION = """\
 Mean and standard deviation of each channel over all pixels, of the values as stored: what a recipe
@@ -88,7 +88,7 @@ def _stats(arguments: argparse.Namespace) -> None:
         note(f"skipped {error}")
     if total is None:
         raise UserError(f"{arguments.table}: none of {len(paths)} images could be read")
-    print(f"{used:,} images of {arguments.table}")
+    say(f"{used:,} images of {arguments.table}")
     columns = {"mean": total.mean, "standard deviation": total.std}
     channels = enumerate(zip(*columns.values(), strict=True))
     rows = [(str(channel), *(f"{value:.6g}" for value in values)) for channel, values in channels]

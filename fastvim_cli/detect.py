@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import MOST_SIDE, Parser, at_least, number_where, usable_device
+from fastvim_cli.console import say
 from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
@@ -88,7 +89,7 @@ def run(argv: list[str]) -> None:
     draw_each(paths, failures, read, "detecting", arguments.out, draw)
     file = arguments.out / "detections.json"
     file.write_text(json.dumps(everything), encoding="utf-8")
-    print(f"{len(everything):,} results in {file}")
+    say(f"{len(everything):,} results in {file}")
 
 
 def _image_ids(paths: list[Path]) -> dict[Path, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import add_device, at_least, local_path
-from fastvim_cli.console import note, track
+from fastvim_cli.console import note, say, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ def draw_each(
             failures.append(Failure(path, str(error)))
     report(failures, read, len(lines))
     for line in lines:
-        print(line)
+        say(line)
 
 
 def report(failures: list[Failure], read: Read | None = None, count: int = 0) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.console import table, track
+from fastvim_cli.console import say, table, track
 from fastvim_cli.images import add_images, chosen_images, chosen_reader, report
 from fastvim_cli.weights import add_model, load
 
@@ -78,20 +78,24 @@ def run(argv: list[str]) -> None:
                 shown.append((images[i], top[0]))
 
     report(failures, read, len(lines))
-    rows = [(line["file"], line["class"], f"{line['probability']:.1%}") for line in lines]
-    print(table(("image", "class", "probability"), rows, left=("image", "class")))
+    written = []
     if arguments.out is not None:
         failed = [{"file": str(failure.path), "error": failure.reason} for failure in failures]
-        _write(arguments.out / "predictions.jsonl", [*lines, *failed])
         title = f"{len(shown)} of {len(lines)} images" if len(shown) < len(lines) else ""
-        _draw(arguments.out / "predictions.png", shown, names, settings, title)
+        text, picture = (arguments.out / f"predictions.{ending}" for ending in ("jsonl", "png"))
+        _write(text, [*lines, *failed])
+        _draw(picture, shown, names, settings, title)
+        written = [f"written to {text}", f"drawn in {picture}"]
+    rows = [(line["file"], line["class"], f"{line['probability']:.1%}") for line in lines]
+    print(table(("image", "class", "probability"), rows, left=("image", "class")))
+    for line in written:
+        say(line)
 
 
 def _write(file: Path, lines: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     file.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of any bytes
-    print(f"written to {file}")
 
 
 def _draw(
@@ -107,4 +111,3 @@ def _draw(
         Prediction(image, best["index"], None, best["probability"]) for image, best in shown
     ]
     draw_predictions(predictions, names, settings["mean"], settings["std"], title).save(file)
-    print(f"drawn in {file}")

@@ -9,6 +9,7 @@ import lightning as L
 from jsonargparse import Namespace
 
 from fastvim.errors import UserError
+from fastvim_cli.console import say
 from fastvim_cli.train.cli import DataCLI, TrainingCLI
 from fastvim_cli.train.config_errors import options_as_written
 from fastvim_cli.train.published import as_published
@@ -37,7 +38,8 @@ def run(words: list[str]) -> None:
     cli = TrainingCLI(command, arguments[1:], published.configuration)
     results = cli.execute()
     if cli.trainer.is_global_zero:
-        print("\n".join(published.compare(results)))
+        for line in published.compare(results):
+            say(line)
 
 
 def load_data(words: list[str]) -> tuple[L.LightningDataModule, bool, Namespace]:

@@ -38,9 +38,10 @@ from fastvim.tasks.resuming import told_by
 from fastvim.tasks.task import Task
 from fastvim.weights import find, known_classes
 from fastvim_cli.check import check_before_fit
-from fastvim_cli.console import table
-from fastvim_cli.train.config_errors import causes, explain, options_as_written
+from fastvim_cli.console import say, table
+from fastvim_cli.train.config_errors import causes, explain, of_one_of_several, options_as_written
 from fastvim_cli.train.every_run import as_list, callbacks, loggers, only_run
+from fastvim_cli.train.own_code import own_errors
 from fastvim_cli.train.trainer_options import check_launcher, check_trainer, trainer_mistake
 
 TRAINER_DEFAULTS = {
@@ -120,7 +121,7 @@ class TrainingCLI(LightningCLI):
         check_given(COUNT, checkpoint_every_n_steps=self.config.checkpoint_every_n_steps)
 
     def instantiate_classes(self) -> None:
-        with options_as_written(self.config):
+        with own_errors(self.config), options_as_written(self.config):
             try:
                 super().instantiate_classes()
             except ValueError as error:
@@ -132,6 +133,8 @@ class TrainingCLI(LightningCLI):
                     raise
                 if own or isinstance(cause, ModuleNotFoundError):
                     raise UserError(f"trainer: {cause}") from error
+                if told := of_one_of_several(str(error)):
+                    raise UserError(told) from error
                 raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -179,7 +182,7 @@ class TrainingCLI(LightningCLI):
         inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": checkpoint}
         results: Mapping[str, float] = {}
         try:
-            with options_as_written(self.config):
+            with own_errors(self.config), options_as_written(self.config):
                 if self.command == "fit":
                     with contextlib.ExitStack() as stack:
                         if self.trainer.is_global_zero:
@@ -212,7 +215,7 @@ class TrainingCLI(LightningCLI):
                 print("   ".join(describe(*item) for item in results.items()))
             if scores := self.model.class_scores():
                 print(_class_table(scores))
-            print(f"results in {self.root}/")
+            say(f"results in {self.root}/")
         return results
 
     def _known_classes(self, checkpoint: str | None) -> KnownClasses | None:
@@ -244,7 +247,7 @@ class TrainingCLI(LightningCLI):
             raise UserError(f"no {name} checkpoint in {folder}")
         # Not an error: a scheduler restarts a preempted run with one and the same command.
         if self.trainer.is_global_zero:
-            print(f"no last checkpoint in {folder} yet: starting afresh")
+            say(f"no last checkpoint in {folder} yet: starting afresh")
         return None
 
 
@@ -260,7 +263,7 @@ class DataCLI(TrainingCLI):
 
     def instantiate_classes(self) -> None:
         only_data = Namespace(data=self.config.data)
-        with options_as_written(only_data):
+        with own_errors(only_data), options_as_written(only_data):
             self.datamodule = self.parser.instantiate_classes(only_data).data
         task: Any = pydoc.locate(self.config.model.class_path)
         self.uses_labels = bool(task.uses_labels)
@@ -288,6 +291,10 @@ def _split_configs(words: list[str]) -> tuple[list[str], list[str]]:
     for file in files:
         if not os.path.exists(file):
             raise UserError(f"--config {file}: no such file")
+        try:
+            Path(file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {file}: expected a text in UTF-8 ({error})") from error
     return files, others
 
 

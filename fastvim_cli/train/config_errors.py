@@ -61,6 +61,20 @@ def explain(message: str, keys: Iterable[str]) -> str:
     return " ".join(line for line in lines if line and not line.startswith(NOISE))
 
 
+def of_one_of_several(message: str) -> str:
+    """What the constructor of a class raised where an option takes several kinds of values.
+
+    jsonargparse keeps the errors of all the kinds as text alone. Empty for any other message.
+    """
+    section = _find(r"class_path='([\w.]+)'", message)
+    reasons = [
+        line.strip().removeprefix("- ")
+        for line in message.splitlines()
+        if line.lstrip().startswith("- ") and "- Expected a" not in line
+    ]
+    return f"{section}: {'; '.join(reasons)}" if section and reasons else ""
+
+
 @contextmanager
 def options_as_written(config: Namespace) -> Iterator[None]:
     """Raise the user's mistake of what jsonargparse wraps, with the option as the user writes it.

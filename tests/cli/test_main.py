@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_architecture(recipe, image_folder, capsys):
     error = error_of(
         capsys, "test", *arguments, "--ckpt_path=last", "--model.model_args.embed_dim=24"
     )
-    assert "model.patch_embed.proj.bias (16,) for (24,)" in error
+    assert "model.model_args.embed_dim is 24, 16 in the checkpoint" in error
 
 
 def test_debug_shows_the_traceback(recipe):

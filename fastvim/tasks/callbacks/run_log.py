@@ -88,7 +88,7 @@ class RunLog(L.Callback):
             self._print(f"nothing left to train: {_why_done(trainer)} goes on")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _why_done(trainer: L.Trainer) -> str:
