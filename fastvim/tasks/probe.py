@@ -14,6 +14,7 @@ from torch import Tensor, nn, optim
 from fastvim.errors import UserError
 from fastvim.options import SHARE_BELOW_1, check
 from fastvim.tasks.classification import Classification
+from fastvim.tasks.sharding import gather, whole
 
 
 class LinearProbe(Classification):
@@ -139,8 +140,9 @@ class LinearProbe(Classification):
         """The network's weights, with the normalisation folded into the head."""
         weights, prefix = super().exported_weights(), self._head_name
         mean, variance = (self.norm.get_buffer(f"running_{name}") for name in ("mean", "var"))
-        weight = self.head.weight.detach() / (variance + self.norm.eps).sqrt()  # (classes, d)
-        bias = self.head.bias.detach() - weight @ mean
+        head, shift = (whole(each.detach()) for each in (self.head.weight, self.head.bias))
+        weight = head / (variance + self.norm.eps).sqrt()  # (classes, d)
+        bias = shift - weight @ mean
         return {**weights, f"{prefix}.weight": weight, f"{prefix}.bias": bias}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -149,7 +151,7 @@ class LinearProbe(Classification):
         checkpoint["probe"] = {
             name: weight for name, weight in state.items() if name.startswith(("norm.", head))
         }
-        folded = self.exported_weights()
+        folded = gather(self.exported_weights(), self.trainer.is_global_zero)
         checkpoint["state_dict"] = {f"model.{name}": weight for name, weight in folded.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

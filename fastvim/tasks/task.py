@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn, optim
 
@@ -37,6 +36,7 @@ from fastvim.tasks.schedules import (
     epoch_of_step,
     half_cosine,
 )
+from fastvim.tasks.strategies import ShardedStrategy
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
 from fastvim.weights.files import check_finite
 from fastvim.weights.fit import differences
@@ -342,10 +342,11 @@ class Task(L.LightningModule):
             _logger.warning(
                 "started from %s: its %s, goes on to these weights", source, terms(licence)
             )
-        # Recomputing blocks restores random states, which a graph cannot. Strategies other than
-        # these divide the parameters among processes.
-        whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if self.capture and whole and not self.grad_checkpointing:
+        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        if self.capture and sharded and self.trainer.is_global_zero:
+            _logger.warning("fsdp2: training steps are not captured, whole weights come and go")
+        # Recomputing blocks restores random states, which a graph cannot.
+        if self.capture and not sharded and not self.grad_checkpointing:
             assert self.model is not None
             # Its method alone: a submodule would list the model's weights a second time.
             self._captured = GraphedModel(self.model).__call__

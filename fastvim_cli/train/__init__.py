@@ -69,6 +69,7 @@ def _quiet() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation has less
         ".*No seed found.*",
         ".*in eval mode at the start of training.*",
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing changes it in place
     ):
         warnings.filterwarnings("ignore", message)
     for category in (DeprecationWarning, FutureWarning):  # for Lightning's authors

@@ -31,6 +31,7 @@ from fastvim.data.base import DataModule
 from fastvim.data.classes import KnownClasses
 from fastvim.errors import UserError
 from fastvim.options import COUNT, SEED, check_given
+from fastvim.tasks import strategies
 from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
 from fastvim.tasks.callbacks.refused import refuse_callbacks
 from fastvim.tasks.callbacks.run_log import describe
@@ -42,7 +43,7 @@ from fastvim_cli.console import say, table
 from fastvim_cli.train.config_errors import causes, explain, of_one_of_several, options_as_written
 from fastvim_cli.train.every_run import as_list, callbacks, loggers, only_run
 from fastvim_cli.train.own_code import own_errors
-from fastvim_cli.train.trainer_options import check_launcher, check_trainer, trainer_mistake
+from fastvim_cli.train.trainer_options import check_strategy, check_trainer, trainer_mistake
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -140,6 +141,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config_init.trainer
         check_trainer(settings, self.command)
+        strategies.register()
         self.root = Path(os.path.expanduser(settings.default_root_dir or self._root_of_config()))
         kwargs["default_root_dir"] = str(self.root)
         kwargs["plugins"] = [AtomicCheckpointIO(), *as_list(settings.plugins)]
@@ -160,7 +162,7 @@ class TrainingCLI(LightningCLI):
             trainer: L.Trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             raise UserError(f"trainer: {trainer_mistake(error)}") from error
-        check_launcher(trainer, settings.strategy)
+        check_strategy(trainer, settings.strategy)
         return trainer
 
     def _root_of_config(self) -> str:

@@ -7,26 +7,37 @@ import re
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.strategies.strategy import Strategy
 
 from fastvim.errors import OptionError, UserError
 from fastvim.options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SHARE, Range, check_given
+from fastvim.tasks.strategies import SHARDED_PRECISIONS, ShardedStrategy
 
 # What a command is about, which cannot be nothing.
 LIMITS = {"fit": "train", "validate": "val", "test": "test"}
 # Those that are no common words.
 OPTIONS = [name for name in inspect.signature(L.Trainer).parameters if "_" in name]
+STRATEGIES = "ddp (copies of the weights), or fsdp2 (weights divided among the processes)"
 
 
-def check_launcher(trainer: L.Trainer, strategy: object) -> None:
-    """Refuse strategies whose processes begin as copies of this one, as `ddp_spawn`.
+def check_strategy(trainer: L.Trainer, given: object) -> None:
+    """Refuse strategies that train something else than one model.
 
     Raises:
-        OptionError: for such a strategy.
+        OptionError: processes that begin as copies of this one, as in `ddp_spawn`; another way to
+            divide the weights or to keep them the same; a precision that `fsdp2` does not have.
     """
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    strategy: Strategy = trainer.strategy
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
         expected = "ddp, whose processes start with the command: loggers and loaders are no copies"
-        raise OptionError("strategy", strategy, expected)
+        raise OptionError("strategy", given, expected)
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise OptionError("strategy", type(strategy).__name__, STRATEGIES)
+    if isinstance(strategy, ShardedStrategy) and trainer.precision not in SHARDED_PRECISIONS:
+        expected = f"{', '.join(SHARDED_PRECISIONS)} with strategy fsdp2"
+        raise OptionError("precision", trainer.precision, expected)
 
 
 def trainer_mistake(error: Exception) -> UserError:
@@ -50,6 +61,8 @@ def check_trainer(settings: Namespace, command: str) -> None:
     Raises:
         OptionError: at the first one outside.
     """
+    if str(settings.strategy).startswith("fsdp") and settings.strategy != "fsdp2":
+        raise OptionError("strategy", settings.strategy, STRATEGIES)
     for unit in ("epochs", "steps"):
         least, most = settings[f"min_{unit}"], settings[f"max_{unit}"]
         if most not in (None, -1) and (least or 0) > most:

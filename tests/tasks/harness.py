@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -105,7 +107,26 @@ def fit(config: Path, *arguments: str) -> int:
     return process.exitcode
 
 
-def _fit(config: str, *arguments: str) -> None:
+def fit_together(config: Path, *arguments: str, processes: int = 2) -> list[int | None]:
+    """Run the command line in several processes of one run, as a cluster starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "localhost"}
+        environment = {name: str(value) for name, value in {**place, "MASTER_PORT": port}.items()}
+        words = (str(config), *arguments)
+        process = PROCESSES.Process(target=_fit, args=words, kwargs=environment)
+        process.start()
+        started.append(process)
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def _fit(config: str, *arguments: str, **environment: str) -> None:
+    os.environ.update(environment)
     sys.exit(main(["fit", "--config", config, *arguments]))
 
 

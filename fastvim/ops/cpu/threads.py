@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
     The kernels release the GIL, so plain threads suffice. numba's threading layers may conflict
     with torch's, and do not survive a fork.
     """
-    arrays = [tensor.detach().numpy() for tensor in tensors]
+    arrays = [np.asarray(_Memory(tensor)) for tensor in tensors]
     threads = max(1, min(torch.get_num_threads(), tasks))
     if threads == 1:
         kernel(0, tasks, *arrays)
@@ -38,6 +39,22 @@ def parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
     futures = [_pool(threads).submit(kernel, a, b, *arrays) for a, b in slices]
     for future in futures:
         future.result()
+
+
+class _Memory:
+    """The memory of a contiguous tensor, for numpy.
+
+    `Tensor.numpy` would forbid the storage to change its size for good. Sharded training frees the
+    storage of whole weights in that way.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "typestr": np.dtype(str(tensor.dtype).removeprefix("torch.")).str,
+            "data": (tensor.data_ptr(), False),
+        }
 
 
 def blocks_of(channels: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvim.errors import UserError
 from fastvim.tasks.protocols import TrainedTask
+from fastvim.tasks.sharding import gather, local
 from fastvim.weights import METADATA_KEY, save
 
 
@@ -113,7 +114,7 @@ class FiniteLoss(L.Callback):
     ) -> None:
         self._check_losses(trainer, pl_module)
         # The loss was computed before the update. An update that overflows shows in the weights.
-        finite = [weight.isfinite().all() for weight in pl_module.parameters()]
+        finite = [local(weight).isfinite().all() for weight in pl_module.parameters()]
         if not torch.stack(finite).all():
             raise UserError(
                 f"a weight is not finite after step {trainer.global_step} "
@@ -170,9 +171,11 @@ class ExportWeights(L.Callback):
 
     def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         # Not earlier: only now are the averages in the module.
-        fitted = stage == TrainerFn.FITTING and not trainer.fast_dev_run and trainer.global_step
-        if fitted and trainer.is_global_zero:
-            assert isinstance(pl_module, TrainedTask)
+        if stage != TrainerFn.FITTING or trainer.fast_dev_run or not trainer.global_step:
+            return
+        assert isinstance(pl_module, TrainedTask)
+        exported = gather(pl_module.exported_weights(), trainer.is_global_zero)
+        if trainer.is_global_zero:
             weights = "only" if pl_module.ema_decay is None else "EMA"
             metadata = {**pl_module.exported_metadata(), **self._images, "weights": weights}
-            save(self._path, pl_module.exported_weights(), metadata)
+            save(self._path, exported, metadata)

@@ -12,6 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fastvim.tasks.sharding import divide_copy, gather, local
+
 
 class EMA(WeightAveraging):
     """Averages the weights before every optimiser step, with one decay from the first step on.
@@ -50,12 +52,16 @@ class EMA(WeightAveraging):
         # costs nothing.
         self._average_model.n_averaged = torch.tensor(1)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._average_model is not None
+        divide_copy(self._average_model.module, pl_module)
+
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
         assert self._average_model is not None
-        averages = [weight.detach() for weight in self._average_model.module.parameters()]
-        weights = [weight.detach() for weight in pl_module.parameters()]
+        averages = [local(weight.detach()) for weight in self._average_model.module.parameters()]
+        weights = [local(weight.detach()) for weight in pl_module.parameters()]
         pairs = zip(averages, weights, strict=True)
         self._average(averages, [weight.to(average.dtype) for average, weight in pairs], None)
         buffers = zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True)
@@ -96,6 +102,12 @@ class EMA(WeightAveraging):
         own = self._average_model.module
         averages = chain(own.parameters(), own.buffers())
         return list(zip(averages, chain(pl_module.parameters(), pl_module.buffers()), strict=True))
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["state_dict"] = gather(checkpoint["state_dict"], trainer.is_global_zero)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from fastvim.options import COUNT, check
 from fastvim.pictures.reconstruction import draw_reconstruction
 from fastvim.reconstruction import reconstruct
 from fastvim.tasks.protocols import Normalised
+from fastvim.tasks.strategies import ShardedStrategy
+
+_logger = logging.getLogger(__name__)
 
 
 class ReconstructionPictures(L.Callback):
@@ -58,6 +62,8 @@ class ReconstructionPictures(L.Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         _autoencoder(pl_module)
+        if trainer.is_global_zero and isinstance(trainer.strategy, ShardedStrategy):
+            _logger.warning("fsdp2: no pictures of reconstructions, which need whole weights")
         if self._mean is None or self._std is None:
             data = trainer.datamodule
             if not isinstance(data, Normalised):
@@ -133,6 +139,7 @@ def _draws(trainer: L.Trainer) -> bool:
         and trainer.state.fn == TrainerFn.FITTING
         and not trainer.sanity_checking
         and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        and not isinstance(trainer.strategy, ShardedStrategy)
     )
 
 
