@@ -51,7 +51,8 @@ def _expected(error: Exception) -> Failure | None:
         return Failure(message, EXIT_MISTAKE) if mistaken else None
     mistakes = (UsageError, argparse.ArgumentError)
     if isinstance(error, mistakes) or (library and isinstance(error, library.UserError)):
-        return Failure(str(error), EXIT_MISTAKE)
+        machine = library is not None and isinstance(error, library.MachineError)
+        return Failure(str(error), EXIT_FAILURE if machine else EXIT_MISTAKE)
     if _is_out_of_memory(error):
         return Failure(f"not enough memory: {error or 'for an array'}", EXIT_FAILURE)
     if isinstance(error, OSError) and error.errno is not None:

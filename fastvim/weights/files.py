@@ -5,11 +5,13 @@ Files are read with `weights_only=True` alone: nothing in them is executed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvim.errors import UserError
+from fastvim.storage import written
+from fastvim.weights.archive import write_archive
 from fastvim.weights.dense_names import published_head
 from fastvim.weights.formats import inner_backbone, select_weights, tell
 from fastvim.weights.unpickle import first_line, no_weights, read_pickled
@@ -27,6 +31,7 @@ from fastvim.weights.unpickle import first_line, no_weights, read_pickled
 _logger = logging.getLogger(__name__)
 
 METADATA_KEY = "fastvim"
+CHECKSUM_KEY = "fastvim_checksum"  # of our files of safetensors
 PICKLED = (".ckpt", ".pth", ".pt")
 
 
@@ -92,8 +97,12 @@ def read(path: str | os.PathLike[str], *, ema: bool | None = None) -> Checkpoint
 def _read_safetensors(path: Path) -> Checkpoint:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        return Checkpoint(path, load_file(path), metadata.get("weights", "only"), metadata)
+            header = file.metadata() or {}
+        text, state = header.get(METADATA_KEY, "{}"), load_file(path)
+        if header.get(CHECKSUM_KEY, checksum := _checksum(state, text)) != checksum:
+            raise UserError(f"{path} is damaged: its checksum is not that of its content")
+        metadata = json.loads(text)
+        return Checkpoint(path, state, metadata.get("weights", "only"), metadata)
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         reason = first_line(error).removeprefix("Error while deserializing header: ")
         what = no_weights(path) or f"is damaged or not of safetensors: {reason}"
@@ -135,24 +144,28 @@ def save(
     """
     check_finite(path, state)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with _complete_or_absent(Path(path)) as part:
-        save_file(tensors, part, {"format": "pt", METADATA_KEY: json.dumps(metadata)})
+    text = json.dumps(metadata)
+    header = {"format": "pt", METADATA_KEY: text, CHECKSUM_KEY: _checksum(tensors, text)}
+    with written(path) as file:
+        try:
+            save_file(tensors, file.name, header)
+        except safetensors.SafetensorError as error:
+            if found := re.search(r"os error (\d+)", str(error)):
+                number = int(found[1])
+                raise OSError(number, os.strerror(number)) from error
+            raise
+
+
+def _checksum(state: Mapping[str, Tensor], metadata: str) -> str:
+    """SHA-256 of our metadata and of name, type, shape and CRC-32 of every tensor."""
+    listed = []
+    for name, value in sorted(state.items()):
+        content = value.reshape(-1).view(torch.uint8).numpy().data
+        listed.append((name, str(value.dtype), tuple(value.shape), zlib.crc32(content)))
+    return hashlib.sha256(json.dumps([metadata, listed]).encode()).hexdigest()
 
 
 def save_pickled(path: Path, content: Mapping[str, Any]) -> None:
     """Write a dict of weights and plain values as torch does; complete or not at all."""
     check_finite(path, content["state_dict"])
-    with _complete_or_absent(path) as part:
-        torch.save(dict(content), part)
-
-
-@contextmanager
-def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """A name to write to, which is renamed to `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_archive(path, dict(content))

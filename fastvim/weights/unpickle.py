@@ -13,6 +13,7 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from fastvim.errors import UserError
+from fastvim.weights.archive import check_archive, is_archive
 
 # What unpickling damaged bytes has been seen to raise.
 _DAMAGE = (
@@ -137,19 +139,36 @@ def read_pickled(path: Path, mmap: bool = False) -> dict[str, Any]:
     Raises:
         UserError: a damaged file, one of more than plain values (names what), or one of no dict.
     """
-    try:
-        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-            # A file that is read nevertheless.
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            lazy = mmap and zipfile.is_zipfile(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} {_refusal(str(error), path)}") from error
-    except _DAMAGE as error:
-        raise UserError(f"{path} {_damage(error, path)}") from error
+    content = load_pickled(path, _STAND_INS, mmap=mmap and zipfile.is_zipfile(path))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: expected a state dict")
     return content
+
+
+def load_pickled(path: Path, stand_ins: Sequence[Any] = (), **options: Any) -> Any:
+    """`torch.load` of plain values; of an archive everything is compared with its checksums.
+
+    Args:
+        path: the file.
+        stand_ins: for what else it may hold, as `torch.serialization.safe_globals` takes them.
+        **options: of `torch.load`.
+
+    Raises:
+        UserError: a file that is damaged, or refused since it holds more than plain values.
+    """
+    try:
+        if is_archive(path):
+            check_archive(path)
+        with torch.serialization.safe_globals(list(stand_ins)), warnings.catch_warnings():
+            # A file that is read nevertheless.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(path, **{"map_location": "cpu", **options}, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} {_refusal(str(error), path)}") from error
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(f"{path} {_damage(error, path)}") from error
 
 
 def _refusal(message: str, path: Path) -> str:

@@ -29,12 +29,18 @@ from rich import get_console
 
 from fastvim.data.base import DataModule
 from fastvim.data.classes import KnownClasses
-from fastvim.errors import UserError
+from fastvim.errors import MachineError, UserError
 from fastvim.options import COUNT, SEED, check_given
+from fastvim.storage import is_machine, problem
 from fastvim.tasks import strategies
-from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
 from fastvim.tasks.callbacks.refused import refuse_callbacks
 from fastvim.tasks.callbacks.run_log import describe
+from fastvim.tasks.checkpoints import (
+    CheckedCheckpointIO,
+    last_whole,
+    newest_whole,
+    stop_if_refused,
+)
 from fastvim.tasks.resuming import told_by
 from fastvim.tasks.task import Task
 from fastvim.weights import find, known_classes
@@ -105,6 +111,13 @@ class TrainingCLI(LightningCLI):
             type=int | None,
             help="Write last.ckpt after this many optimiser steps as well as after each epoch.",
         )
+        parser.add_argument(
+            "--retry_checkpoints",
+            type=bool,
+            default=False,
+            help="Where the disk refuses a checkpoint, go on and try again at the next one. False: "
+            "stop, as nothing is left of what would be computed.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         files, overrides = _split_configs(args)
@@ -144,7 +157,7 @@ class TrainingCLI(LightningCLI):
         strategies.register()
         self.root = Path(os.path.expanduser(settings.default_root_dir or self._root_of_config()))
         kwargs["default_root_dir"] = str(self.root)
-        kwargs["plugins"] = [AtomicCheckpointIO(), *as_list(settings.plugins)]
+        kwargs["plugins"] = [CheckedCheckpointIO(), *as_list(settings.plugins)]
         own = callbacks(self.command, self.root, self.config, self.model)
         chosen = as_list(settings.callbacks)
         refuse_callbacks(chosen)
@@ -192,10 +205,16 @@ class TrainingCLI(LightningCLI):
                             if isinstance(self.datamodule, DataModule):
                                 check_before_fit(self.datamodule, self.model.uses_labels)
                         self.trainer.fit(**inputs)
+                    stop_if_refused(self.trainer)
                 elif self.command == "validate":
                     (results,) = self.trainer.validate(**inputs, verbose=False)
                 else:
                     (results,) = self.trainer.test(**inputs, verbose=False)
+        except OSError as error:
+            if not is_machine(error):
+                raise
+            where = error.filename or self.root
+            raise MachineError(f"{where}: {problem(error)}; {last_whole(self.trainer)}") from error
         except MisconfigurationException as error:
             raise trainer_mistake(error) from error
         except (RuntimeError, ModuleNotFoundError) as error:
@@ -242,9 +261,12 @@ class TrainingCLI(LightningCLI):
                 raise UserError(f"no checkpoint at {name}")
             return name
         # A second run in the same folder numbers its files, as in last-v1.ckpt.
-        files = sorted(folder.glob(f"{name}*.ckpt"), key=os.path.getmtime)
+        files = sorted(folder.glob(f"{name}*.ckpt"), key=os.path.getmtime, reverse=True)
+        if files and fitting and name == "last":
+            others = sorted(folder.glob("*.ckpt"), key=os.path.getmtime, reverse=True)
+            return str(newest_whole(list(dict.fromkeys([*files, *others]))))
         if files:
-            return str(files[-1])
+            return str(files[0])
         if not fitting or name == "best":
             raise UserError(f"no {name} checkpoint in {folder}")
         # Not an error: a scheduler restarts a preempted run with one and the same command.

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rich import get_console
 
 from fastvim.errors import UserError
-from fastvim.tasks.callbacks.checkpointing import ExportWeights, FiniteLoss, LastCheckpoint
+from fastvim.tasks.callbacks.checkpointing import ExportWeights, FiniteLoss
 from fastvim.tasks.callbacks.curves import LearningCurves
 from fastvim.tasks.callbacks.progress import ProgressBar
 from fastvim.tasks.callbacks.report import Report
 from fastvim.tasks.callbacks.run_log import RunLog, SeedSteps
+from fastvim.tasks.checkpoints import BestCheckpoint, Checkpoint, LastCheckpoint
 from fastvim.tasks.task import Task
 
 try:
@@ -75,16 +76,18 @@ def callbacks(command: str, root: Path, config: Namespace, task: Task) -> list[C
         SeedSteps(int(config.seed_everything)),
         FiniteLoss(),
         RunLog(get_console()),
-        LearningCurves(str(root / "curves.png")),
         ExportWeights(str(root / "model.safetensors"), images),
+        LearningCurves(str(root / "curves.png")),  # after the weights, which need no picture
     ]
     if config.trainer.enable_checkpointing is not False:
         folder = str(root / "checkpoints")
-        if config.trainer.limit_val_batches != 0:  # without validation none is the best
-            best = ModelCheckpoint(folder, "best", monitor=task.monitor, mode=task.monitor_mode)
-            found.append(best)
         # The last: its file then holds the other's state of the same moment.
-        found.append(LastCheckpoint(folder, config.checkpoint_every_n_steps))
+        kept: list[Checkpoint] = [LastCheckpoint(folder, config.checkpoint_every_n_steps)]
+        if config.trainer.limit_val_batches != 0:  # without validation none is the best
+            kept.insert(0, BestCheckpoint(folder, task.monitor, task.monitor_mode))
+        for checkpoint in kept:
+            checkpoint.retry = config.retry_checkpoints
+        found += kept
     return found
 
 

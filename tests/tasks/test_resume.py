@@ -13,8 +13,8 @@ from harness import MODEL_ARGS, PRETRAINING, PROBE, fit, last
 from safetensors.torch import load_file
 from segmentation_sets import write_set as write_segments
 
-from fastvim.tasks.callbacks.checkpointing import AtomicCheckpointIO
 from fastvim.tasks.callbacks.curves import join
+from fastvim.tasks.checkpoints import CheckedCheckpointIO
 from fastvim.weights import read
 from fastvim_cli import main
 
@@ -194,14 +194,14 @@ def test_the_logs_of_all_starts_are_joined():
 
 def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
-    io = AtomicCheckpointIO()
+    io = CheckedCheckpointIO()
     io.save_checkpoint({"step": torch.tensor(1)}, path)
 
     def half(checkpoint, file):
-        Path(file).write_bytes(b"half a file")
-        raise OSError("killed")
+        file.write(b"half a file")
+        raise RuntimeError("killed")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="killed"):
+    with pytest.raises(RuntimeError, match="killed"):
         io.save_checkpoint({"step": torch.tensor(2)}, path)
     assert io.load_checkpoint(path) == {"step": torch.tensor(1)}

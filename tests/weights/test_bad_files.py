@@ -196,6 +196,24 @@ def test_files_with_a_few_wrong_bytes(tmp_path, seed):
                 read(path)
 
 
+def test_a_flipped_bit_in_our_weights_is_noticed(tmp_path):
+    """In tensors and in what the metadata say; names and shapes are refused by what they break."""
+    path, generator = tmp_path / "weights.safetensors", np.random.default_rng(0)
+    save(path, create().state_dict(), {"model": "fastvim_tiny_patch16_224", "classes": ["a"] * 99})
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    metadata = content.index(b'\\"classes')
+    for first, last, count in ((start, len(content), 200), (metadata, metadata + 400, 50)):
+        for place in generator.integers(first, last, count):
+            broken = bytearray(content)
+            broken[place] ^= 1 << int(generator.integers(8))
+            path.write_bytes(bytes(broken))
+            with pytest.raises(UserError, match=r"weights\.safetensors is damaged"):
+                read(path)
+    path.write_bytes(content)
+    read(path)
+
+
 class Malicious:
     """Runs a command when it is unpickled without care."""
 
