@@ -62,6 +62,19 @@ def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
     return f" (nearest: {', '.join(matches)})" if matches else ""
 
 
+def counted(number: int, what: str) -> str:
+    """`"1 image of cats"` or `"2,000 images of cats"`.
+
+    Args:
+        number: of them.
+        what: they are, beginning with a noun in the plural.
+    """
+    if number == 1:
+        noun, space, rest = what.partition(" ")
+        what = (f"{noun[:-3]}y" if noun.endswith("ies") else noun.removesuffix("s")) + space + rest
+    return f"{number:,} {what}"
+
+
 def first_few(values: Sequence[object], most: int = 3) -> str:
     """`"a, b, c and 4 more"`."""
     more = f" and {len(values) - most} more" if len(values) > most else ""

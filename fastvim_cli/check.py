@@ -50,7 +50,7 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """
     from fastvim.data.base import DataModule
     from fastvim.data.checks import check_data, findings
-    from fastvim.errors import UserError
+    from fastvim.errors import UserError, counted
     from fastvim_cli.train import load_data, options_as_written
 
     words = [f"--config={file}" for file in arguments.config] + overrides
@@ -73,7 +73,7 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
             note(f"no picture of samples: {error}")
     if errors:
         wrong = sum(number for number, _ in errors.values())
-        raise UserError(f"{wrong:,} mistakes would stop a run: {errors}")
+        raise UserError(f"{counted(wrong, 'mistakes')} would stop a run: {errors}")
     if left_out:
         say(f"left out: {left_out}")
     elif not warnings:
@@ -99,6 +99,8 @@ def check_before_fit(data: DataModule, with_labels: bool) -> None:
     if errors:
         raise UserError(f"{errors}; see fastvim data check")
     for report in reports:
+        for kind, issue in report.left_out.items():
+            warnings[f"{report.split}: {kind}, left out"] = issue
         if report.skips:  # what the lists drop is said when they are opened
             for kind, issue in report.dropped.items():
                 warnings[f"{report.split}: {kind}, left out in training"] = issue

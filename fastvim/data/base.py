@@ -74,6 +74,7 @@ class DataModule(L.LightningDataModule):
         self.known: KnownClasses | None = None
         self._class_names: list[str] = []
         self._datasets: dict[str, Dataset[Any]] = {}
+        self._examined: set[str] = set()  # roles whose report says what the lists of files tell
 
     @property
     def class_names(self) -> list[str]:

@@ -315,6 +315,7 @@ class ChannelData(DataModule):
         return "val" if role == "test" and "test" not in self._rows.splits else role
 
     def check(self, role: str) -> SplitReport:
+        self._examined.add(role)
         files = self.opened(role)
         assert isinstance(files, ChannelImages)
         report = SplitReport(self._split(role), files, facts={"images": len(files)})
@@ -360,15 +361,16 @@ class ChannelData(DataModule):
 
 def _add_repeated(report: SplitReport, files: ChannelImages, class_names: list[str]) -> None:
     """Add the files that a split lists more than once."""
-    first: dict[str, int] = {}
+    first: dict[str, tuple[int, int]] = {}
     for index, target in enumerate(files.targets.tolist()):
         path = files.filename(index)
-        if path not in first:
-            first[path] = target
-        elif first[path] == target:
+        before = first.setdefault(os.path.normpath(path), (index, target))
+        if before == (index, target):
+            continue
+        if before[1] == target:
             report.warnings.add("file listed twice", path)
         else:
-            names = f"{class_names[first[path]]} and {class_names[target]}"
+            names = f"{class_names[before[1]]} and {class_names[target]}"
             report.warnings.add("file listed under two classes", f"{path}, as {names}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -14,7 +15,7 @@ from fastvim.data.base import DataModule
 from fastvim.data.issues import Issue, Issues, Look, NoFiles, SplitReport, examine
 from fastvim.data.known import Known
 from fastvim.data.sampler import Seeded, TrainingSampler
-from fastvim.errors import OptionError, UserError, first_few
+from fastvim.errors import OptionError, UserError, counted, first_few
 
 SAMPLE = 300  # images of each split that a run examines before its first step
 FEW = 10  # classes; of more, a sample may miss some
@@ -141,7 +142,7 @@ def _judge(report: SplitReport, training: bool, with_labels: bool, source: str) 
 
 def _judge_classes(report: SplitReport, training: bool, source: str) -> None:
     """Add what is wrong or odd about the numbers of the classes."""
-    names, counted = list(report.classes), report.counted
+    names, counts = list(report.classes), report.counted
     seen = [name for name in names if report.classes[name]]
     unseen = [name for name in names if not report.classes[name]]
     among = report.among_counted()
@@ -149,14 +150,14 @@ def _judge_classes(report: SplitReport, training: bool, source: str) -> None:
     stops = report.errors if training and not among else report.warnings
     advice = "" if report.labels is None else _of_ignored(report)
     if not seen:
-        stops.add(f"split without {counted} of any class{among}", f"{report.split}{advice}")
-    elif training and len(seen) == 1 and counted != "objects":
-        where = f"{source}: class {seen[0]} has all {report.classes[seen[0]]:,} {counted}"
+        stops.add(f"split without {counts} of any class{among}", f"{report.split}{advice}")
+    elif training and len(seen) == 1 and counts != "objects":
+        where = f"{source}: class {seen[0]} has all {counted(report.classes[seen[0]], counts)}"
         where += f", none has class {first_few(unseen, FEW)}" if unseen else ""
         stops.add(f"one class in all{among}", f"{where}{advice}; expected two classes or more")
     elif training and unseen and (not among or len(names) <= FEW):
         where = f"class {first_few(unseen, FEW)}{advice}"
-        report.warnings.add(f"class without {counted}{among}", where, len(unseen))
+        report.warnings.add(f"class without {counts}{among}", where, len(unseen))
 
 
 def _of_ignored(report: SplitReport) -> str:
@@ -166,7 +167,8 @@ def _of_ignored(report: SplitReport) -> str:
     for value in report.labels.ignored:
         if number := report.values[value]:
             why = "reduce_zero_label leaves out" if value == 0 else "does not count"
-            parts.append(f"{number:,} pixels have the value {value}, which {why}")
+            has = "has" if number == 1 else "have"
+            parts.append(f"{counted(number, 'pixels')} {has} the value {value}, which {why}")
     if not parts:
         return ""
     stored = report.labels.stored
@@ -175,11 +177,24 @@ def _of_ignored(report: SplitReport) -> str:
 
 def _compare(first: SplitReport, other: SplitReport) -> None:
     """Add to the other split which of its images the first one has too."""
+    paths = {*map(os.path.normpath, _paths(first))}
+    twice = [path for path in _paths(other) if os.path.normpath(path) in paths]
+    if twice:
+        other.warnings.add(f"file that {first.split} has too", twice[0], len(twice))
     shared = [digest for digest in other.digests if digest in first.digests]
-    if shared:
-        own, same = (each.files.filename(each.digests[shared[0]][0]) for each in (other, first))
+    pairs = [
+        tuple(each.files.filename(each.digests[digest][0]) for each in (other, first))
+        for digest in shared
+    ]
+    copies = [(own, same) for own, same in pairs if os.path.normpath(own) not in paths]
+    if copies:
+        own, same = copies[0]
         kind = f"image with the content of one of {first.split}"
-        other.warnings.add(kind, f"{own}, as {same}", len(shared))
+        other.warnings.add(kind, f"{own}, as {same}", len(copies))
+
+
+def _paths(report: SplitReport) -> Iterator[str]:
+    return map(report.files.filename, range(len(report.files)))
 
 
 def findings(reports: Sequence[SplitReport]) -> tuple[Issues, Issues, Issues]:

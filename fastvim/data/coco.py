@@ -32,7 +32,7 @@ from fastvim.data.coco_rules import (
 )
 from fastvim.data.issues import Issues
 from fastvim.data.pixels import MISSING_IMAGE
-from fastvim.errors import UserError
+from fastvim.errors import UserError, counted
 
 LEAST_SIDE = 32  # pixels of an image to train on
 MOST_MASKED = 1 << 34  # bytes that the masks of one image may take
@@ -122,7 +122,7 @@ def read_instances(file: Path, folder: Path, whole: bool = True) -> Instances:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory; expected the images of {file.name}")
     if not content["images"] or not content["categories"]:
-        found = [f"{len(content[name])} {name}" for name in ("images", "categories")]
+        found = [counted(len(content[name]), name) for name in ("images", "categories")]
         raise UserError(f"{file}: {', '.join(found)}; expected some")
     instances = Instances(file, Records([]), [], [])
     errors = instances.errors

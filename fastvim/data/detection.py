@@ -211,7 +211,6 @@ class DetectionData(DenseDataModule):
         self._train_all = train_all
         self._categories = categories
         self._category_ids: list[Id] = []
-        self._checked: set[str] = set()
         self._instances: dict[tuple[str, str, bool], Instances] = {}
         self._frame = ""
 
@@ -234,7 +233,7 @@ class DetectionData(DenseDataModule):
         if role == "train" and instances.dropped:
             _logger.warning("%s: training leaves out %s", instances.file, instances.dropped)
         instances = self._among_known(instances)
-        if instances.warnings and role not in self._checked:
+        if instances.warnings and role not in self._examined:
             _logger.warning("%s: %s; see fastvim data check", instances.file, instances.warnings)
         files = self._files(role, instances)
         if role == "train" or not self._frame:
@@ -242,7 +241,7 @@ class DetectionData(DenseDataModule):
         return files
 
     def check(self, role: str) -> SplitReport:
-        self._checked.add(role)
+        self._examined.add(role)
         found = self._read(role)
         errors, warnings = Issues(found.errors), Issues(found.warnings)
         try:

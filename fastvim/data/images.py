@@ -180,7 +180,7 @@ class ImageData(DataModule):
         source = self._source(split, training)
         if isinstance(source, ClassFolders):
             self._unlabelled = self._unlabelled or source.outside
-            if source.unused:
+            if source.unused and role not in self._examined:
                 _logger.warning("left out: %s", source.unused)
         if not self._class_names and not self._unlabelled:
             self._settle_classes(source, training)
@@ -203,6 +203,7 @@ class ImageData(DataModule):
         return self._choose(files) if training and self.train_images is not None else files
 
     def check(self, role: str) -> SplitReport:
+        self._examined.add(role)
         files = self.opened(role)
         if isinstance(files, IterableImageDataset):
             note = "stream, not examined"

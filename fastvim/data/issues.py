@@ -16,7 +16,7 @@ from fastvim.data.masks import Labels
 from fastvim.data.parallel import read_in_order
 from fastvim.data.pixels import MISSING_IMAGE, Brightest, highest_value, stored
 from fastvim.data.remote import is_url
-from fastvim.errors import UserError, first_few
+from fastvim.errors import UserError, counted, first_few
 
 BLACK_AND_WHITE = (0, 255)
 UNUSABLE = "image that cannot be used"
@@ -237,7 +237,7 @@ class SplitReport:
 
     def __str__(self) -> str:
         """A line of facts, then a line for each kind of mistake and of what looks odd."""
-        facts = ", ".join(f"{number:,} {what}" for what, number in self.facts.items())
+        facts = ", ".join(counted(number, what) for what, number in self.facts.items())
         lines = [f"{self.split}: {facts}"]
         for name, counts in (("sizes", self.sizes), ("modes", self.modes)):
             if counts:

@@ -97,7 +97,7 @@ class CellData(ChannelData):
         known = wells.isin(list(label_by_well)).to_numpy()
         if not known.any():
             raise UserError(f"{url}: none of its wells, such as {wells.iloc[0]!r}, has a sample")
-        if not known.all():
+        if not known.all() and not self._examined:
             _logger.warning(
                 "%s: %d of %d cells left out: the metadata lack the samples of their wells",
                 url,

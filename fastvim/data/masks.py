@@ -15,7 +15,7 @@ from PIL import Image
 from fastvim.data.classes import check_different
 from fastvim.data.decoding import turn_values
 from fastvim.data.pixels import PictureReader, UnreadableImageError, stored
-from fastvim.errors import UserError, first_few
+from fastvim.errors import UserError, counted, first_few
 from fastvim.labels import IGNORE_INDEX
 
 MODES = ("1", "L", "P", "I", "I;16")  # PIL's modes with one number a pixel
@@ -60,7 +60,7 @@ class Labels:
         last = self.stored[-1]
         wrong = values[((values < 0) | (values > last)) & (values != IGNORE_INDEX)]
         if wrong.size:
-            found = [f"{value} ({number:,} pixels)" for value, number in count(wrong)]
+            found = [f"{value} ({counted(number, 'pixels')})" for value, number in count(wrong)]
             raise UnreadableImageError(
                 f"{path}: value {first_few(found)}; expected 0 to {last}, or {IGNORE_INDEX} "
                 f"(num_classes {self.num_classes})",

@@ -31,12 +31,12 @@ def test_a_good_set(tmp_path, capsys):
     code, output, error = check(capsys, COCO, write_set(tmp_path))
     assert (code, error) == (0, "")
     assert output.splitlines() == [
-        "train2017: 9 images, 2 categories, 16 objects, 0 crowds, 1 images without objects",
+        "train2017: 9 images, 2 categories, 16 objects, 0 crowds, 1 image without objects",
         "  sizes: 64x64 (8)",
         "  modes: RGB (8)",
         "  objects of each class: box (8), disc (8)",
         "  1 x image without objects, left out in training, first: 8.png",
-        "val2017: 5 images, 2 categories, 8 objects, 0 crowds, 1 images without objects",
+        "val2017: 5 images, 2 categories, 8 objects, 0 crowds, 1 image without objects",
         "  sizes: 64x64 (5)",
         "  modes: RGB (5)",
         "  objects of each class: box (4), disc (4)",
@@ -200,12 +200,14 @@ def drawn_recipe(tmp_path: Path, layout: str) -> tuple[Path, Path]:
     return set_.root, file
 
 
-def test_files_that_are_left_out_stand_in_the_last_line(tmp_path, capsys):
+def test_files_that_are_left_out_stand_in_the_last_line(tmp_path, capsys, caplog):
     root, file = drawn_recipe(tmp_path, "folders")
     for name in ("notes.txt", "more.txt", "cat.heic"):
         (root / "train" / "cat" / name).touch()
+    caplog.clear()
     code, output, _ = check(capsys, file, root)
     assert code == 0
+    assert not caplog.records
     where = f"{root}/train: 2 .txt, 1 .heic"
     assert f"  3 x file that is no image, left out, first: {where}\n" in output
     last = output.splitlines()[-1]

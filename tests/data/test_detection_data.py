@@ -382,7 +382,7 @@ def test_missing_and_odd_instances(root, tmp_path):
         ("{", "not JSON"),
         ("[]", "the lists images, annotations, categories"),
         ('{"images": [], "annotations": [], "categories": []}', "0 images, 0 categories"),
-        ('{"images": [{}], "annotations": [], "categories": []}', "1 images, 0 categories"),
+        ('{"images": [{}], "annotations": [], "categories": []}', "1 image, 0 categories"),
         ('{"images": [{}], "annotations": [], "categories": [{"id": 1}]}', "1 x image: missing id"),
         ("[" * 100_000, "nested too deep"),
         ('{"images": [' + "9" * 5000 + "]}", "not JSON"),

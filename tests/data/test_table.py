@@ -106,16 +106,21 @@ def test_cells_out_of_their_columns_are_named(text, message, tmp_path):
         list_images(str(tmp_path / "table.csv"), split="train")
 
 
-def test_files_listed_twice(tmp_path):
+def test_files_listed_twice_and_in_two_splits(tmp_path):
     rows = ["0,a,train", "1,b,train", "0,a,train", "1,a,train", "2,b,val", "2,b,val"]
+    rows.append(f"../{tmp_path.name}/1,b,val")
     lines = [row.replace(",", ".npy,", 1) for row in rows]
     (tmp_path / "table.csv").write_text("\n".join(["path,label,split", *lines]))
     for index in range(3):
         np.save(tmp_path / f"{index}.npy", np.random.default_rng(index).random((1, 16, 16)))
     data = ChannelData(str(tmp_path), 1, (0.5,), (0.3,), img_size=16)
-    _, warnings, _ = findings(check_data(data, ("train", "val"), sample=0))
+    reports = check_data(data, ("train", "val"), sample=0)
+    _, warnings, _ = findings(reports)
     assert warnings == {
         "train: file listed twice": (1, str(tmp_path / "0.npy")),
         "train: file listed under two classes": (1, f"{tmp_path / '1.npy'}, as b and a"),
         "val: file listed twice": (1, str(tmp_path / "2.npy")),
+        "val: file that train has too": (1, f"{tmp_path}/../{tmp_path.name}/1.npy"),
     }
+    _, val = check_data(data, ("train", "val"))
+    assert val.warnings == reports[1].warnings  # its content is not counted too

@@ -119,7 +119,7 @@ def value_beyond_the_classes(drawn: Drawn) -> str:
     values = read_mask(path)
     values[-1, -1] = drawn.data["num_classes"] + drawn.data["reduce_zero_label"]
     Image.fromarray(values).save(path)
-    return rf"{named(path)}: value {values[-1, -1]} \(1 pixels\)"
+    return rf"{named(path)}: value {values[-1, -1]} \(1 pixel\)"
 
 
 @fault("masks", "stops")
