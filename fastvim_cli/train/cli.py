@@ -49,7 +49,12 @@ from fastvim_cli.console import say, table
 from fastvim_cli.train.config_errors import causes, explain, of_one_of_several, options_as_written
 from fastvim_cli.train.every_run import as_list, callbacks, loggers, only_run
 from fastvim_cli.train.own_code import own_errors
-from fastvim_cli.train.trainer_options import check_strategy, check_trainer, trainer_mistake
+from fastvim_cli.train.trainer_options import (
+    check_strategy,
+    check_trainer,
+    read_integers_first,
+    trainer_mistake,
+)
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -80,6 +85,7 @@ class TrainingCLI(LightningCLI):
     ) -> None:
         self.command = command
         self.base = [] if base is None else [json.dumps(base)]  # a text is read as a file is
+        read_integers_first(L.Trainer.__init__)
         super().__init__(
             model_class=Task,
             datamodule_class=L.LightningDataModule,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import typing
+from collections.abc import Callable
+from functools import reduce
+from operator import or_
 
 import lightning as L
 from jsonargparse import Namespace
@@ -20,6 +24,19 @@ LIMITS = {"fit": "train", "validate": "val", "test": "test"}
 # Those that are no common words.
 OPTIONS = [name for name in inspect.signature(L.Trainer).parameters if "_" in name]
 STRATEGIES = "ddp (copies of the weights), or fsdp2 (weights divided among the processes)"
+
+
+def read_integers_first(function: Callable[..., object]) -> None:
+    """Have the parser try `int` before `float` in the options of a function.
+
+    `typing` keeps one object for `Union[float, int]` and `Union[int, float]`: the one that some
+    package asked for first. With floats first, 1 batch would be 1.0, all of them.
+    """
+    hints = inspect.unwrap(function).__annotations__
+    for name, hint in hints.items():
+        members = typing.get_args(hint)
+        if typing.get_origin(hint) is typing.Union and {int, float} <= set(members):
+            hints[name] = reduce(or_, sorted(members, key=lambda member: member is not int))
 
 
 def check_strategy(trainer: L.Trainer, given: object) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from typing import Union
 
+import lightning as L
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from fastvim.data.channels import ChannelData
 from fastvim.data.detection import DetectionData
@@ -17,6 +20,7 @@ from fastvim.data.segmentation import SegmentationData
 from fastvim.errors import OptionError
 from fastvim.tasks import Classification, Detection, LinearProbe, Pretraining, Segmentation
 from fastvim_cli import main
+from fastvim_cli.train.trainer_options import read_integers_first
 
 NAN, INF = math.nan, math.inf
 COUNT = (0, -1, None, 2.5, "two")
@@ -271,6 +275,19 @@ def test_the_trainer_and_the_run(tmp_path, capsys):
             assert error.startswith("trainer"), error
             assert option in error
             assert "Union" not in error
+
+
+def test_one_batch_is_not_all_batches(monkeypatch):
+    hints = inspect.unwrap(L.Trainer.__init__).__annotations__
+    for name in ("limit_train_batches", "overfit_batches"):  # as where a package asked first
+        monkeypatch.setitem(hints, name, Union[float, int, None])  # noqa: UP007
+    read_integers_first(L.Trainer.__init__)
+    parser = ArgumentParser()
+    parser.add_class_arguments(L.Trainer, "trainer")
+    words = ["--trainer.limit_train_batches=1", "--trainer.overfit_batches=0.5"]
+    trainer = parser.parse_args(words).trainer
+    assert isinstance(trainer.limit_train_batches, int)
+    assert trainer.overfit_batches == 0.5
 
 
 @pytest.mark.parametrize(
