@@ -5,6 +5,7 @@ H, W: height and width of an image; C: its channels
 
 from __future__ import annotations
 
+import struct
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,14 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.lib.format import (
+    MAGIC_PREFIX,
+    read_array_header_1_0,
+    read_array_header_2_0,
+    read_magic,
+)
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from fastvim.errors import UserError
 
@@ -36,8 +44,17 @@ TURNS = {
 # TIFF tags, and values of the last three.
 BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
 MIN_IS_WHITE, SEPARATE, SIGNED = 0, 2, 2
+WIDTH, LENGTH, SAMPLES_PER_PIXEL = 256, 257, 277
+PIXELS = {273, 324}  # where strips or tiles are
+SAMPLE_TYPES = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}
+TIFF, BIG = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (b"+\0", b"\0+")
+PICTURE = (
+    "a picture: grey of at most 32 bits, or shape (height, width, 3) of 8 or 16 bits; other arrays "
+    "are for models of channels and data from a table (ChannelData)"
+)
 # The other order of the two bytes of a value: big-endian, little-endian, native.
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+PLANES = " in separate planes"
 SEVERAL = ("GIF", "PNG", "TIFF", "WEBP")  # may hold images that are no previews or layers
 STEPS = {"L;4": 17, "L;2": 85}  # by what Pillow calls the stored pixels
 
@@ -121,6 +138,8 @@ def _decode(file: IO[bytes], name: str, max_pixels: int | None) -> Decoded:
             raise _unidentified(file, name) from error
         check_size(image.size, max_pixels, name)
         stored = _raw_mode(image)  # before the EXIF data, for which Pillow loads PNG files
+        if stored.endswith(PLANES) and _tag(image, SAMPLES_PER_PIXEL) not in (None, 1):
+            raise refused(name, _describe_tiff(file), PICTURE)
         orientation = _orientation(image)
         # Asked before loading: a GIF file is read on for it.
         several = image.format in SEVERAL and getattr(image, "is_animated", False)
@@ -212,7 +231,7 @@ def _raw_mode(image: Any) -> str:
     words = image.tile[0][3] if image.tile else ""
     first = words[0] if isinstance(words, tuple) and words else words
     if _tag(image, PLANAR) == SEPARATE and _tag(image, BITS_PER_SAMPLE) == 16:
-        return f"{image.mode};16 in separate planes"
+        return f"{image.mode};16{PLANES}"
     return first if isinstance(first, str) else ""
 
 
@@ -243,14 +262,43 @@ def _all_16_bits(file: IO[bytes], image: Image.Image, stored: str, name: str) ->
 
 
 def _unidentified(file: IO[bytes], name: str) -> UnreadableImageError:
-    """Why Pillow does not know a file: no image, or a TIFF of an unusual type."""
-    file.seek(0)
-    begin = file.read(4)
-    if begin in (b"II*\0", b"MM\0*"):
-        return refused(name, "a TIFF file of a type that Pillow cannot read", "8 or 16 bits")
+    """Why Pillow does not know a file: no image, an array, or a TIFF of an unusual type."""
+    try:
+        file.seek(0)
+        if (begin := file.read(6)) == MAGIC_PREFIX:
+            return refused(name, _describe_npy(file), PICTURE)
+        if begin[:4] in TIFF:
+            return refused(name, _describe_tiff(file), PICTURE)
+    except (KeyError, ValueError, TypeError, SyntaxError, OSError, struct.error):
+        pass  # damaged in its first bytes
     return UnreadableImageError(
         f"{name}: unreadable image (of no format that Pillow knows); repair or delete it"
     )
+
+
+def _describe_npy(file: IO[bytes]) -> str:
+    """The shape and type of an NPY array, from its header."""
+    file.seek(0)
+    version = read_magic(file)
+    shape, _, dtype = (read_array_header_1_0 if version == (1, 0) else read_array_header_2_0)(file)
+    return f"an NPY array of shape {shape} and type {dtype}"
+
+
+def _describe_tiff(file: IO[bytes]) -> str:
+    """The shape and type of the first image in a TIFF file, from its tags."""
+    file.seek(0)
+    head = file.read(8)
+    tags = ImageFileDirectory_v2(head + file.read(8) if head[2:4] in BIG else head)
+    file.seek(tags.next)
+    tags.load(file)
+    if not PIXELS & tags.keys():
+        raise ValueError("cut off before the place of the pixels")
+    channels = tags.get(SAMPLES_PER_PIXEL, 1)
+    shape = tags[LENGTH], tags[WIDTH], *((channels,) if channels > 1 else ())
+    bits = tags.get(BITS_PER_SAMPLE, (1,))[0]
+    letter = SAMPLE_TYPES.get(tags.get(SAMPLE_FORMAT, (1,))[0], "unknown ")
+    planes = PLANES if channels > 1 and tags.get(PLANAR) == SEPARATE else ""
+    return f"a TIFF image of shape {shape} and type {letter}{bits}{planes}"
 
 
 _lock = threading.Lock()

@@ -118,13 +118,14 @@ class Pictures:
         return self.transform(image)
 
 
-def arrays(transform: Callable[[Tensor], Tensor], max_pixels: int | None) -> Read:
-    """Reads files of any number of channels (`fastvim.data.arrays`)."""
+def arrays(transform: Callable[[Tensor], Tensor], in_chans: int, max_pixels: int | None) -> Read:
+    """Reads files of a number of channels (`fastvim.data.arrays`)."""
 
     def read(path: Path) -> Tensor:
-        return transform(
-            torch.from_numpy(read_array(str(path), max_pixels=max_pixels).astype(np.float32))
-        )
+        array = read_array(str(path), max_pixels=max_pixels)
+        if len(array) != in_chans:
+            raise UserError(f"shape {array.shape}; expected ({in_chans}, height, width)")
+        return transform(torch.from_numpy(array.astype(np.float32)))
 
     return read
 
@@ -193,7 +194,7 @@ def reader(
             raise UserError("value_range: a channel model takes the values as stored")
         size = (settings["img_size"], settings["mean"], settings["std"])
         transform = channel_transforms.evaluation_transform(*size)
-        return arrays(transform, read_picture.max_pixels), DECODERS
+        return arrays(transform, len(settings["mean"]), read_picture.max_pixels), DECODERS
     read_picture = replace(read_picture, mode=IMAGE_MODES[settings["in_chans"]])
     return Pictures(read_picture, evaluation_transform(**settings)), image_endings()
 

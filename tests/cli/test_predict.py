@@ -76,7 +76,7 @@ def test_images_of_many_channels(tmp_path, capsys):
     assert main(["predict", "--checkpoint", str(path), "--out", str(out), str(folder)]) == 0
     errors = capsys.readouterr().err
     assert "cut.npy: unreadable image" in errors
-    assert "few.npy: mean and std of 5 values: the image has 3 channels" in errors
+    assert "few.npy: shape (3, 32, 32); expected (5, height, width)" in errors
     with torch.no_grad():
         expected = model((torch.from_numpy(images).float() - 9) / 3).softmax(1)
     written = [line for line in lines(out) if "class" in line]

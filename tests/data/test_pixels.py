@@ -14,6 +14,7 @@ from PIL import Image
 from fastvim.data.checks import check_data
 from fastvim.data.images import ImageData
 from fastvim.data.pixels import (
+    DAMAGED,
     TOO_LARGE,
     UNKNOWN_VALUES,
     Brightest,
@@ -314,12 +315,38 @@ def test_kinds_of_tiff_that_are_refused_by_name(path, compression):
 
     planes = GREY.astype(np.uint16)[None].repeat(3, axis=0)
     assert "in separate planes" in told(planes, photometric="rgb", planarconfig="separate")
-    assert "a TIFF file of a type that Pillow cannot read" in told(GREY.astype(np.float64))
+    assert "a TIFF image of shape (6, 8) and type float64" in told(GREY.astype(np.float64))
     assert "values 0 to 235; expected value_range" in told(GREY.astype(np.int16))
     assert "int8 values 0 to 47" in told((GREY // 5).astype(np.int8))
     high = GREY.astype(np.uint32) << 24
     assert f"uint32 values 0 to {high.max():g}" in told(high)
     np.testing.assert_array_equal(pixels(path, value_range=(0, 255 << 24)), GREY)
+
+
+@pytest.mark.parametrize("options", [{}, {"bigtiff": True}, {"planarconfig": "separate"}])
+def test_arrays_that_are_no_pictures_are_described(path, options):
+    """Sound files of another shape are not called damaged; files that are cut off are."""
+    tifffile = pytest.importorskip("tifffile")
+    planes = options.get("planarconfig") == "separate"
+    shape = (5, 6, 8) if planes else (6, 8, 5)
+    tifffile.imwrite(path, np.zeros(shape, dtype=np.uint16), photometric="minisblack", **options)
+    with pytest.raises(UnreadableImageError) as caught:
+        pixels(path)
+    words = "type uint16 in separate planes;" if planes else "type uint16;"
+    assert f"a TIFF image of shape (6, 8, 5) and {words} expected a picture" in str(caught.value)
+    for version in ((1, 0), (2, 0)):
+        with open(path, "wb") as file:
+            np.lib.format.write_array(file, np.zeros((6, 8, 2)), version)
+        with pytest.raises(UnreadableImageError) as caught:
+            pixels(path)
+        assert "an NPY array of shape (6, 8, 2) and type float64; expected a picture" in str(
+            caught.value
+        )
+        assert caught.value.kind == UNKNOWN_VALUES
+        path.write_bytes(path.read_bytes()[:20])
+        with pytest.raises(UnreadableImageError) as caught:
+            pixels(path)
+        assert caught.value.kind == DAMAGED
 
 
 @pytest.mark.parametrize("value_range", [None, (0, 4080)])
