@@ -25,6 +25,7 @@ from fastvim.data.classes import places
 from fastvim.data.files import MAX_UNREADABLE
 from fastvim.data.folders import natural_key
 from fastvim.data.issues import Look, SplitReport, look_at, missing_files
+from fastvim.data.moments import seen
 from fastvim.data.pixels import DAMAGED, MISSING_IMAGE, UnreadableImageError
 from fastvim.data.remote import UnreadableFileError, is_url, join
 from fastvim.data.table import read_table, require_columns, require_values, splits_of, texts
@@ -120,7 +121,8 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
             raise UnreadableImageError(f"{self.filename(index)}: no such file", MISSING_IMAGE)
         array = self._array(index)
         mode = f"{len(array)} x {array.dtype}"
-        return look_at(array.transpose(1, 2, 0), mode)._replace(label=int(self._targets[index]))
+        found = look_at(array.transpose(1, 2, 0), mode)
+        return found._replace(label=int(self._targets[index]), channels=seen(array))
 
     def sources(self, index: int) -> tuple[str, ...]:
         """The file, unless it is behind a URL."""
@@ -147,7 +149,8 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
         array = self.read(self.filename(index))
         if len(array) != self.in_chans:
             raise UnreadableFileError(
-                f"{self.filename(index)}: shape {array.shape}: expected {self.in_chans} channels"
+                f"{self.filename(index)}: shape {array.shape}: expected {self.in_chans} channels, "
+                "then height and width"
             )
         return array
 
@@ -320,6 +323,7 @@ class ChannelData(DataModule):
         assert isinstance(files, ChannelImages)
         report = SplitReport(self._split(role), files, facts={"images": len(files)})
         report.count(files.targets, self.class_names)
+        report.normalised = self.mean, self.std
         if role == "train" and self.on_error == "skip":
             report.skips = (DAMAGED,)
         for path in missing_files([files.filename(index) for index in range(len(files))]):

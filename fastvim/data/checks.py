@@ -138,6 +138,13 @@ def _judge(report: SplitReport, training: bool, with_labels: bool, source: str) 
         report.warnings.add(f"image all black or all white{report.among()}", where, report.blank)
     elif dark := report.brightest.warning():
         report.warnings.add(f"split of dark images{report.among()}", dark)
+    if training and report.normalised:
+        for kind, channels in (
+            ("channel of one value", report.channels.constant()),
+            ("channel that mean and std do not fit", report.channels.unlike(*report.normalised)),
+        ):
+            if channels:
+                report.warnings.add(kind + report.among(), first_few(channels), len(channels))
 
 
 def _judge_classes(report: SplitReport, training: bool, source: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fastvim.data.masks import Labels
+from fastvim.data.moments import ChannelValues
 from fastvim.data.parallel import read_in_order
 from fastvim.data.pixels import MISSING_IMAGE, Brightest, highest_value, stored
 from fastvim.data.remote import is_url
@@ -62,6 +63,7 @@ class Look(NamedTuple):
         white: the value that is white; 0 where that is not known.
         label: index of its class; -1 where it has none or several.
         values: how many pixels of its mask have each stored value.
+        channels: what `fastvim.data.moments.seen` says, where the stored values are normalised.
         odd: what looks odd about it, to count it by.
         kind: why it cannot be used, to count it by; "" where it can.
         message: the same with the file's name.
@@ -76,6 +78,7 @@ class Look(NamedTuple):
     white: float = 0
     label: int = -1
     values: tuple[tuple[int, int], ...] = ()
+    channels: tuple[tuple[float, ...], ...] = ()
     odd: str = ""
     kind: str = ""
     message: str = ""
@@ -161,6 +164,8 @@ class SplitReport:
         digests: the first sample of each content, and its label.
         blank: images all black or all white.
         brightest: the highest values of all images.
+        normalised: by which means and deviations, where the stored values are.
+        channels: their values.
     """
 
     split: str
@@ -184,6 +189,8 @@ class SplitReport:
     digests: dict[str, tuple[int, int]] = field(default_factory=dict)
     blank: int = 0
     brightest: Brightest = field(default_factory=Brightest)
+    normalised: tuple[Sequence[float], Sequence[float]] | None = None
+    channels: ChannelValues = field(default_factory=ChannelValues)
 
     def among(self, noun: str = "images") -> str:
         """`" in 300 of 20,000 images"` where some were read, "" where all were."""
@@ -214,6 +221,8 @@ class SplitReport:
         self.sizes[look.width, look.height] += 1
         self.modes[look.mode] += 1
         self.blank += look.blank
+        if look.channels:
+            self.channels.add(look.width * look.height, look.channels)
         if look.white:
             self.brightest.add_value(look.highest, look.white)
         if look.digest:

@@ -115,6 +115,29 @@ def array_with_nan(drawn: Drawn) -> str:
     return rf"{named(path)}.*not finite"
 
 
+@fault("tables", "warns")
+def empty_channel(drawn: Drawn) -> str:
+    channel = int(drawn.rng.integers(2))
+    for path in drawn.root.glob("train-*.npy"):
+        values = np.load(path)
+        values[channel] = 0
+        np.save(path, values)
+    return f"channel of one value.*channel {channel}, always 0"
+
+
+@fault("tables", "warns")
+def mean_of_other_values(drawn: Drawn) -> str:
+    drawn.data["mean"] = [128.0, float(drawn.rng.choice([-2000, 5000]))]
+    drawn.data["std"] = [70.0, 70.0]
+    return "mean and std do not fit.*channel 1 with mean 1"
+
+
+@fault("tables", "warns")
+def std_of_other_values(drawn: Drawn) -> str:
+    drawn.data["std"] = [65535.0]
+    return "2 x train: channel that mean and std do not fit|channel that mean and std do not fit.*2"
+
+
 @fault("tables", "stops")
 def label_that_training_lacks(drawn: Drawn) -> str:
     change_row(drawn, "val", label="wasp")
