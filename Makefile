@@ -13,7 +13,7 @@ help:
 	@echo "make cells        find the nuclei of cells in a microscope's images"
 	@echo "make nuclei       find them one by one, each with a box and a mask"
 	@echo "make test         install what the tests need and run them all"
-	@echo "make test-faults  600 drawn sets of images, most with a fault that must be found"
+	@echo "make test-faults  drawn faults: 600 sets of images, 1,000 command lines, 1,000 files and more"
 	@echo "make test-wheel   install the built wheel alone and run every command of it"
 	@echo "make lint         formatting, lint, types and the import contract"
 	@echo "make install      the environment alone: everything, editable, in .venv"
@@ -29,9 +29,10 @@ install: .venv/installed
 test: install
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# All draws of faulty and of odd data; make test runs some of them.
+# All draws of faulty and of odd data, words and files; make test runs some of them. A name as
+# test_a_command_line_ends_well[17] repeats one.
 test-faults: install
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "faults or not faults" tests/data/test_faults.py
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "faults or not faults" tests/data/test_faults.py tests/faults
 
 # In an environment of its own, which it makes and removes.
 test-wheel:

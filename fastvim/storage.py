@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from fastvim.errors import MachineError, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 try:
     import fcntl
@@ -65,6 +68,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text in UTF-8, as `written` does; of names that are not UTF-8 the bytes escaped."""
     with written(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def save_picture(path: str | os.PathLike[str], image: Image.Image) -> None:
+    """Write a picture as PNG, as `written` does."""
+    with written(path) as file:
+        image.save(file, "PNG")
 
 
 def refusal(path: str | os.PathLike[str], error: OSError) -> UserError:

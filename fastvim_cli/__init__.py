@@ -20,6 +20,7 @@ from typing import NamedTuple
 from fastvim_cli.arguments import UsageError
 from fastvim_cli.console import escape_logs
 from fastvim_cli.failures import EXIT_FAILURE, EXIT_INTERRUPTED, explained
+from fastvim_cli.interrupts import interruptible
 
 
 class Command(NamedTuple):
@@ -64,8 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     escape_logs()
     try:
-        _dispatch(words)
-        sys.stdout.flush()
+        with interruptible():
+            _dispatch(words)
+            sys.stdout.flush()
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _closed_output():
             return EXIT_FAILURE
@@ -81,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         advice = f"; {interrupt}" if str(interrupt) else ""
         print(f"fastvim: interrupted{advice}", file=sys.stderr)
+        exec("")  # or Python ends by the signal, where it broke off code that was a text, as here
         return EXIT_INTERRUPTED
     return 0
 

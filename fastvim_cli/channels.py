@@ -42,6 +42,7 @@ def run(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
 
     from fastvim.errors import UserError
+    from fastvim.storage import write_text, written
     from fastvim.tasks.subsets import draw_subsets
     from fastvim.weights import is_file_name
 
@@ -55,18 +56,19 @@ def run(argv: list[str]) -> None:
         name: _evaluate(path, arguments)
         for name, path in zip(names, arguments.checkpoints, strict=True)
     }
+    written_to = []
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         record = {
             name: [{"channels": list(subset), "accuracy": value} for subset, value in found.items()]
             for name, found in accuracies.items()
         }
-        (arguments.out / "channels.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_text(arguments.out / "channels.json", json.dumps(record, indent=1) + "\n")
         title = "the same weights on every subset of the channels"
-        draw_subsets(accuracies, title).savefig(arguments.out / "channels.png", dpi=130)
+        with written(arguments.out / "channels.png") as file:
+            draw_subsets(accuracies, title).savefig(file, format="png", dpi=130)
+        written_to = [f"written to {arguments.out}/channels.json and channels.png"]
     print(_table(accuracies))
-    if arguments.out is not None:
-        say(f"written to {arguments.out}/channels.json and channels.png")
+    say(*written_to)
 
 
 def _evaluate(path: str, arguments: argparse.Namespace) -> dict[Subset, float]:

@@ -52,19 +52,19 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from fastvim.data.checks import check_data, findings
     from fastvim.errors import UserError, counted
     from fastvim_cli.train import load_data, options_as_written
+    from fastvim_cli.train.own_code import own_errors
 
     words = [f"--config={file}" for file in arguments.config] + overrides
     data, with_labels, config = load_data(words)
     if not isinstance(data, DataModule):
         raise UserError(f"{type(data).__name__} cannot be checked")
     sample, workers = None if arguments.read else 0, arguments.workers
-    with options_as_written(config):
+    with own_errors(config), options_as_written(config):
         data.prepare_data()
         reports = check_data(
             data, sample=sample, workers=workers, with_labels=with_labels, watch=track
         )
-    for line in "\n".join(map(str, reports)).split("\n"):
-        say(line)
+    say(*"\n".join(map(str, reports)).split("\n"))
     errors, warnings, left_out = findings(reports)
     if arguments.out:
         try:
@@ -112,11 +112,11 @@ def _draw(data: DataModule, out: str, with_labels: bool) -> Path:
     """Draw a few training samples of the first epoch; returns the picture's path."""
     from fastvim.data.checks import training_samples
     from fastvim.pictures.samples import draw_samples
+    from fastvim.storage import save_picture
 
     samples = training_samples(data, SHOWN)
     names = data.class_names if with_labels else []
     mean, std = getattr(data, "mean", (0.0,)), getattr(data, "std", (1.0,))
     path = Path(os.path.expanduser(out), "train.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_samples(samples, names, mean, std, "training samples with labels").save(path)
+    save_picture(path, draw_samples(samples, names, mean, std, "training samples with labels"))
     return path

@@ -21,9 +21,10 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
-def say(line: str) -> None:
-    """Print a line of the command's result."""
-    print(printable(line))
+def say(*lines: str) -> None:
+    """Print lines of the command's result."""
+    for line in lines:
+        print(printable(line))
 
 
 def note(line: str) -> None:

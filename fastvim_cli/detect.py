@@ -55,6 +55,7 @@ def run(argv: list[str]) -> None:
     from fastvim.models import CascadeMaskRCNN
     from fastvim.models.heads.results import coco_results
     from fastvim.pictures.detections import draw_detections
+    from fastvim.storage import save_picture, write_text
 
     paths, failures = chosen_images(arguments)
     device = usable_device(arguments.device)
@@ -78,7 +79,7 @@ def run(argv: list[str]) -> None:
         results = coco_results(found, seen, size, image_ids[path], ids)
         everything.extend({**result, "file_name": str(path)} for result in results)
         sure = [result for result in results if result["score"] >= arguments.score]
-        draw_detections(image, sure, names).save(f"{target}_detections.png")
+        save_picture(f"{target}_detections.png", draw_detections(image, sure, names))
         counts = Counter(names[result["category_id"]] for result in sure).most_common(3)
         text = ", ".join(f"{number} x {name}" for name, number in counts) or "nothing"
         return f"{text}, drawn in {target}_detections.png"
@@ -86,10 +87,10 @@ def run(argv: list[str]) -> None:
     turned = metadata.get("orientation") != "stored"  # as the training images were
     reader = partial(chosen_reader(arguments, metadata), exif=turned)
     read = Pictures(reader, pil_to_tensor)
-    draw_each(paths, failures, read, "detecting", arguments.out, draw)
+    lines = draw_each(paths, failures, read, "detecting", arguments.out, draw)
     file = arguments.out / "detections.json"
-    file.write_text(json.dumps(everything), encoding="utf-8")
-    say(f"{len(everything):,} results in {file}")
+    write_text(file, json.dumps(everything))
+    say(*lines, f"{len(everything):,} results in {file}")
 
 
 def _image_ids(paths: list[Path]) -> dict[Path, int]:

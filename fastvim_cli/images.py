@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import add_device, at_least, local_path
-from fastvim_cli.console import note, say, track
+from fastvim_cli.console import note, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +71,8 @@ def draw_each(
     doing: str,
     out: Path,
     draw: Callable[[Path, Tensor, Path], str],
-) -> None:
-    """Read files one by one, as images may be of any size, draw each, and print a line for each.
+) -> list[str]:
+    """Read files one by one, as images may be of any size, and draw each; a line for each.
 
     Args:
         paths: of the files.
@@ -98,8 +98,7 @@ def draw_each(
         except NotFiniteError as error:
             failures.append(Failure(path, str(error)))
     report(failures, read, len(lines))
-    for line in lines:
-        say(line)
+    return lines
 
 
 def report(failures: list[Failure], read: Read | None = None, count: int = 0) -> None:

@@ -88,14 +88,14 @@ def run(argv: list[str]) -> None:
         written = [f"written to {text}", f"drawn in {picture}"]
     rows = [(line["file"], line["class"], f"{line['probability']:.1%}") for line in lines]
     print(table(("image", "class", "probability"), rows, left=("image", "class")))
-    for line in written:
-        say(line)
+    say(*written)
 
 
 def _write(file: Path, lines: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    from fastvim.storage import write_text
+
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    file.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of any bytes
+    write_text(file, text)
 
 
 def _draw(
@@ -106,8 +106,10 @@ def _draw(
     title: str,
 ) -> None:
     from fastvim.pictures.predictions import Prediction, draw_predictions
+    from fastvim.storage import save_picture
 
     predictions = [
         Prediction(image, best["index"], None, best["probability"]) for image, best in shown
     ]
-    draw_predictions(predictions, names, settings["mean"], settings["std"], title).save(file)
+    sheet = draw_predictions(predictions, names, settings["mean"], settings["std"], title)
+    save_picture(file, sheet)

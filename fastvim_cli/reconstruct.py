@@ -14,6 +14,7 @@ from fastvim_cli.arguments import (
     number_where,
     usable_device,
 )
+from fastvim_cli.console import say
 from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
 from fastvim_cli.weights import add_model, load
 
@@ -54,6 +55,7 @@ def run(argv: list[str]) -> None:
     from fastvim.models import MaskedAutoencoder
     from fastvim.pictures.reconstruction import draw_reconstruction
     from fastvim.reconstruction import reconstruct
+    from fastvim.storage import save_picture
 
     paths, failures = chosen_images(arguments)
     device = usable_device(arguments.device)
@@ -70,9 +72,9 @@ def run(argv: list[str]) -> None:
             model, image, mean, std, mask_ratio=arguments.mask_ratio, seed=arguments.seed
         )
         require_finite(result.loss)
-        draw_reconstruction(result).save(f"{target}_reconstruction.png")
+        save_picture(f"{target}_reconstruction.png", draw_reconstruction(result))
         return f"loss {result.loss:.4f}, drawn in {target}_reconstruction.png"
 
     reader = replace(chosen_reader(arguments, metadata), mode=IMAGE_MODES[settings["in_chans"]])
     read = Pictures(reader, evaluation_transform(**settings))
-    draw_each(paths, failures, read, "reconstructing", arguments.out, draw)
+    say(*draw_each(paths, failures, read, "reconstructing", arguments.out, draw))

@@ -14,6 +14,7 @@ from fastvim_cli.arguments import (
     number_where,
     usable_device,
 )
+from fastvim_cli.console import say
 from fastvim_cli.images import add_images, chosen_images, chosen_reader, draw_each
 from fastvim_cli.weights import add_model, first_word_as_model, load
 
@@ -62,6 +63,7 @@ def run(argv: list[str]) -> None:
     from fastvim.errors import require_finite
     from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
     from fastvim.pictures.segmentation import draw_classes, index_image, legend
+    from fastvim.storage import save_picture
 
     paths, failures = chosen_images(arguments)
     device = usable_device(arguments.device)
@@ -86,13 +88,13 @@ def run(argv: list[str]) -> None:
         scores = multi_scale_flip(logits, prepared, size, arguments.scales, arguments.flip)
         require_finite(scores)
         classes = scores[0].argmax(dim=0).byte().cpu().numpy()
-        index_image(classes, names).save(f"{target}_classes.png")
-        draw_classes(image, classes, names).save(f"{target}_overlay.png")
+        save_picture(f"{target}_classes.png", index_image(classes, names))
+        save_picture(f"{target}_overlay.png", draw_classes(image, classes, names))
         shares = ", ".join(entry.text for entry in legend([classes], names)[:3])
         return f"{shares}, drawn in {target}_overlay.png"
 
     read = Pictures(chosen_reader(arguments, metadata), pil_to_tensor)
-    draw_each(paths, failures, read, "segmenting", arguments.out, draw)
+    say(*draw_each(paths, failures, read, "segmenting", arguments.out, draw))
 
 
 def _windows(arguments: argparse.Namespace, trained: dict[str, Any]) -> tuple[int | None, int]:

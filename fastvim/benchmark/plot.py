@@ -179,6 +179,7 @@ def _write_legend(axes: Axes, series: Series) -> None:
         labelspacing=0.7,
     )
     for text, line in zip(legend.get_texts(), series.values(), strict=True):
+        text.set_parse_math(False)  # names may hold a $
         text.set_fontweight("bold" if line[0].ours else "normal")
 
 

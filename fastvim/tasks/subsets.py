@@ -105,5 +105,6 @@ def draw_subsets(accuracies: Mapping[str, Mapping[Subset, float]], title: str) -
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.grid(axis="y", color="#e5e7eb")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    for text in axes.legend(frameon=False, loc="lower right").get_texts():
+        text.set_parse_math(False)  # names may hold a $
     return figure

@@ -38,8 +38,7 @@ def run(words: list[str]) -> None:
     cli = TrainingCLI(command, arguments[1:], published.configuration)
     results = cli.execute()
     if cli.trainer.is_global_zero:
-        for line in published.compare(results):
-            say(line)
+        say(*published.compare(results))
 
 
 def load_data(words: list[str]) -> tuple[L.LightningDataModule, bool, Namespace]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,12 @@ from PIL import Image
 from small_weights import SMALL, TINY, write_autoencoder
 from test_main import RECIPE
 
+from fastvim.data.images import ImageData
+from fastvim.tasks.callbacks.checkpointing import ExportWeights
+from fastvim.tasks.callbacks.run_log import RunLog, SeedSteps
 from fastvim_cli import main
 from fastvim_cli.console import printable, table
+from fastvim_cli.train import TrainingCLI
 
 OWN = """
 import lightning as L
@@ -228,3 +235,49 @@ def test_results_are_there_though_nobody_reads_the_output(images):
         "predictions.jsonl",
         "predictions.png",
     }
+
+
+STAGES = {
+    "construction": (TrainingCLI, "instantiate_trainer"),
+    "set-up": (ImageData, "setup"),
+    "first batch": (SeedSteps, "on_train_batch_start"),
+    "validation": (RunLog, "on_validation_epoch_end"),
+    "checkpoint": (ExportWeights, "on_save_checkpoint"),
+    "export": (ExportWeights, "teardown"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_is_one_line_in_each_stage(own, capsys, monkeypatch, stage):
+    owner, name = STAGES[stage]
+    method = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(owner, name, method)
+        os.kill(os.getpid(), signal.SIGINT)
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert main([*own, "--data.num_workers=1"]) == 130
+    assert re.fullmatch(r"fastvim: interrupted(; .*)?\n", capsys.readouterr().err)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_counts_in_a_destructor_and_not_in_a_fork(capsys, monkeypatch):
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def work() -> str:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        Dropped()
+        time.sleep(60)
+        return ""
+
+    monkeypatch.setattr("fastvim_cli.models._models", work)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "fastvim: interrupted\n"

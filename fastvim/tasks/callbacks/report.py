@@ -16,6 +16,7 @@ import torch
 
 from fastvim.pictures.predictions import Prediction, draw_predictions
 from fastvim.pictures.segmentation import Labelling, draw_labellings
+from fastvim.storage import save_picture, write_text
 from fastvim.tasks.protocols import TrainedTask
 
 Item = TypeVar("Item")
@@ -87,7 +88,6 @@ class Report(L.Callback):
     def on_test_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         metrics = _without_nan(trainer.callback_metrics)
         task = pl_module if isinstance(pl_module, TrainedTask) else None
         tested = trainer.ckpt_path or (task and task.checkpoint) or ""
@@ -96,7 +96,7 @@ class Report(L.Callback):
             record["classes"] = {
                 score: _without_nan(by_class) for score, by_class in scores.items()
             }
-        (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_text(self._folder / "metrics.json", json.dumps(record, indent=2) + "\n")
 
         names = trainer.datamodule.class_names if task is None else task.output_names()
         if self._labelled.items:
@@ -108,7 +108,7 @@ class Report(L.Callback):
             picture = draw_predictions(shown, names, self._mean, self._std, title)
         else:
             return
-        picture.save(self._folder / "predictions.png")
+        save_picture(self._folder / "predictions.png", picture)
 
 
 def _without_nan(values: Mapping[str, Any]) -> dict[str, float | None]:
