@@ -323,13 +323,16 @@ def test_kinds_of_tiff_that_are_refused_by_name(path, compression):
     np.testing.assert_array_equal(pixels(path, value_range=(0, 255 << 24)), GREY)
 
 
-@pytest.mark.parametrize("options", [{}, {"bigtiff": True}, {"planarconfig": "separate"}])
-def test_arrays_that_are_no_pictures_are_described(path, options):
+@pytest.mark.parametrize(
+    ("layout", "big"), [("contig", False), ("contig", True), ("separate", False)]
+)
+def test_arrays_that_are_no_pictures_are_described(path, layout, big):
     """Sound files of another shape are not called damaged; files that are cut off are."""
     tifffile = pytest.importorskip("tifffile")
-    planes = options.get("planarconfig") == "separate"
-    shape = (5, 6, 8) if planes else (6, 8, 5)
-    tifffile.imwrite(path, np.zeros(shape, dtype=np.uint16), photometric="minisblack", **options)
+    planes = layout == "separate"
+    values = np.zeros((5, 6, 8) if planes else (6, 8, 5), dtype=np.uint16)
+    options = {"photometric": "minisblack", "planarconfig": layout}
+    tifffile.imwrite(path, values, bigtiff=big, **options)
     with pytest.raises(UnreadableImageError) as caught:
         pixels(path)
     words = "type uint16 in separate planes;" if planes else "type uint16;"
