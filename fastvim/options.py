@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import types
+import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 from fastvim.errors import OptionError, nearest
 
@@ -51,6 +54,10 @@ class Range:
 
 
 COUNT = Range(1, whole=True)
+# Far beyond any model, and so small that the number of a tensor's values fits into 64 bits.
+SIZE = Range(1, 1 << 16, whole=True)
+SMALL_SIZE = Range(1, 1 << 10, whole=True)
+CLASSES = Range(0, 1 << 24, whole=True)
 COUNT_OR_0 = Range(0, whole=True)
 SEED = Range(0, 2**32 - 1, whole=True)  # what numpy takes
 FINITE = Range()
@@ -60,6 +67,45 @@ POSITIVE = Range(0, above=True)
 SHARE = Range(0, 1)
 SHARE_BELOW_1 = Range(0, 1, below=True)
 SHARE_ABOVE_0 = Range(0, 1, above=True)
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a plain value, as of JSON or YAML, is one of a type.
+
+    Args:
+        value: None, a boolean, a number, a text, or a list or dict of such.
+        hint: type of an option: those types, `Literal`, sequences, mappings and unions of them. A
+            list stands for any sequence, a whole number for a float.
+    """
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(fits(value, each) for each in inner)
+    if kind is typing.Literal:
+        return isinstance(value, str) and value in inner
+    if kind in (tuple, list, Sequence):
+        if not isinstance(value, list | tuple):
+            return False
+        if kind is tuple and inner and inner[-1] is not ...:
+            return len(value) == len(inner) and all(map(fits, value, inner))
+        return all(fits(each, inner[0]) for each in value)
+    if kind in (dict, Mapping):
+        return isinstance(value, dict) and all(fits(each, inner[1]) for each in value.values())
+    if kind is types.NoneType:
+        return value is None
+    return hint is Any or type(value) is kind or (kind is float and type(value) is int)
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words, for a message."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(describe_type, inner))
+    if typing.get_origin(hint) in (tuple, list, Sequence):
+        return "a list"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return {**names, types.NoneType: "null"}.get(hint, str(hint))
 
 
 def check(allowed: Range, **values: object) -> None:

@@ -195,8 +195,9 @@ def reader(
         size = (settings["img_size"], settings["mean"], settings["std"])
         transform = channel_transforms.evaluation_transform(*size)
         return arrays(transform, len(settings["mean"]), read_picture.max_pixels), DECODERS
+    prepare = evaluation_transform(**settings)
     read_picture = replace(read_picture, mode=IMAGE_MODES[settings["in_chans"]])
-    return Pictures(read_picture, evaluation_transform(**settings)), image_endings()
+    return Pictures(read_picture, prepare), image_endings()
 
 
 def class_names(model: nn.Module, metadata: dict[str, Any]) -> list[str]:

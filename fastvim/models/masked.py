@@ -23,7 +23,7 @@ from fastvim.models.vision import FastVim
 from fastvim.ops import Traversal
 from fastvim.ops.reference import NormKind
 from fastvim.ops.traversal import Mirror
-from fastvim.options import COUNT, SHARE_BELOW_1, check, check_choice
+from fastvim.options import COUNT, SHARE_BELOW_1, SIZE, SMALL_SIZE, check, check_choice
 
 
 class MaskedOutput(NamedTuple):
@@ -104,6 +104,8 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         check_choice(get_args(Mirror), mirror=mirror)
         check(COUNT, decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth)
+        check(SIZE, decoder_embed_dim=decoder_embed_dim)
+        check(SMALL_SIZE, decoder_depth=decoder_depth)
         check(SHARE_BELOW_1, mask_ratio=mask_ratio)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss

@@ -18,11 +18,14 @@ from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid
 from fastvim.ops import Segments, Traversal
 from fastvim.ops.reference import NormKind
 from fastvim.options import (
+    CLASSES,
     COUNT,
     COUNT_OR_0,
     FINITE,
     POSITIVE,
     SHARE_BELOW_1,
+    SIZE,
+    SMALL_SIZE,
     check,
     check_choice,
     check_given,
@@ -129,6 +132,10 @@ class FastVim(nn.Module):
         check(COUNT, d_state=d_state, d_conv=d_conv, expand=expand)
         check_given(COUNT, patch_stride=patch_stride, dt_rank=dt_rank)
         check(COUNT_OR_0, num_classes=num_classes)
+        check(SIZE, img_size=img_size, in_chans=in_chans, embed_dim=embed_dim, d_state=d_state)
+        check(SMALL_SIZE, patch_size=patch_size, depth=depth, d_conv=d_conv, expand=expand)
+        check(CLASSES, num_classes=num_classes)
+        check_given(SIZE, dt_rank=dt_rank)
         check(POSITIVE, pool_scale=pool_scale)
         check_given(FINITE, init_layer_scale=init_layer_scale)
         check(SHARE_BELOW_1, drop_path_rate=drop_path_rate)

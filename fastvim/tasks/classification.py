@@ -186,5 +186,5 @@ class Classification(Task):
     def exported_metadata(self) -> dict[str, Any]:
         metadata = super().exported_metadata()
         assert self.model is not None
-        options = {**self.model_args, "num_classes": self.model.num_classes}
+        options = {**metadata["model_args"], "num_classes": self.model.num_classes}
         return {**metadata, "model_args": options, "class_names": self.output_names()}

@@ -40,6 +40,7 @@ from fastvim.tasks.strategies import ShardedStrategy
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
 from fastvim.weights.files import check_finite
 from fastvim.weights.fit import differences
+from fastvim.weights.metadata import own_options
 from fastvim.weights.published import terms
 
 _logger = logging.getLogger(__name__)
@@ -219,7 +220,8 @@ class Task(L.LightningModule):
 
     def exported_metadata(self) -> dict[str, Any]:
         """How to build the trained model again; JSON's values, and plain Python's."""
-        return {"model": self.model_name, "model_args": self.model_args, **self.origin}
+        options = own_options(self.model_args)
+        return {"model": self.model_name, "model_args": options, **self.origin}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         told = checkpoint.get(METADATA_KEY, {})

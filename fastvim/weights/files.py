@@ -26,6 +26,7 @@ from fastvim.storage import written
 from fastvim.weights.archive import write_archive
 from fastvim.weights.dense_names import published_head
 from fastvim.weights.formats import inner_backbone, select_weights, tell
+from fastvim.weights.metadata import check_metadata, parse
 from fastvim.weights.unpickle import first_line, no_weights, read_pickled
 
 _logger = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ def read(path: str | os.PathLike[str], *, ema: bool | None = None) -> Checkpoint
     selected = select_weights(content, ema)
     if not selected.state:
         raise UserError(f"{path} holds no weights: expected a state dict")
-    state, metadata = selected.state, content.get(METADATA_KEY, {})
+    state = selected.state
+    metadata = check_metadata(path, content.get(METADATA_KEY, {}))
     if published_head(state) is None:
         state, left_out = inner_backbone(state)
         if left_out:
@@ -101,9 +103,9 @@ def _read_safetensors(path: Path) -> Checkpoint:
         text, state = header.get(METADATA_KEY, "{}"), load_file(path)
         if header.get(CHECKSUM_KEY, checksum := _checksum(state, text)) != checksum:
             raise UserError(f"{path} is damaged: its checksum is not that of its content")
-        metadata = json.loads(text)
+        metadata = parse(path, text)
         return Checkpoint(path, state, metadata.get("weights", "only"), metadata)
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except safetensors.SafetensorError as error:
         reason = first_line(error).removeprefix("Error while deserializing header: ")
         what = no_weights(path) or f"is damaged or not of safetensors: {reason}"
         raise UserError(f"{path} {what}") from error

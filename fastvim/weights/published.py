@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -24,6 +23,7 @@ from fastvim.weights import fetch
 from fastvim.weights.build import build_model
 from fastvim.weights.files import METADATA_KEY, PICKLED, Checkpoint, read, save
 from fastvim.weights.fit import differences
+from fastvim.weights.metadata import parse
 from fastvim.weights.resolve import resolve
 from fastvim.weights.table import NON_COMMERCIAL, Entry, find_entry
 
@@ -87,7 +87,7 @@ def published_file(name: str, *, ema: bool | None = None) -> Path:
 def read_metadata(path: Path) -> dict[str, Any]:
     """What this library wrote beside the weights of one of its files."""
     with safetensors.safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        return parse(path, (file.metadata() or {}).get(METADATA_KEY, "{}"))
 
 
 @cache
@@ -115,15 +115,15 @@ def _is_current(target: Path, entry: Entry) -> bool:
         made = read_metadata(target)["source"]
     except (OSError, safetensors.SafetensorError, ValueError, KeyError):
         return False
-    if made["entry"] != _mark(entry):
+    if made.get("entry") != _mark(entry):
         return False
     source = fetch.here(entry.url)
     if source is None:  # the converted file is enough, unless the user names a folder of files
         return not os.environ.get(fetch.WEIGHTS_FOLDER)
     status = source.stat()
-    if status.st_size != made["size"]:
+    if status.st_size != made.get("size"):
         return False
-    return status.st_mtime_ns == made["time"] or fetch.digest(source) == made["sha256"]
+    return status.st_mtime_ns == made.get("time") or fetch.digest(source) == made.get("sha256")
 
 
 def _mark(entry: Entry) -> str:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from fastvim.errors import UserError
-from fastvim.models.factory import create_model
+from fastvim.models.factory import create_model, is_ours
 from fastvim.weights import dense_names, names
+from fastvim.weights.build import check_described
 from fastvim.weights.dense_metadata import OPTIONS, Source, change, describe
 from fastvim.weights.files import Checkpoint
-from fastvim.weights.options import find_options, is_ours, match
+from fastvim.weights.options import find_options, match
+from fastvim.weights.options import is_ours as has_our_names
 from fastvim.weights.table import Entry, of_file
 
 _logger = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ def take_backbone(checkpoint: Checkpoint) -> Checkpoint:
 def is_known(checkpoint: Checkpoint) -> bool:
     """Whether these are weights of one of our models, so that `resolve` takes them."""
     state = checkpoint.state
-    kinds = (dense_names.head_of, names.is_published, is_ours)
+    kinds = (dense_names.head_of, names.is_published, has_our_names)
     return "model" in checkpoint.metadata or any(kind(state) for kind in kinds)
 
 
@@ -126,6 +128,13 @@ def _ours(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Of a file of this library, whose metadata say everything."""
     state, metadata = checkpoint.state, checkpoint.metadata
+    if is_ours(metadata["model"]):
+        check_described(checkpoint)
+    elif model is None:
+        raise UserError(
+            f"{checkpoint.path} holds weights of {metadata['model']}, no model of this library: "
+            "expected its name as well (--model NAME --checkpoint FILE)"
+        )
     found: dict[str, Any] = {"weights": checkpoint.weights, "model": model or metadata["model"]}
     kind = next((kind for kind in OPTIONS if kind in metadata), None)
     of_head = {name: given.pop(name) for name in _head_options(kind) if name in given}
@@ -133,7 +142,7 @@ def _ours(
         backbone = dense_names.backbone_state(state) if kind else state
         source = Source(of_head, {}, None, 0, count_blocks(backbone))
         found |= change(kind, metadata, source) if kind else describe(None, state, source)[0]
-    return state, {**metadata, **found, "model_args": {**metadata["model_args"], **given}}
+    return state, {**metadata, **found, "model_args": {**metadata.get("model_args", {}), **given}}
 
 
 def count_blocks(state: Mapping[str, Tensor]) -> int:
