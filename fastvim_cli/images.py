@@ -102,7 +102,7 @@ def draw_each(
 
 
 def report(failures: list[Failure], read: Read | None = None, count: int = 0) -> None:
-    """Print a line for each file that gave no image, and one if the others are dark.
+    """Print a line for each file that gave no image, and one each if others are dark or hold more.
 
     Args:
         failures: the files without an image.
@@ -113,12 +113,15 @@ def report(failures: list[Failure], read: Read | None = None, count: int = 0) ->
         UserError: none was read.
     """
     from fastvim.data.inputs import Pictures
+    from fastvim.data.issues import SEVERAL_IMAGES
     from fastvim.errors import UserError
 
     for failure in failures:
         note(f"skipped {failure.path}: {failure.reason}")
     if not count:
         raise UserError(f"no image among {len(failures)} files could be read")
+    if isinstance(read, Pictures) and read.several:
+        note(f"{read.several:,} x {SEVERAL_IMAGES}")
     if isinstance(read, Pictures) and (warning := read.brightest.warning()):
         note(f"{warning} (here --value-range)")
 

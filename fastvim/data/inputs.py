@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastvim.data import channel_transforms
 from fastvim.data.arrays import DECODERS, read_array
 from fastvim.data.folders import describe_endings, image_endings, list_images
-from fastvim.data.pixels import MAX_PIXELS, Brightest, PictureReader
+from fastvim.data.pixels import MAX_PIXELS, Brightest, PictureReader, stored
 from fastvim.data.transforms import IMAGE_MODES, Transform, evaluation_transform
 from fastvim.errors import UserError
 from fastvim.models import FastChannelVim
@@ -106,15 +106,18 @@ class Pictures:
 
     Attributes:
         brightest: of what was read.
+        several: files that hold further images, such as pages, which were not read.
     """
 
     def __init__(self, reader: Callable[[Path], Image.Image], transform: Transform) -> None:
         self.reader, self.transform = reader, transform
         self.brightest = Brightest(whole=False)
+        self.several = 0
 
     def __call__(self, path: Path) -> Tensor:
         image = self.reader(path)
         self.brightest.add(image)
+        self.several += stored(image).several
         return self.transform(image)
 
 
