@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from fastvim.errors import MachineError, UserError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL import Image
 
 try:
@@ -74,6 +75,12 @@ def save_picture(path: str | os.PathLike[str], image: Image.Image) -> None:
     """Write a picture as PNG, as `written` does."""
     with written(path) as file:
         image.save(file, "PNG")
+
+
+def save_figure(path: str | os.PathLike[str], figure: Figure, **options: Any) -> None:
+    """Write a figure of matplotlib, in the format that the name ends in, as `written` does."""
+    with written(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or "png", **options)
 
 
 def refusal(path: str | os.PathLike[str], error: OSError) -> UserError:

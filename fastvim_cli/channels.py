@@ -42,7 +42,7 @@ def run(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
 
     from fastvim.errors import UserError
-    from fastvim.storage import write_text, written
+    from fastvim.storage import save_figure, write_text
     from fastvim.tasks.subsets import draw_subsets
     from fastvim.weights import is_file_name
 
@@ -64,8 +64,7 @@ def run(argv: list[str]) -> None:
         }
         write_text(arguments.out / "channels.json", json.dumps(record, indent=1) + "\n")
         title = "the same weights on every subset of the channels"
-        with written(arguments.out / "channels.png") as file:
-            draw_subsets(accuracies, title).savefig(file, format="png", dpi=130)
+        save_figure(arguments.out / "channels.png", draw_subsets(accuracies, title), dpi=130)
         written_to = [f"written to {arguments.out}/channels.json and channels.png"]
     print(_table(accuracies))
     say(*written_to)

@@ -12,6 +12,7 @@ from fastvim.benchmark.cases import size_name
 from fastvim.benchmark.record import Record, Row
 from fastvim.benchmark.tables import labels, rate_text
 from fastvim.errors import UserError
+from fastvim.storage import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,8 +36,7 @@ def draw(record: Record, path: Path) -> None:
         UserError: no row has a time.
     """
     figure = draw_rates(record.device, record.rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.16)
+    save_figure(path, figure, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.16)
 
 
 def draw_rates(device: str, rows: Iterable[Row]) -> Figure:

@@ -16,6 +16,7 @@ import torch
 import fastvim
 from fastvim.benchmark.cases import Size
 from fastvim.errors import UserError
+from fastvim.storage import write_text
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -118,10 +119,7 @@ class Record:
             f'"runs": [\n{_lines(self.runs)}\n],',
             f'"rows": [\n{_lines(asdict(row) for row in self.rows)}\n]}}',
         ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_text(path, "\n".join(lines) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Record:

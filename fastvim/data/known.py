@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import zlib
-from pathlib import Path
 from typing import Any
 
 from fastvim import __version__
 from fastvim.data.issues import Examined, Look
 from fastvim.data.samples import cache_directory
+from fastvim.errors import UserError
+from fastvim.storage import written
 
 _logger = logging.getLogger(__name__)
 
@@ -70,17 +71,16 @@ class Known:
 
     def save(self, files: Examined, looks: dict[int, Look]) -> None:
         """Keep what the samples show; the file is replaced at once or not at all."""
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with gzip.open(partial, "wt", encoding="utf-8", compresslevel=4) as lines:
+            with (
+                written(self.path) as file,
+                gzip.open(file, "wt", encoding="utf-8", compresslevel=4) as lines,
+            ):
                 for index, look in looks.items():
                     if stamp := self._stamp(files, index):
                         lines.write(json.dumps([files.filename(index), stamp, *look]) + "\n")
-            os.replace(partial, self.path)
-        except OSError as error:  # a full or read-only disk: the next run reads the files again
-            _logger.warning("%s: not kept (%s)", self.path, error.strerror)
-            Path(partial).unlink(missing_ok=True)
+        except UserError as error:  # a full or read-only disk: the next run reads the files again
+            _logger.warning("what the images show is not kept: %s", error)
 
     def _stamp(self, files: Examined, index: int) -> Stamp | None:
         """Size and time of the files of a sample; None where one is missing, or there are none."""

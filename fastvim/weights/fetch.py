@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from fastvim.errors import UserError
+from fastvim.errors import MachineError, UserError
+from fastvim.storage import is_machine, problem
 
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def fetch(url: str, sha256: str | None = None) -> Path:
         path = _from_hub(url, *hub.groups()) if hub else _from_address(url, sha256)
         _compare(url, path, sha256)
     except OSError as error:
-        raise failure(url, disk_problem(error)) from error
+        kind = MachineError if is_machine(error) else UserError
+        raise failure(url, disk_problem(error), kind) from error
     return path
 
 
@@ -113,15 +115,13 @@ def digest(path: Path) -> str:
 
 def disk_problem(error: OSError) -> str:
     """What keeps the cache from being written, in words."""
-    if error.errno == errno.ENOSPC:
-        return "the disk is full"
-    return f"{error.filename or cache_folder().parent}: {error.strerror or error}"
+    return f"{error.filename or cache_folder().parent}: {problem(error)}"
 
 
-def failure(url: str, reason: str) -> UserError:
+def failure(url: str, reason: str, kind: type[UserError] = UserError) -> UserError:
     """The error of a file that cannot be had."""
     file = url.rpartition("/")[2]
-    return UserError(
+    return kind(
         f"cannot fetch {url}: {reason}; or put {file} by hand into a folder and set "
         f"{WEIGHTS_FOLDER} to that folder"
     )

@@ -75,12 +75,7 @@ def published_file(name: str, *, ema: bool | None = None) -> Path:
     if _is_current(target, entry):
         return target
     state, metadata = _converted(entry, source, averaged)
-    try:
-        save(target, state, metadata)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {fetch.disk_problem(error)}") from error
-    except safetensors.SafetensorError as error:
-        raise UserError(f"cannot write {target}: {error}") from error
+    save(target, state, metadata)
     return target
 
 

@@ -24,7 +24,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.spike import TrainingSpikeException
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich import get_console
 
 from fastvim.data.base import DataModule
@@ -48,6 +48,7 @@ from fastvim_cli.check import check_before_fit
 from fastvim_cli.console import say, table
 from fastvim_cli.train.config_errors import causes, explain, of_one_of_several, options_as_written
 from fastvim_cli.train.every_run import as_list, callbacks, loggers, only_run
+from fastvim_cli.train.logs import ConfigFile
 from fastvim_cli.train.own_code import own_errors
 from fastvim_cli.train.trainer_options import (
     check_strategy,
@@ -91,7 +92,7 @@ class TrainingCLI(LightningCLI):
             datamodule_class=L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_callback=ConfigFile if command == "fit" else None,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich import get_console
 
 from fastvim.errors import UserError
@@ -22,6 +22,7 @@ from fastvim.tasks.callbacks.report import Report
 from fastvim.tasks.callbacks.run_log import RunLog, SeedSteps
 from fastvim.tasks.checkpoints import BestCheckpoint, Checkpoint, LastCheckpoint
 from fastvim.tasks.task import Task
+from fastvim_cli.train.logs import TableLogger
 
 try:
     import fcntl
@@ -47,7 +48,7 @@ def loggers(root: Path, chosen: Any) -> list[Logger]:
         root: folder of the run.
         chosen: `trainer.logger` of the configuration; None adds TensorBoard's files.
     """
-    first = CSVLogger(root, "logs", flush_logs_every_n_steps=1)
+    first = TableLogger(root, "logs", flush_logs_every_n_steps=1)
     if chosen is None or chosen is True:
         return [first, TensorBoardLogger(root, "logs", version=first.version)]
     return [first, *as_list(chosen or None)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastvim.errors import UserError
 from fastvim.pictures.colours import BLUE, GREEN, GREY, ORANGE
+from fastvim.storage import save_figure
+
+_logger = logging.getLogger(__name__)
 
 Points = tuple[list[float], list[float]]
 
@@ -43,7 +48,10 @@ class LearningCurves(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         if trainer.training:
-            self._draw(trainer)
+            try:
+                self._draw(trainer)
+            except UserError as error:  # the exception matters more than its picture
+                _logger.warning("%s", error)
 
     def _draw(self, trainer: L.Trainer) -> None:
         logger = next((log for log in trainer.loggers if isinstance(log, CSVLogger)), None)
@@ -58,16 +66,24 @@ class LearningCurves(L.Callback):
         batches = trainer.num_training_batches  # infinite if not known yet
         if rows and math.isfinite(batches):
             figure = draw_curves(rows, math.ceil(batches / trainer.accumulate_grad_batches))
-            figure.savefig(self._path, dpi=150)
+            save_figure(self._path, figure, dpi=150)
 
 
 def _read(file: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.csv`, without the empty cells."""
-    with file.open(newline="") as lines:
-        return [
-            {name: float(value) for name, value in row.items() if value}
-            for row in csv.DictReader(lines)
-        ]
+    """The rows of a `metrics.csv`, without the empty cells; damaged rows are left out and said."""
+    rows, damaged = [], 0
+    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+        for row in csv.DictReader(line.replace("\0", "\ufffd") for line in lines):
+            try:
+                values = {name: float(value) for name, value in row.items() if value}
+                values["step"]
+            except (ValueError, TypeError, KeyError):
+                damaged += 1
+            else:
+                rows.append(values)
+    if damaged:
+        _logger.warning("%s: %d damaged rows are left out of the curves", file, damaged)
+    return rows
 
 
 def join(starts: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from fastvim.models import MaskedAutoencoder
 from fastvim.options import COUNT, check
 from fastvim.pictures.reconstruction import draw_reconstruction
 from fastvim.reconstruction import reconstruct
+from fastvim.storage import save_picture
 from fastvim.tasks.protocols import Normalised
 from fastvim.tasks.strategies import ShardedStrategy
 
@@ -120,9 +121,7 @@ class ReconstructionPictures(L.Callback):
         assert self._std is not None
         result = reconstruct(_autoencoder(pl_module), self._images, self._mean, self._std)
         picture = draw_reconstruction(result)
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / "reconstruction.png")
+        save_picture(Path(trainer.default_root_dir) / "reconstruction.png", picture)
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(picture.height, picture.width, 3)
         self._drawn_at = trainer.global_step
