@@ -13,7 +13,6 @@ from typing import IO, TYPE_CHECKING, Any
 from fastvim.errors import MachineError, UserError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL import Image
 
 try:
@@ -77,8 +76,8 @@ def save_picture(path: str | os.PathLike[str], image: Image.Image) -> None:
         image.save(file, "PNG")
 
 
-def save_figure(path: str | os.PathLike[str], figure: Figure, **options: Any) -> None:
-    """Write a figure of matplotlib, in the format that the name ends in, as `written` does."""
+def save_figure(path: str | os.PathLike[str], figure: Any, **options: Any) -> None:
+    """Write a `Figure` of matplotlib, in the format that the name ends in, as `written` does."""
     with written(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:] or "png", **options)
 

@@ -45,6 +45,19 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The counts of `tests/faults`, of all processes."""
+    reports = [report for each in terminalreporter.stats.values() for report in each]
+    found = [each.user_properties for each in reports if getattr(each, "when", "") == "call"]
+    rows = [row for each in found for name, rows in each if name == "faults" for row in rows]
+    if rows:
+        from faults.tally import table
+
+        terminalreporter.section("faults")
+        for line in table(rows):
+            terminalreporter.line(line)
+
+
 def pytest_generate_tests(metafunc):
     if "golden_file" in metafunc.fixturenames:
         folder = metafunc.config.getoption("golden")

@@ -28,7 +28,7 @@ class ConfigFile(SaveConfigCallback):
         folder = trainer.log_dir
         if trainer.is_global_zero and not self.already_saved:
             assert folder is not None
-            text = self.parser.dump(self.config, skip_none=False)
+            text = self.parser.dump(self.config, skip_unset=False)
             write_text(Path(folder) / self.config_filename, text)
         self.already_saved = True
 

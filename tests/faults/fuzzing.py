@@ -37,6 +37,7 @@ EVENTS += (
 COMMANDS = ("train", "predict", "reconstruct", "segment", "detect", "channels", "data", "convert")
 LIBRARIES = ("fastvim.data", "fastvim.tasks", "fastvim.models.heads.cascade")
 LIBRARIES += ("pandas", "pyarrow.parquet", "tifffile")
+LIBRARIES += ("numba", "fastvim.ops.cpu.conv", "fastvim.ops.cpu.selective_scan", "tensorboard")
 
 
 class Ended(NamedTuple):

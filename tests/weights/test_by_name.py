@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import fastvim
-from fastvim.errors import UserError
+from fastvim.errors import MachineError, UserError
 from fastvim.models import CascadeMaskRCNN, FastVim, MaskedAutoencoder, UPerNet
 from fastvim.weights import fetch, find, is_file_name, published, published_file, read
 from fastvim.weights.table import APACHE, ENTRIES, NON_COMMERCIAL, Entry
@@ -393,7 +393,7 @@ def test_a_full_disk_while_converting_leaves_nothing(serve, folder, monkeypatch)
         raise safetensors.SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr("fastvim.weights.files.save_file", full)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(MachineError, match="the disk is full"):
         fastvim.load_model(TINY)
     assert not [f for f in fetch.cache_folder().iterdir() if f.suffix != ".lock"]
 
