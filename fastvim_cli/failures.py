@@ -53,6 +53,9 @@ def _expected(error: Exception) -> Failure | None:
     if isinstance(error, mistakes) or (library and isinstance(error, library.UserError)):
         machine = library is not None and isinstance(error, library.MachineError)
         return Failure(str(error), EXIT_FAILURE if machine else EXIT_MISTAKE)
+    if lost := re.match(r"DataLoader worker \((.*?)\) (.*)", str(error), re.DOTALL):
+        text = f"a worker of the loader was lost ({lost[1]}): it {lost[2]}"
+        return Failure(text, EXIT_FAILURE)
     if _is_out_of_memory(error):
         return Failure(f"not enough memory: {error or 'for an array'}", EXIT_FAILURE)
     if isinstance(error, OSError) and error.errno is not None:

@@ -17,7 +17,7 @@ from fastvim.data.pixels import MAX_PIXELS, PictureReader
 from fastvim.data.remote import is_url
 from fastvim.data.sampler import evaluation_loader, training_loader
 from fastvim.errors import UserError
-from fastvim.options import COUNT, COUNT_OR_0, SEED, check, check_given
+from fastvim.options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SEED, check, check_given
 
 Orientation = Literal["auto", "exif", "stored"]
 ORIENTATIONS = get_args(Orientation)
@@ -33,6 +33,8 @@ class DataModule(L.LightningDataModule):
         batch_size: training images per process.
         eval_batch_size: images per process in evaluation; None for `batch_size`.
         num_workers: loading processes per process.
+        timeout: seconds that a loading process may take for a batch; the run then ends and names
+            it. 0 waits for ever.
         seed: of order and augmentation, at least 0.
         value_range: the stored values that become black and white, as `[0, 4095]` of a camera of 12
             bits; None takes the type's (`fastvim.data.pixels`).
@@ -58,17 +60,19 @@ class DataModule(L.LightningDataModule):
         seed: int = 0,
         value_range: tuple[float, float] | None = None,
         max_pixels: int | None = MAX_PIXELS,
+        timeout: float = 300,
     ) -> None:
         super().__init__()
         check(COUNT, batch_size=batch_size)
         check_given(COUNT, eval_batch_size=eval_batch_size)
         check(COUNT_OR_0, num_workers=num_workers)
         check(SEED, seed=seed)
+        check(NOT_NEGATIVE, timeout=timeout)
         self.root = str(root)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers = num_workers
-        self.seed = seed
+        self.seed, self.timeout = seed, timeout
         self.value_range, self.max_pixels = value_range, max_pixels
         self.read_picture = PictureReader("RGB", value_range, max_pixels)
         self.known: KnownClasses | None = None
@@ -153,6 +157,7 @@ class DataModule(L.LightningDataModule):
             batch_size=batch_size,
             num_workers=self.num_workers,
             seed=self.seed,
+            timeout=self.timeout,
             trainer=self.trainer,
         )
         if role in self.list_batches:

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from fastvim.data.workers import WatchedLoader
 from fastvim.errors import OptionError, UserError
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Seeded(Dataset[Any]):
             return self.dataset[index]
 
 
-class ResumableLoader(DataLoader[Any]):
+class ResumableLoader(WatchedLoader):
     """A loader that Lightning resumes in the middle of an epoch without a warning.
 
     It has no state: the position comes from the trainer's progress (`resume_point`), which is
@@ -153,6 +154,7 @@ def training_loader(
     batch_size: int,
     num_workers: int,
     seed: int,
+    timeout: float = 0,
     trainer: L.Trainer | None = None,
 ) -> DataLoader[Any]:
     """Shuffled, exactly resumable batches; an incomplete last batch is dropped.
@@ -163,12 +165,13 @@ def training_loader(
         num_workers: per process; a stream uses at least one, since in the main process it would
             draw from the model's generators.
         seed: at least 0.
+        timeout: seconds that a worker may take for a batch before it is said to hang; 0 for any.
         trainer: gives rank, number of processes and the point to resume from.
 
     Raises:
         UserError: when the dataset is smaller than one batch of every process.
     """
-    settings = _settings(batch_size, num_workers, seed)
+    settings = _settings(batch_size, num_workers, seed, timeout)
     if isinstance(dataset, IterableDataset):
         workers = max(1, num_workers)
         dataset.set_loader_cfg(num_workers=workers)  # type: ignore[attr-defined]
@@ -199,6 +202,7 @@ def evaluation_loader(
     batch_size: int,
     num_workers: int,
     seed: int,
+    timeout: float = 0,
     trainer: L.Trainer | None = None,
 ) -> DataLoader[Any]:
     """Every sample once, in order, divided among the processes without repetition.
@@ -209,17 +213,17 @@ def evaluation_loader(
     Raises:
         UserError: when there are fewer samples than processes.
     """
-    settings = _settings(batch_size, num_workers, seed)
+    settings = _settings(batch_size, num_workers, seed, timeout)
     if isinstance(dataset, IterableDataset):
         dataset.set_loader_cfg(num_workers=num_workers)  # type: ignore[attr-defined]
-        return DataLoader(dataset, **settings)
+        return WatchedLoader(dataset, **settings)
     rank, world_size = _place(trainer)
     size = len(dataset)  # type: ignore[arg-type]
     if size < world_size:
         raise UserError(f"{size} images for {world_size} processes: expected one each at least")
     settings["batch_size"] = even_batch_size(size, world_size, batch_size)
     sampler = EvaluationSampler(dataset, rank=rank, world_size=world_size)
-    return DataLoader(dataset, sampler=sampler, **settings)
+    return WatchedLoader(dataset, sampler=sampler, **settings)
 
 
 def even_batch_size(size: int, world_size: int, batch_size: int) -> int:
@@ -278,10 +282,11 @@ def _place(trainer: L.Trainer | None) -> tuple[int, int]:
     return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
 
-def _settings(batch_size: int, num_workers: int, seed: int) -> dict[str, Any]:
+def _settings(batch_size: int, num_workers: int, seed: int, timeout: float) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "num_workers": num_workers,
+        "patience": timeout,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
         # Without a generator, a loader draws the workers' seed from the global one.

@@ -1,0 +1,112 @@
+"""Processes that load images: one that dies or hangs ends the run by name."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from fastvim.errors import MachineError
+
+
+class WatchedLoader(DataLoader[Any]):
+    """A loader that names the worker that died, or that gave no batch for `patience` seconds.
+
+    torch's own `timeout` does not end the wait for a worker that stops before its tensors have
+    been taken over. Where another part of the program runs as a worker dies, torch raises a
+    RuntimeError there.
+
+    Args:
+        patience: 0 waits for ever.
+        **settings: of a DataLoader.
+
+    Raises:
+        MachineError: while it is iterated over.
+    """
+
+    def __init__(self, *args: Any, patience: float, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.patience = patience
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with _watched(self._iterator, self.patience):  # persistent workers begin an epoch together
+            batches = super().__iter__()
+        return _Batches(batches, self.patience)
+
+
+class _Batches(Iterator[Any]):
+    def __init__(self, batches: Any, patience: float) -> None:
+        self._batches, self._patience = batches, patience
+
+    def __next__(self) -> Any:
+        with _watched(self._batches, self._patience):
+            return next(self._batches)
+
+
+@contextmanager
+def _watched(batches: Any, patience: float) -> Iterator[None]:
+    """Kill the workers after some seconds; say of a dead one what it was.
+
+    Args:
+        batches: torch's iterator of a loader, or None.
+        patience: seconds.
+    """
+    workers = getattr(batches, "_workers", [])
+    hanging: list[str] = []
+
+    def kill() -> None:
+        hanging.append(_hanging(batches, workers))
+        for worker in workers:
+            worker.kill()  # what waits for them then raises
+
+    timer = Timer(patience, kill)
+    timer.daemon = True
+    if workers and patience:
+        timer.start()
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        if hanging:
+            text = f"{hanging[0]}: no batch for {patience:g} s (data.timeout)"
+            raise MachineError(text) from error
+        for number, worker in enumerate(workers):
+            if isinstance(error, (ConnectionError, EOFError)):
+                worker.join(1)  # it closes its end of a connection a little earlier
+            if worker.exitcode:
+                raise MachineError(f"{_name(number, worker)} {_end(worker.exitcode)}") from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def _hanging(batches: Any, workers: list[Any]) -> str:
+    """The worker that is stopped, or else the one whose batch is due."""
+    for number, worker in enumerate(workers):
+        if _is_stopped(worker.pid):
+            return f"{_name(number, worker)} is stopped"
+    number = (*batches._task_info.get(batches._rcvd_idx, ()), 0)[0]
+    return f"{_name(number, workers[number])} hangs"
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process waits for SIGCONT, where the system tells it."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state == "T"
+
+
+def _end(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL), often for want of memory"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def _name(number: int, worker: Any) -> str:
+    return f"worker {number} of the loader (process {worker.pid})"
