@@ -1,6 +1,7 @@
 """Training on two GPUs beside one: the same numbers, and how many images a second.
 
     python measurements/two_gpus.py [--out measurements/two_gpus.json] [--work /tmp/two_gpus]
+        [--only "one, memory" fsdp2]
 
 Every run is `fastvim fit` on images drawn here. First FastVim-B is timed on one GPU whose kernels
 are not compiled yet, then on two: started by `--trainer.devices 2` and by `torchrun`, from files
@@ -208,8 +209,8 @@ def finish(work: Path, name: str, process: subprocess.Popen) -> dict[str, Any]:
     return {**torch.load(work / f"{name}.pt"), "streams": log.count(STREAMS)}
 
 
-def timed(work: Path) -> list[dict[str, Any]]:
-    """Images a second of FastVim-B."""
+def timed(work: Path, only: list[str]) -> list[dict[str, Any]]:
+    """Images a second of FastVim-B, of all runs or of those named."""
     base = {"model": "fastvim_base_patch16_224", "batch": BATCH}
     memory = {"data": {"class_path": "two_gpus.Memory", "init_args": {"batch_size": BATCH}}}
     apart = {"file": str(work / "two, memory, no exchange.pt"), "exchange": False}
@@ -226,6 +227,8 @@ def timed(work: Path) -> list[dict[str, Any]]:
     ]
     rows = []
     for name, gpus, torchrun, changes in runs:
+        if only and name not in only:
+            continue
         began = time.perf_counter()
         found = finish(work, name, start(work, name, gpus, torchrun, **base, **changes))
         if not found:
@@ -239,7 +242,7 @@ def timed(work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def compared(work: Path) -> dict[str, dict[str, float]]:
+def compared(work: Path, strategies: list[str]) -> dict[str, dict[str, float]]:
     """Relative differences from one GPU, of two with each strategy."""
     plain = {"mixup": 0.0, "cutmix": 0.0, "ema_decay": None, "model_args": {"drop_path_rate": 0.0}}
     changes: dict[str, Any] = {
@@ -252,7 +255,8 @@ def compared(work: Path) -> dict[str, dict[str, float]]:
     }
     started, found = {}, {}
     for kind, task in (("sgd", "two_gpus.SGDTask"), ("adamw", "fastvim.tasks.Classification")):
-        for strategy, gpus in (("one", "0"), ("ddp", "0,1"), ("fsdp2", "0,1")):
+        for strategy in ("one", *strategies):
+            gpus = "0" if strategy == "one" else "0,1"
             own = {**changes, "model__class_path": task, "batch": EXACT_BATCH}
             if kind == "sgd":
                 own["model__init_args__lr"] = 0.4  # of 512 images
@@ -265,7 +269,7 @@ def compared(work: Path) -> dict[str, dict[str, float]]:
     for name, process in started.items():
         found[name] = finish(work, name, process)
     result = {}
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in strategies:
         runs = [found[f"{kind}, {run}"] for kind in ("sgd", "adamw") for run in ("one", strategy)]
         if not all(runs):
             continue
@@ -292,7 +296,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/two_gpus"))
+    parser.add_argument("--only", nargs="*", default=[], help="names of timed runs, and strategies")
     arguments = parser.parse_args()
+    strategies = [each for each in ("ddp", "fsdp2") if each in arguments.only or not arguments.only]
     work: Path = arguments.work
     for split, index in product(("train", "val"), range(CLASSES)):
         (work / "images" / split / f"{index:02}").mkdir(parents=True, exist_ok=True)
@@ -304,13 +310,13 @@ def main() -> int:
         "torch": torch.__version__,
     }
     record |= {"steps": STEPS, "batch_a_gpu": BATCH, "exact_batch": EXACT_BATCH}
-    record["rows"] = timed(work)
-    record["differences"] = compared(work)
+    record["rows"] = timed(work, arguments.only)
+    record["differences"] = compared(work, strategies)
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:
         say(f"{row['run']:<26} {row['images_per_second']:8.0f} images/s   {row['seconds']}")
-    good = len(record["differences"]) == 2
+    good = len(record["differences"]) == len(strategies)
     for found in record["differences"].values():
         good &= all(found[name] <= limit for name, limit in LIMITS.items())
     say("within the limits" if good else "NOT within the limits")

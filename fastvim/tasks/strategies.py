@@ -81,6 +81,18 @@ class ShardedStrategy(DDPStrategy):
             states.append({**state, "state": divided})
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
+    def teardown(self) -> None:
+        """End without moving the weights to the CPU, as Lightning does before they are exported.
+
+        There they could not be gathered: NCCL exchanges tensors of GPUs alone.
+        """
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
 
 def register() -> None:
     """Let a trainer know our strategies by name, `ddp` and `fsdp2`; several devices take `ddp`."""

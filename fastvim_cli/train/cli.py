@@ -119,6 +119,12 @@ class TrainingCLI(LightningCLI):
             help="Write last.ckpt after this many optimiser steps as well as after each epoch.",
         )
         parser.add_argument(
+            "--name_modules",
+            type=bool,
+            default=False,
+            help="Name the first module whose result is not finite; eager and slow.",
+        )
+        parser.add_argument(
             "--retry_checkpoints",
             type=bool,
             default=False,
@@ -199,6 +205,8 @@ class TrainingCLI(LightningCLI):
         """
         checkpoint = self._checkpoint()
         self.model.resuming = checkpoint is not None
+        if self.config.name_modules:
+            self.model.capture = False
         if isinstance(self.datamodule, DataModule):
             self.datamodule.known = self._known_classes(checkpoint)
         inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": checkpoint}

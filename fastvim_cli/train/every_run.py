@@ -15,8 +15,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich import get_console
 
 from fastvim.errors import UserError
-from fastvim.tasks.callbacks.checkpointing import ExportWeights, FiniteLoss
+from fastvim.tasks.callbacks.checkpointing import ExportWeights
 from fastvim.tasks.callbacks.curves import LearningCurves
+from fastvim.tasks.callbacks.health import Finite, NameModules
 from fastvim.tasks.callbacks.progress import ProgressBar
 from fastvim.tasks.callbacks.report import Report
 from fastvim.tasks.callbacks.run_log import RunLog, SeedSteps
@@ -75,7 +76,7 @@ def callbacks(command: str, root: Path, config: Namespace, task: Task) -> list[C
         return found
     found += [
         SeedSteps(int(config.seed_everything)),
-        FiniteLoss(),
+        NameModules() if config.name_modules else Finite(),
         RunLog(get_console()),
         ExportWeights(str(root / "model.safetensors"), images),
         LearningCurves(str(root / "curves.png")),  # after the weights, which need no picture

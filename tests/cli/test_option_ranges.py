@@ -41,6 +41,7 @@ LOADING = {
     "seed": SEED,
     "value_range": ([1.0, 0.0], [5.0, 5.0], [0.0, NAN], [1.0]),
     "max_pixels": COUNT_OR_NONE,
+    "timeout": NOT_NEGATIVE,
 }
 CHANNELS = {
     **LOADING,

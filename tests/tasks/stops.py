@@ -45,22 +45,27 @@ class StopAt(L.Callback):
 
 
 class Poison(L.Callback):
-    """Makes the loss of step 9 infinite, or a weight after it.
+    """Makes the loss, a gradient or a module's result of step 9 not finite, or a weight after it.
 
     Args:
-        what: "loss" or "weight".
+        what: "loss", "gradient", "module" or "weight".
     """
 
     def __init__(self, what: str) -> None:
         self.what = what
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self._loss_is_due = trainer.global_step == 8
+        if self.what == "gradient" and trainer.global_step == 8:
+            pl_module.model.head.bias.grad[0] = float("nan")
+
+    def on_train_batch_start(self, trainer, pl_module, *args) -> None:
+        if self.what == "module" and trainer.global_step == 8:
+            pl_module.model.blocks[1].mixer.in_proj.weight.data.fill_(1e38)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, *args) -> None:
         if trainer.global_step < 9:
             return
         if self.what == "loss":
             outputs["loss"].fill_(float("inf"))
-        else:
+        elif self.what == "weight":
             pl_module.model.head.bias.data[0] = float("nan")

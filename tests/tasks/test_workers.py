@@ -12,9 +12,9 @@ from harness import PROCESSES
 
 from fastvim_cli import main
 
-TIMEOUT = 2
+TIMEOUT = {"SIGKILL": 80, "SIGSTOP": 15}  # longer than a worker takes to start on a busy machine
 KILLED = r"(a worker of the loader was lost|worker 0 of .* was killed \(SIGKILL\))"
-STOPPED = rf"worker 0 of the loader \(process \d+\) is stopped: no batch for {TIMEOUT} s"
+STOPPED = rf"worker 0 of the loader \(process \d+\) is stopped: no batch for {TIMEOUT['SIGSTOP']} s"
 
 
 def fit(config: Path, file: Path) -> None:
@@ -24,11 +24,12 @@ def fit(config: Path, file: Path) -> None:
     sys.exit(main(["fit", "--config", str(config)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["train", "val"])
 @pytest.mark.parametrize(("name", "message"), [("SIGKILL", KILLED), ("SIGSTOP", STOPPED)])
 def test_a_lost_worker_is_named(write_recipe, image_folder, tmp_path, name, message, role):
     data = {"root": str(image_folder), "img_size": 32, "batch_size": 8, "num_workers": 1}
-    lost = {"name": name, "role": role, "timeout": TIMEOUT}
+    lost = {"name": name, "role": role, "timeout": TIMEOUT[name]}
     changes = {
         "data.class_path": "lost_workers.SignalledData",
         "data.init_args": {**data, **lost},
