@@ -232,7 +232,11 @@ class TestWhatIsKnown:
         assert train.read == 18
         assert list(train.dropped) == list(val.errors) == ["unreadable image"]
 
-    @pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(b"[1, 2, 3]\n"), None])
+    @pytest.mark.parametrize(
+        "damage",
+        [b"", b"no gzip", gzip.compress(b"[1, 2, 3]\n"), None],
+        ids=["empty", "no gzip", "another list", "no file"],
+    )
     def test_a_damaged_file_knows_nothing(self, tmp_path, damage):
         root = write_folders(tmp_path)
         data = folders(root)
