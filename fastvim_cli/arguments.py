@@ -63,10 +63,11 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     """Parses a whole number of at least this, and at most that."""
 
     def number(text: str) -> int:
-        if int(text) < least or (most is not None and int(text) > most):
-            expected = f"{least} or more" if most is None else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        return int(text)
+        with suppress(ValueError):
+            if least <= int(text) and (most is None or int(text) <= most):
+                return int(text)
+        expected = f"{least} or more" if most is None else f"{least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
 
     return number
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import locale
 import re
 import sys
 import traceback
@@ -62,6 +63,10 @@ def _expected(error: Exception) -> Failure | None:
         place = "" if error.filename is None else f"{error.filename}: "
         code = EXIT_MISTAKE if error.errno in _MISTAKES else EXIT_FAILURE
         return Failure(f"{place}{error.strerror}", code)
+    encoding = locale.getpreferredencoding(False)
+    if isinstance(error, UnicodeError) and encoding.lower() != "utf-8":
+        text = f"{error}: text is {encoding} here; PYTHONUTF8=1 in the environment makes it UTF-8"
+        return Failure(text, EXIT_FAILURE)
     if isinstance(error, FileNotFoundError):
         return Failure(str(error), EXIT_MISTAKE)
     return None

@@ -78,7 +78,7 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
         on_error: OnError = "raise",
     ) -> None:
         # Arrays, not lists: reference counts of list items would copy the pages into every worker.
-        self._paths = np.array([path.encode() for path in paths])
+        self._paths = np.array([path.encode("utf-8", "surrogateescape") for path in paths])
         self._targets = np.asarray(targets, dtype=np.int64)
         self.transform = transform
         self.in_chans = in_chans
@@ -113,7 +113,7 @@ class ChannelImages(Dataset[tuple[Tensor, int]]):
 
     def filename(self, index: int) -> str:
         """The path or URL of an image."""
-        return self._paths[index].decode()
+        return self._paths[index].decode("utf-8", "surrogateescape")
 
     def look(self, index: int) -> Look:
         """What an image shows, for `fastvim.data.checks`."""

@@ -326,6 +326,9 @@ def _split_configs(words: list[str]) -> tuple[list[str], list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     found, others = parser.parse_known_args(words)
+    for word in others:
+        if not _is_text(word):
+            raise UserError(f"{word}: expected text in UTF-8, which config.yaml and the logs are")
     files = [os.path.expanduser(file) for file in found.config]
     for file in files:
         if not os.path.exists(file):
@@ -335,6 +338,11 @@ def _split_configs(words: list[str]) -> tuple[list[str], list[str]]:
         except UnicodeDecodeError as error:
             raise UserError(f"--config {file}: expected a text in UTF-8 ({error})") from error
     return files, others
+
+
+def _is_text(word: str) -> bool:
+    """Whether a word of the command line has no bytes that are no UTF-8."""
+    return word == word.encode("utf-8", "replace").decode("utf-8")
 
 
 def _description(command: str) -> str:

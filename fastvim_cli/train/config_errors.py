@@ -56,7 +56,10 @@ def explain(message: str, keys: Iterable[str]) -> str:
             for kind in expected
             if kind != "NoneType" and not kind.startswith("path but")
         ]
-        return f"{'.'.join(where)} {value}: expected {' or '.join(kinds)}"
+        if nested := re.fullmatch(r"NestedArg\(key='(.*)', val=(.*)\)", value):
+            where, value = [*where, nested[1]], nested[2]
+        several = " or ".join(dict.fromkeys(kinds)) or "a value of another kind"
+        return f"{'.'.join(where)} {value}: expected {several}"
     lines = (line.strip() for line in message.splitlines())
     return " ".join(line for line in lines if line and not line.startswith(NOISE))
 

@@ -281,3 +281,37 @@ def test_ctrl_c_counts_in_a_destructor_and_not_in_a_fork(capsys, monkeypatch):
     monkeypatch.setattr("fastvim_cli.models._models", work)
     assert main(["models"]) == 130
     assert capsys.readouterr().err == "fastvim: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "option", ["--data.root", "--trainer.default_root_dir", "--model.checkpoint"]
+)
+def test_options_that_a_recipe_cannot_hold_are_refused(own, capsys, option):
+    error = error_of(capsys, *own, f"{option}=a\udcff")
+    assert f"{option}=a\\udcff: expected text in UTF-8" in error
+
+
+def test_tables_and_results_whose_names_are_no_text(tmp_path, capsys):
+    root = tmp_path / "a\udcff"
+    root.mkdir()
+    np.save(root / "x.npy", np.full((1, 8, 8), 3, np.uint8))
+    (root / "table.csv").write_text("path,split\nx.npy,train\n")
+    assert main(["data", "stats", str(root / "table.csv")]) == 0
+    assert "a\\udcff/table.csv" in capsys.readouterr().out
+    words = ["fastvim_tiny_patch16_224", "--size", "32", "--batch", "1", "--warmup", "1"]
+    target = str(tmp_path / "b\udcff.json")
+    assert main(["benchmark", *words, "--repeats", "1", "--no-check", "--out", target]) == 0
+    assert main(["benchmark", "--from", target]) == 0
+
+
+def test_a_locale_that_is_no_utf_8_says_so(own):
+    Path("odd.yaml").write_text(yaml.safe_dump(RECIPE, allow_unicode=True) + "# ü\n", "utf-8")
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "fastvim_cli", *own, "--config=odd.yaml"],
+        capture_output=True,
+        env={**os.environ, **environment},
+    )
+    assert ended.returncode == 1
+    assert b"PYTHONUTF8=1" in ended.stderr
+    assert ended.stderr.count(b"\n") == 1

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def array(rng: np.random.Generator) -> tuple[bytes, str]:
         values = np.ones(
             (*shape, 3, 5)[:5], rng.choice(["?", "u1", ">u2", "<i4", "f2", "f8", "c8"])
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), suppress(ValueError):  # of some shapes in strips
             warnings.simplefilter("ignore")
             tifffile.imwrite(stream, values, photometric="minisblack")
     return stream.getvalue(), ending
