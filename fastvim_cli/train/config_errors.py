@@ -58,7 +58,7 @@ def explain(message: str, keys: Iterable[str]) -> str:
         ]
         if nested := re.fullmatch(r"NestedArg\(key='(.*)', val=(.*)\)", value):
             where, value = [*where, nested[1]], nested[2]
-        several = " or ".join(dict.fromkeys(kinds)) or "a value of another kind"
+        several = " or ".join(dict.fromkeys(kinds)) or "the name of a class"
         return f"{'.'.join(where)} {value}: expected {several}"
     lines = (line.strip() for line in message.splitlines())
     return " ".join(line for line in lines if line and not line.startswith(NOISE))

@@ -22,7 +22,7 @@ MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I",
 SIDES = (1, 2, 7, 16, 33, 300, 5000)
 DTYPES = ("?", "u1", "i1", ">u2", "<i4", "u8", "f2", "f4", ">f8", "c8", "U3", "S2", "M8[s]", "O")
 ARRAYS = (".npy", ".tif")
-CELLS = (*ODD, 0, -1, 1.5, float("nan"), 10**30, True, None, b"\xff", [1], {"a": 1})
+CELLS = (*ODD, 0, -1, 1.5, float("nan"), 10**30, True, None, b"ab", [1], {"a": 1})
 
 
 def command_on_damaged(seed: int, scene: Scene, folder: Path) -> list[str]:
@@ -153,7 +153,7 @@ def _tables(rng: Any, scene: Scene, folder: Path, training: str) -> list[str]:
         elif kind == 3:
             frame = frame.rename(columns={column: ODD[rng.integers(len(ODD))]})
         else:
-            frame[column] = [CELLS[rng.integers(len(CELLS))]] * len(frame)
+            frame[column] = pd.Series([CELLS[rng.integers(len(CELLS))]] * len(frame), dtype=object)
         frame = frame.loc[:, ~frame.columns.duplicated()]
     name = str(rng.choice(["table.csv", "table.tsv", "table.parquet"]))
     (root / "table.csv").unlink()
