@@ -6,11 +6,11 @@ import logging
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
-from fastvim.errors import UserError, first_few
+from fastvim.errors import OptionError, UserError, first_few
 from fastvim.models.channel import FastChannelVim
 from fastvim.models.masked import MaskedAutoencoder
 from fastvim.models.vision import FastVim
@@ -180,6 +180,8 @@ def _chosen(variant: str, fetch: bool, cfg: Any) -> Entry | None:
     if isinstance(cfg, str):
         return find_entry(f"{variant}.{cfg}")
     if cfg:
+        if not isinstance(cfg, dict | PretrainedCfg):
+            raise OptionError("pretrained_cfg", cfg, "a tag, or a configuration of timm")
         told = cfg if isinstance(cfg, dict) else cfg.to_dict()
         entry = ENTRIES.get(f"{variant}.{told.get('tag')}")
         known = entry is not None and told.get("url") == entry.url

@@ -1,7 +1,7 @@
 """Which classes a configuration may name, decided before anything is imported.
 
-Those of this library, of Lightning and of torch; those of modules that are imported already; and the
-user's own that extend one of them, as far as their source shows it. All else is refused.
+Those of this library, of Lightning and of torch; those of modules that are imported already; and
+the user's own that extend one of them, as far as their source shows it. All else is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def admit(texts: Iterable[str]) -> None:
     own = {path.partition(".")[0] for path in named if _is_imported(path) or _extends(path)}
     set_parsing_settings(
         import_path_denylist=["*"],
-        import_path_allowlist=sorted({*TRUSTED, *own} - {"jsonargparse"} - {*sys.stdlib_module_names}),
+        import_path_allowlist=sorted(
+            {*TRUSTED, *own} - {"jsonargparse"} - {*sys.stdlib_module_names}
+        ),
         instantiate_subclass_spec_in_any=False,
         config_read_mode_fsspec_enabled=False,  # no configurations behind addresses
     )
@@ -49,7 +51,9 @@ def require_plain(config: Namespace) -> None:
         arguments = (config.get(section) or {}).get("init_args") or {}
         for option, value in vars(arguments).items() if arguments else ():
             if isinstance(value, dict) and (path := _class_within(value)) is not None:
-                raise UserError(f"{section}.{option} has class_path {path!r}: expected plain values")
+                raise UserError(
+                    f"{section}.{option} has class_path {path!r}: expected plain values"
+                )
 
 
 def _class_within(value: Any) -> Any:
@@ -76,8 +80,10 @@ def _extends(path: str, seen: frozenset[str] = frozenset()) -> bool:
     if source is None:
         return False
     names, classes = _names(source, module)
-    bases = [names.get(base.partition(".")[0], "") + base[len(base.partition(".")[0]) :]
-             for base in classes.get(name, ())]
+    bases = [
+        names.get(base.partition(".")[0], "") + base[len(base.partition(".")[0]) :]
+        for base in classes.get(name, ())
+    ]
     if name not in classes and name in names:
         bases = [names[name]]
     return any(_extends(base, seen | {path}) for base in bases)

@@ -46,7 +46,9 @@ from fastvim.tasks.task import Task
 from fastvim.weights import find, known_classes
 from fastvim_cli.check import check_before_fit
 from fastvim_cli.console import say, table
+from fastvim_cli.train.class_paths import admit, require_plain
 from fastvim_cli.train.config_errors import causes, explain, of_one_of_several, options_as_written
+from fastvim_cli.train.config_files import read_config
 from fastvim_cli.train.every_run import as_list, callbacks, loggers, only_run
 from fastvim_cli.train.logs import ConfigFile
 from fastvim_cli.train.own_code import own_errors
@@ -143,6 +145,7 @@ class TrainingCLI(LightningCLI):
             if message.startswith("Problems parsing config"):  # does not say which
                 message = f"{' '.join(files)}: {message}"
             raise UserError(message) from error
+        require_plain(self.config)
         if not isinstance(self.config.seed_everything, bool):
             check_given(SEED, seed_everything=self.config.seed_everything)
         check_given(COUNT, checkpoint_every_n_steps=self.config.checkpoint_every_n_steps)
@@ -330,13 +333,7 @@ def _split_configs(words: list[str]) -> tuple[list[str], list[str]]:
         if not _is_text(word):
             raise UserError(f"{word}: expected text in UTF-8, which config.yaml and the logs are")
     files = [os.path.expanduser(file) for file in found.config]
-    for file in files:
-        if not os.path.exists(file):
-            raise UserError(f"--config {file}: no such file")
-        try:
-            Path(file).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--config {file}: expected a text in UTF-8 ({error})") from error
+    admit([*map(read_config, files), *others])
     return files, others
 
 

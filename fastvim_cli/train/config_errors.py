@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import pydoc
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from jsonargparse import Namespace
 
 from fastvim.errors import OptionError, UserError, nearest
+from fastvim_cli.train.class_paths import EXPECTED
 
 # Lines of a message that give Python's view of it.
 NOISE = ("Does not validate against any", "Subtypes:", "Errors:", "Given value")
@@ -24,6 +25,8 @@ def explain(message: str, keys: Iterable[str]) -> str:
         keys: the dotted keys of a configuration.
     """
     section = _find(r"class_path '([\w.]+)'", message)
+    if refused := _find(r"Importing '([^']+)' is not allowed", message):
+        return f"{refused}: not imported; expected {EXPECTED}"
     option = _find(r"[Oo]ption '([\w.]+)'", message)
     flag = _find(r"^unrecognized arguments: --([\w.]+)", message)
     missing = _find(r"the following arguments are required: (.+)", message)
@@ -135,6 +138,7 @@ def _find(pattern: str, message: str) -> str:
 
 def _options(class_path: str) -> list[str]:
     """The arguments of a class and of its bases; none if there is no such class."""
-    found = pydoc.locate(class_path)
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)  # what was refused is not imported
     bases = found.__mro__[:-1] if inspect.isclass(found) else ()
     return list({name: None for base in bases for name in inspect.signature(base).parameters})

@@ -26,12 +26,14 @@ def read_config(file: str) -> str:
     if not os.path.isfile(file):
         raise UserError(f"--config {file}: expected a file")
     if os.path.getsize(file) > MOST_BYTES:
-        raise UserError(f"--config {file}: {os.path.getsize(file):,} bytes, expected a configuration")
+        raise UserError(
+            f"--config {file}: {os.path.getsize(file):,} bytes, expected a configuration"
+        )
     try:
         with open(file, encoding="utf-8") as stream:
             text = stream.read()
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {file}: not UTF-8 ({error.reason} at {error.start})") from error
+        raise UserError(f"--config {file}: expected a text in UTF-8 ({error})") from error
     try:
         _check_size(text)
     except yaml.YAMLError:

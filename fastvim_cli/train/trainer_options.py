@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import typing
 from collections.abc import Callable
@@ -85,6 +86,8 @@ def check_trainer(settings: Namespace, command: str) -> None:
         if most not in (None, -1) and (least or 0) > most:
             expected = f"{most} or less, as trainer.max_{unit} is {most}"
             raise OptionError(f"min_{unit}", least, expected)
+    if not isinstance(settings.default_root_dir, str | os.PathLike | None):
+        raise OptionError("default_root_dir", settings.default_root_dir, "a folder")
     for name in ("max_epochs", "max_steps"):
         if settings[name] not in (None, -1) and settings[name] not in COUNT:
             raise OptionError(name, settings[name], f"{COUNT}, or -1 for no end")
