@@ -66,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     escape_logs()
     try:
         with interruptible():
-            _dispatch(words)
+            code = _dispatch(words)
             sys.stdout.flush()
+        return code
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _closed_output():
             return EXIT_FAILURE
@@ -85,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastvim: interrupted{advice}", file=sys.stderr)
         exec("")  # or Python ends by the signal, where it broke off code that was a text, as here
         return EXIT_INTERRUPTED
-    return 0
 
 
 def _closed_output() -> bool:
@@ -123,13 +123,14 @@ def _tell_torchrun(line: str) -> None:
         Path(file).write_text(json.dumps(error))
 
 
-def _dispatch(words: list[str]) -> None:
+def _dispatch(words: list[str]) -> int:
+    """Run the command that the words name; what it returns is the exit code, None for 0."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help_page())
-        return
+        return 0
     if words[0] == "--version":
         print(f"fastvim {importlib.metadata.version('fastvim')}")
-        return
+        return 0
     name, arguments = words[0], words[1:]
     if name not in COMMANDS:
         matches = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -137,7 +138,7 @@ def _dispatch(words: list[str]) -> None:
         raise UsageError(f"unknown command '{name}'{near}; see fastvim --help")
     module = COMMANDS[name].module
     run = importlib.import_module(f"fastvim_cli.{module}").run
-    run(words if module == "train" else arguments)
+    return run(words if module == "train" else arguments) or 0
 
 
 def _help_page() -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastvim_cli.arguments import Parser, add_device, at_least, local_path, usable_device
 from fastvim_cli.console import say, table, track
-from fastvim_cli.weights import add_options, load_named
+from fastvim_cli.weights import add_options, model_choice
 
 if TYPE_CHECKING:
     from fastvim.tasks.subsets import Subset
@@ -75,11 +75,14 @@ def _evaluate(path: str, arguments: argparse.Namespace) -> dict[Subset, float]:
     from fastvim.data.channels import ChannelData
     from fastvim.data.classes import KnownClasses
     from fastvim.errors import UserError
+    from fastvim.inference.models import load_for
     from fastvim.models import FastChannelVim
     from fastvim.tasks.subsets import channel_subsets, subset_accuracies
     from fastvim.weights import known_classes
 
-    model, metadata = load_named(path, arguments, "channels", "mean", "std", "img_size")
+    model, metadata = load_for(
+        "channels", model_choice(path, arguments), ("mean", "std", "img_size")
+    )
     assert isinstance(model, FastChannelVim)
     data = ChannelData(
         arguments.root,

@@ -5,21 +5,20 @@ Channel models read every file that `fastvim.data.arrays` does, with all of thei
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING
 
-from fastvim_cli.arguments import Parser, at_least, usable_device
-from fastvim_cli.console import say, table, track
-from fastvim_cli.images import add_images, chosen_images, chosen_reader, report
-from fastvim_cli.weights import add_model, load
+from fastvim_cli.arguments import Parser, at_least
+from fastvim_cli.console import table
+from fastvim_cli.images import MOST_LINES, add_images, conclude, print_status, reading, run_images
+from fastvim_cli.weights import add_model, chosen_model
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from fastvim.inference.parts.run import Outcome
+    from fastvim.inference.parts.work import Row
 
 DEFAULT = "fastvim_small_patch16_224.in1k"
-SHEET_IMAGES = 100  # pictures on the contact sheet at most
-TOP = 5  # classes written for each image
+MOST_CLASSES = 20  # that are counted one by one
 
 
 def _parser() -> Parser:
@@ -31,85 +30,28 @@ def _parser() -> Parser:
     return parser
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str]) -> int:
     """Run the command; see `fastvim predict --help`."""
     arguments = _parser().parse_intermixed_args(argv)
+    if arguments.status is not None:
+        return print_status(arguments.status)
 
-    import torch
+    from fastvim.inference.classify import Classify
+    from fastvim.inference.inputs import ALL_ENDINGS
 
-    from fastvim.data.inputs import (
-        ALL_ENDINGS,
-        Failure,
-        class_names,
-        image_settings,
-        read_batches,
-        reader,
-    )
-    from fastvim.errors import NotFiniteError, require_finite
-
-    chosen_images(arguments, ALL_ENDINGS)  # without any, no weights are fetched
-    device, size = usable_device(arguments.device), arguments.batch_size
-    model, metadata = load(arguments, "predict")
-    names = class_names(model, metadata)
-    settings = image_settings(model, metadata)
-    read, endings = reader(model, settings, chosen_reader(arguments, metadata))
-    paths, failures = chosen_images(arguments, endings)
-    model = model.to(device).eval()
-
-    lines: list[dict[str, Any]] = []
-    shown: list[tuple[Tensor, dict[str, Any]]] = []
-    batches = read_batches(paths, read, size, failures)
-    for files, images in track(batches, "predicting, batch", -(-len(paths) // size)):
-        with torch.inference_mode():
-            probability = model(images.to(device)).float().softmax(dim=-1).cpu()
-        values, indices = probability.topk(min(TOP, len(names)))
-        for i, file in enumerate(files):
-            try:
-                require_finite(values[i])
-            except NotFiniteError as error:
-                failures.append(Failure(file, str(error)))
-                continue
-            top = [
-                {"class": names[index], "index": index, "probability": value}
-                for value, index in zip(values[i].tolist(), indices[i].tolist(), strict=True)
-            ]
-            lines.append({"file": str(file), **top[0], "top": top})
-            if len(shown) < SHEET_IMAGES:
-                shown.append((images[i], top[0]))
-
-    report(failures, read, len(lines))
-    written = []
-    if arguments.out is not None:
-        failed = [{"file": str(failure.path), "error": failure.reason} for failure in failures]
-        title = f"{len(shown)} of {len(lines)} images" if len(shown) < len(lines) else ""
-        text, picture = (arguments.out / f"predictions.{ending}" for ending in ("jsonl", "png"))
-        _write(text, [*lines, *failed])
-        _draw(picture, shown, names, settings, title)
-        written = [f"written to {text}", f"drawn in {picture}"]
-    rows = [(line["file"], line["class"], f"{line['probability']:.1%}") for line in lines]
-    print(table(("image", "class", "probability"), rows, left=("image", "class")))
-    say(*written)
+    work = Classify(chosen_model(arguments), **reading(arguments), batch_size=arguments.batch_size)
+    outcome = run_images(arguments, work, "predicting", endings=ALL_ENDINGS)
+    return conclude(arguments, outcome, _show)
 
 
-def _write(file: Path, lines: list[dict[str, Any]]) -> None:
-    from fastvim.storage import write_text
-
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text(file, text)
-
-
-def _draw(
-    file: Path,
-    shown: list[tuple[Tensor, dict[str, Any]]],
-    names: list[str],
-    settings: dict[str, Any],
-    title: str,
-) -> None:
-    from fastvim.pictures.predictions import Prediction, draw_predictions
-    from fastvim.storage import save_picture
-
-    predictions = [
-        Prediction(image, best["index"], None, best["probability"]) for image, best in shown
-    ]
-    sheet = draw_predictions(predictions, names, settings["mean"], settings["std"], title)
-    save_picture(file, sheet)
+def _show(outcome: Outcome, first: list[Row]) -> None:
+    """The best class of each image; of many images, how often each class is the best one."""
+    if outcome.images <= MOST_LINES:
+        lines = [(row["path"], row["class"], f"{row['probability']:.1%}") for row in first]
+        print(table(("image", "class", "probability"), lines, left=("image", "class")))
+        return
+    counts = Counter(row["class"] for row in outcome.rows() if row["error"] is None)
+    best = [(name, f"{count:,}") for name, count in counts.most_common(MOST_CLASSES)]
+    if rest := sum(counts.values()) - sum(count for _, count in counts.most_common(MOST_CLASSES)):
+        best.append((f"{len(counts) - MOST_CLASSES} more classes", f"{rest:,}"))
+    print(table(("class", "images"), best))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from fastvim_cli.arguments import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from fastvim.inference.models import ModelChoice
 
 
 def add_model(parser: argparse.ArgumentParser, default: str, *, checkpoint: bool = False) -> None:
-    """The options of the model, for `load`.
+    """The options of the model, for `chosen_model`.
 
     Args:
         parser: of the command.
@@ -49,7 +49,7 @@ class _Once(argparse.Action):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--model-arg`, `--ema` and `--raw`, for `load_named`."""
+    """`--model-arg`, `--ema` and `--raw`, for `model_choice`."""
     add = parser.add_argument
     option: dict[str, Any] = {"action": "append", "default": [], "dest": "model_args"}
     help = "an option that no file tells, such as pool_scale=0.25 (JSON); may be repeated"
@@ -81,92 +81,30 @@ def first_word_as_model(arguments: argparse.Namespace) -> None:
     """
     from fastvim.weights.files import PICKLED
 
-    first, *images = arguments.images
+    first, *images = arguments.images or [""]
     if not first.endswith((".safetensors", *PICKLED)):
         return
     if arguments.model is not None:
         raise UsageError(f"{first} and --model {arguments.model}: expected one model")
-    if not images:
+    if not images and not arguments.list:
         raise UsageError(f"{first}: expected IMAGES after the weights")
     arguments.model, arguments.images = first, images
 
 
-def load(
-    arguments: argparse.Namespace, command: str, *required: str
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that the options of `add_model` name, and the metadata of its weights.
-
-    The other arguments are those of `load_named`.
-    """
+def chosen_model(arguments: argparse.Namespace) -> ModelChoice:
+    """The choice that the options of `add_model` make."""
     from fastvim.weights import is_file_name
 
-    model, file = arguments.model, getattr(arguments, "checkpoint", None)
-    if file is None:
-        return load_named(model or arguments.default_model, arguments, command, *required)
-    if model is not None and is_file_name(model):
-        raise UsageError(f"--model {model} and --checkpoint {file}: expected one file of weights")
-    return load_named(model, arguments, command, *required, file=file)
+    name, file = arguments.model, getattr(arguments, "checkpoint", None)
+    if file is not None and name is not None and is_file_name(name):
+        raise UsageError(f"--model {name} and --checkpoint {file}: expected one file of weights")
+    return model_choice(name or (None if file else arguments.default_model), arguments, file)
 
 
-def load_named(
-    name: str | None,
-    arguments: argparse.Namespace,
-    command: str,
-    *required: str,
-    file: str | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A model, and the metadata of its weights.
+def model_choice(
+    name: str | None, arguments: argparse.Namespace, file: str | None = None
+) -> ModelChoice:
+    """A name or a file, with the options of `add_options`."""
+    from fastvim.inference.models import ModelChoice
 
-    Args:
-        name: of published weights or of a model, or a file of weights.
-        arguments: with those of `add_options`.
-        command: that the model is for.
-        required: keys of the metadata.
-        file: weights for a model of that name; without a name the file says which.
-
-    Raises:
-        UserError: weights of a model for another command, or without what is required.
-    """
-    from fastvim.errors import UserError
-    from fastvim.weights import is_file_name, load_model
-
-    if name is not None and is_file_name(name):
-        name, file = None, name
-    options = dict(arguments.model_args)
-    try:
-        model, metadata = load_model(name, file, ema=arguments.ema, **options)
-    except TypeError as error:
-        if not options:
-            raise
-        given = " ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
-        raise UserError(f"--model-arg {given}: a value of another type ({error})") from error
-    source = file or name
-    kind, commands = _kind(model)
-    if command not in commands:
-        raise UserError(f"{source} is {kind}: see fastvim {commands[0]}")
-    if missing := [key for key in required if key not in metadata]:
-        raise UserError(f"{source} does not say {missing[0]}: expected weights of fastvim fit")
-    return model, metadata
-
-
-def _kind(model: nn.Module) -> tuple[str, tuple[str, ...]]:
-    """What a model is, and the commands that use it."""
-    from fastvim.models import (
-        CascadeMaskRCNN,
-        FastChannelVim,
-        FeatureMaps,
-        MaskedAutoencoder,
-        UPerNet,
-    )
-
-    if isinstance(model, MaskedAutoencoder):
-        return "a masked autoencoder", ("reconstruct",)
-    if isinstance(model, UPerNet):
-        return "a segmentor", ("segment",)
-    if isinstance(model, CascadeMaskRCNN):
-        return "a detector", ("detect",)
-    if isinstance(model, FeatureMaps) or getattr(model, "num_classes", 0) < 1:
-        return "a backbone without a head", ("fit",)
-    if isinstance(model, FastChannelVim):
-        return "a channel model", ("predict", "channels")
-    return "a classifier", ("predict",)
+    return ModelChoice(name, file, arguments.ema, dict(arguments.model_args))

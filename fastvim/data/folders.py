@@ -102,6 +102,13 @@ def list_images(folder: str | os.PathLike[str], endings: Iterable[str] | None = 
     return Listing(sorted(paths, key=natural_key), left_out, folders)
 
 
+def holds_image(folder: str | os.PathLike[str], endings: Iterable[str] | None = None) -> bool:
+    """Whether there is an image file below a folder; the arguments are those of `list_images`."""
+    known = tuple(image_endings() if endings is None else endings)
+    found = _walk(os.fspath(folder), "")
+    return any(not is_folder and path.lower().endswith(known) for path, is_folder in found)
+
+
 def _walk(top: str, below: str) -> Iterator[tuple[str, bool]]:
     """What lies below a folder, relative to `top`, and whether it is a folder."""
     folder = os.path.join(top, below)

@@ -213,6 +213,11 @@ class Brightest:
         self.number_of_8_bits += white == 255
         self._highest[white] = max(highest, self._highest.get(white, highest))
 
+    def join(self, other: Brightest) -> None:
+        """Take what another has seen."""
+        for white, highest in other._highest.items():
+            self.add_value(highest, white)
+
     def warning(self) -> str:
         """One line if all values lie below a quarter of white, but not all are 0; else ""."""
         if any(4 * top >= white for white, top in self._highest.items()):

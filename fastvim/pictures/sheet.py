@@ -6,6 +6,7 @@ C  channels, H W  pixels of an image
 from __future__ import annotations
 
 import importlib.util
+import io
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
@@ -210,3 +211,10 @@ def _spots(
         spots.append((x, y, length))
         x += length + 3 * GAP
     return spots
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as the content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

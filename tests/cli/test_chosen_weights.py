@@ -121,7 +121,7 @@ def test_raw_weights(tmp_path, home):
         save(tmp_path / f"{name}.safetensors", expected, told)
         pair = []
         for weights in (both, tmp_path / f"{name}.safetensors"):
-            out = tmp_path / "out"
+            out = tmp_path / f"{name} {weights.name}"
             call = ["--model", weights, home / "photo.png", "--out", out]
             assert main(["predict", *map(str, call), *words]) == 0
             pair.append(json.loads((out / "predictions.jsonl").read_text())["probability"])

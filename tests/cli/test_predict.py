@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvim.data.inputs import find_images
+from fastvim.inference.parts.sources import Source
 from fastvim.models import create_model
 from fastvim.registry import default_cfgs
 from fastvim.weights import read, save, to_published
@@ -154,9 +154,9 @@ def test_mistakes_are_one_line(arguments, message, image_folder, capsys):
 
 def test_images_are_found_once(image_folder):
     folder = image_folder / "val" / "ant"
-    found, failures = find_images([str(folder), str(folder / "0.jpg"), str(folder / "x*.jpg")])
-    assert len(found) == 6
-    assert [failure.reason for failure in failures] == ["no such file"]
+    words = (str(folder), str(folder / "0.jpg"), str(folder / "x*.jpg"))
+    found = list(Source(words).items(None))
+    assert [item.get("error") for item in found] == [None] * 6 + ["no such file"]
 
 
 def test_convert_there_and_back(model, weights, tmp_path, capsys):

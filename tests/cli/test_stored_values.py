@@ -182,14 +182,15 @@ def test_a_detector_trained_on_images_as_stored_reads_them_so(tmp_path: Path) ->
     exif[0x0112] = 6
     grey = np.asarray(GREY, dtype=np.uint8)
     results = []
-    for orientation, options in (
+    cases = (
         ("stored", {"exif": exif}),
         ("stored", {}),
         (None, {"exif": exif}),
-    ):
+    )
+    for number, (orientation, options) in enumerate(cases):
         save(weights, found.state, {**found.metadata, "orientation": orientation})
         Image.fromarray(grey).save(image, **options)
-        results.append(result("detect", weights, image, tmp_path / "out", "--score", "0"))
+        results.append(result("detect", weights, image, tmp_path / f"{number}", "--score", "0"))
     as_stored, plain, upright = results
     assert as_stored == plain
     assert upright != plain

@@ -14,9 +14,9 @@ from PIL import Image
 
 from fastvim.data.folders import ClassFolders, image_endings, list_images, natural_key
 from fastvim.data.images import ImageData
-from fastvim.data.inputs import find_images
 from fastvim.data.segmentation import find_pairs
 from fastvim.errors import UserError
+from fastvim.inference.parts.sources import Source
 
 FILES = (
     *("cat/1.jpg", "cat/2.JPG", "cat/10.jpg", "cat/day/3.webp", "cat/day/old/4.bmp"),
@@ -174,9 +174,8 @@ def test_file_names_of_any_bytes(tmp_path: Path) -> None:
 
 def test_commands_find_the_same_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path / "photos")
-    found, failures = find_images([str(folder)])
-    assert [str(path.relative_to(folder)) for path in found] == SEEN
-    assert not failures
+    found = list(Source((str(folder),)).items(None))
+    assert found == [{"path": str(folder / name)} for name in SEEN]
     assert "photos: left out 2 .heic, 1 .txt, 1 without ending" in caplog.text
 
 

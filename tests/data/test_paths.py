@@ -12,12 +12,12 @@ from PIL import Image
 from fastvim.data.channels import ChannelData
 from fastvim.data.detection import DetectionData
 from fastvim.data.images import ImageData
-from fastvim.data.inputs import find_images
 from fastvim.data.moments import add_up, measure
 from fastvim.data.remote import join, read_bytes
 from fastvim.data.samples import cache_directory
 from fastvim.data.segmentation import SegmentationData
 from fastvim.data.table import list_images
+from fastvim.inference.parts.sources import Source
 
 
 @pytest.fixture
@@ -77,6 +77,6 @@ def test_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_that_begins_with_a_tilde_is_a_name(home: Path) -> None:
     """As of the files that office programs leave beside an open one."""
     Path("~$photo.png").write_bytes(b"1")
-    assert find_images(["~$photo.png"]) == ([Path("~$photo.png")], [])
+    assert list(Source(("~$photo.png",)).items(None)) == [{"path": "~$photo.png"}]
     assert read_bytes("~$photo.png") == b"1"
     assert join("~/set", "~$photo.png") == f"{home}/set/~$photo.png"

@@ -6,14 +6,15 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from fastvim.data.remote import is_url
 from fastvim.errors import UserError
-from fastvim.inference.parts.formats import decode, import_parquet, printable, schema
+from fastvim.inference.parts.formats import decode, errors_in, import_parquet, printable, schema
 from fastvim.inference.parts.listing import read_items
 from fastvim.inference.parts.loop import Run
 from fastvim.inference.parts.store import Draft, Store, open_store
@@ -46,6 +47,18 @@ def collected(run: Run) -> Iterator[Row]:
             yield {**row, "path": item["path"]}
 
 
+def failures_in(run: Run, parts: Iterable[int]) -> int:
+    """The number of rows with an error in parts that exist."""
+
+    def count(part: int) -> int:
+        name = run.manifest.name(part)
+        with run.parts.open(name) as file:
+            return errors_in(file, run.manifest.format, run.parts.path(name))
+
+    with ThreadPoolExecutor(16) as pool:
+        return sum(pool.map(count, parts))
+
+
 def _stored(path: str, run: Run) -> str:
     return printable(path) if run.manifest.format == "parquet" else path
 
@@ -65,13 +78,13 @@ def check_table(file: str) -> None:
         import_parquet(f"--table {file}")
 
 
-def write_table(file: str, rows: Iterable[Row], columns: pyarrow.Schema | None) -> None:
+def write_table(file: str, rows: Iterable[Row], columns: Callable[[], pyarrow.Schema]) -> None:
     """Write rows as one table.
 
     Args:
         file: path or address, ending in .parquet, .csv (nested values as JSON) or .jsonl.
         rows: taken one by one.
-        columns: of the work, for Parquet.
+        columns: gives those of the work, for Parquet.
     """
     ending = PurePath(file).suffix.lower()
     with _writing(file) as draft:
@@ -80,8 +93,7 @@ def write_table(file: str, rows: Iterable[Row], columns: pyarrow.Schema | None) 
         elif ending == ".csv":
             _write_csv(draft, rows)
         else:
-            assert columns is not None
-            _write_parquet(draft, rows, columns)
+            _write_parquet(draft, rows, columns())
 
 
 def _write_csv(draft: Draft, rows: Iterable[Row]) -> None:

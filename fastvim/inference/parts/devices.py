@@ -125,7 +125,7 @@ def _run(
         try:
             opened = open_for(work, run, device)
             compute(run, opened, share, device, _Pipe(pipe), workers)
-            pipe.send(("ended", opened.read.told()))
+            pipe.send(("ended", opened.pass_on()))
         except UserError as error:
             pipe.send(("error", error))
 

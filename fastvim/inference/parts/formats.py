@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from fastvim.errors import UserError
@@ -45,16 +47,11 @@ def decode(content: bytes, form: str, name: str) -> list[Row]:
     Raises:
         UserError: a damaged file.
     """
-    try:
+    with _named(name):
         if form == "jsonl":
             return [json.loads(line) for line in content.splitlines()]
         parquet = import_parquet(name)
         return parquet.read_table(io.BytesIO(content), use_threads=False).to_pylist()
-    except (ValueError, OSError) as error:  # pyarrow's errors are some of these
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{name}: damaged ({reason}); remove it, and start again to compute it anew"
-        ) from error
 
 
 def errors_in(file: IO[bytes], form: str, name: str) -> int:
@@ -67,14 +64,27 @@ def errors_in(file: IO[bytes], form: str, name: str) -> int:
     """
     if form == "jsonl":
         return sum(not line.endswith(b'"error": null}\n') for line in file)
-    opened = import_parquet(name).ParquetFile(file)
-    groups = (opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups))
-    return sum(
-        group.num_rows - group.column(leaf).statistics.null_count
-        for group in groups
-        for leaf in range(group.num_columns)
-        if group.column(leaf).path_in_schema == "error"
-    )
+    parquet = import_parquet(name)
+    with _named(name):
+        told = parquet.ParquetFile(file).metadata
+        groups = [told.row_group(i) for i in range(told.num_row_groups)]
+        columns = [group.column(leaf) for group in groups for leaf in range(group.num_columns)]
+        errors = [column for column in columns if column.path_in_schema == "error"]
+        return sum(column.num_values - column.statistics.null_count for column in errors)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """The error of a damaged part names its file, and what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, AttributeError) as error:  # pyarrow's errors are some of these
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name}: damaged ({reason}); remove it, and start again to compute it anew"
+        ) from error
 
 
 def schema(columns: pyarrow.Schema) -> pyarrow.Schema:

@@ -192,7 +192,7 @@ class _Actor:
         assert self.opened is not None
         self.failures = []
         compute(self.run, self.opened, parts, self.device, self, self.workers)
-        return self.failures, self.opened.read.told()
+        return self.failures, self.opened.pass_on()
 
     def _open(self) -> None:
         try:

@@ -8,9 +8,15 @@ from typing import Protocol
 
 import torch
 
-from fastvim.inference.parts.collect import check_table, collected, write_table
+from fastvim.errors import UserError
+from fastvim.inference.parts.collect import (
+    check_table,
+    collected,
+    failures_in,
+    write_table,
+)
 from fastvim.inference.parts.devices import compute_on_devices
-from fastvim.inference.parts.loop import Report, Run, compute, readers
+from fastvim.inference.parts.loop import Report, Run, compute, readers, rows
 from fastvim.inference.parts.manifest import agree
 from fastvim.inference.parts.over_ray import compute_over_ray
 from fastvim.inference.parts.shards import WHOLE, Shard, local_share
@@ -61,14 +67,18 @@ class Outcome:
     Attributes:
         images: of the whole run.
         missing: of these, in parts that others have still to compute.
+        failed: rows with an error among the others.
         rows: reads all of them, in the list's order; of a complete run.
         opened: the work, with what it has heard.
+        written: lines about the last files, of a complete run.
     """
 
     images: int
     missing: int
+    failed: int
     rows: Callable[[], Iterator[Row]]
     opened: Opened
+    written: list[str]
 
 
 def run_parts(work: Work, source: Source, out: str, plan: Plan, listener: Listener) -> Outcome:
@@ -96,7 +106,7 @@ def run_parts(work: Work, source: Source, out: str, plan: Plan, listener: Listen
         opened.weights,
         opened.settings(),
         source.identity(),
-        lambda: opened.items(source.items(opened.endings)),
+        lambda: opened.items(source.items(opened.endings, out)),
         plan.part_size,
     )
     run = Run(store, manifest)
@@ -121,12 +131,54 @@ def run_parts(work: Work, source: Source, out: str, plan: Plan, listener: Listen
         compute(run, opened, missing, device, listener, workers)
     left = set(range(manifest.parts)).difference(manifest.done(run.parts))
 
-    def rows() -> Iterator[Row]:
-        return collected(run)
-
+    there = [part for part in range(manifest.parts) if part not in left]
+    failed = failures_in(run, there)
+    _require_result(failed, manifest.listing.rows, run)
     if not left and plan.table is not None:
-        write_table(plan.table, rows(), opened.columns())
-    return Outcome(manifest.listing.rows, sum(map(manifest.size, left)), rows, opened)
+        write_table(plan.table, collected(run), opened.columns)
+    return Outcome(
+        images=manifest.listing.rows,
+        missing=sum(map(manifest.size, left)),
+        failed=failed,
+        rows=lambda: collected(run),
+        opened=opened,
+        written=[] if left else opened.finish(lambda: collected(run), store),
+    )
+
+
+def _require_result(failed: int, images: int, run: Run | None = None) -> None:
+    """Raise UserError if no image has a result; parts without any are removed."""
+    if failed < images:
+        return
+    if run is not None:  # such as of a folder that was not there, or another range of values
+        run.parts.remove()
+    raise UserError(f"no image among {images} files could be read")
+
+
+def run_here(
+    work: Work, source: Source, out: str | None, plan: Plan, listener: Listener
+) -> Outcome:
+    """Compute all images in this process, without parts: what is lost with it is computed anew.
+
+    Args:
+        work: what to compute.
+        source: of which images.
+        out: folder of the files by image; None for a work without any.
+        plan: its device and workers.
+        listener: is told how it goes.
+    """
+    device = plan.device or own_device()
+    opened = work.open(device)
+    items = list(opened.items(source.items(opened.endings, out)))
+    listener.begin(len(items), 0)
+    store = None if out is None else open_store(out)
+    workers = readers(device) if plan.workers is None else plan.workers
+    batches = rows(opened, [items], device, store, listener, workers)
+    found = [row for batch in batches for row in batch]
+    failed = sum(row["error"] is not None for row in found)
+    _require_result(failed, len(items))
+    written = [] if store is None else opened.finish(lambda: iter(found), store)
+    return Outcome(len(items), 0, failed, lambda: iter(found), opened, written)
 
 
 def own_device() -> torch.device:

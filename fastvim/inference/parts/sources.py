@@ -14,12 +14,14 @@ from typing import Any
 
 from fastvim.data.folders import (
     describe_endings,
+    holds_image,
     image_endings,
     is_ignored,
     list_images,
     natural_key,
 )
 from fastvim.data.remote import filesystem, is_url, join, read_bytes, retried
+from fastvim.errors import UserError
 from fastvim.inference.parts.tables import file_digest, table_paths
 from fastvim.inference.parts.work import Item
 
@@ -45,13 +47,31 @@ class Source:
         with _local(self.table) as file:
             return {"table": file_digest(file), "folder": _folder(self.table)}
 
-    def items(self, endings: Collection[str] | None) -> Iterator[Item]:
+    def require_image(self, endings: Collection[str]) -> None:
+        """Raise UserError where nothing looks like an image, before any weights are fetched."""
+        if self.table is not None:
+            return
+        failures: list[Item] = []
+        for word in self.words:
+            path = os.path.expanduser(word)
+            if os.path.isdir(path) and holds_image(path, endings):
+                return
+            for item in _named(word, endings):
+                if "error" not in item:
+                    return
+                failures.append(item)
+        for item in failures:
+            _logger.warning("skipped %s: %s", item["path"], item["error"])
+        raise UserError(f"no image among {len(failures)} files could be read")
+
+    def items(self, endings: Collection[str] | None, out: str | None = None) -> Iterator[Item]:
         """Each image as {"path": …}; what names no image as {"path": …, "error": …}.
 
         Words give every file once; a table gives a row for each of its rows.
 
         Args:
             endings: of the image files in folders, in small letters; None for what Pillow reads.
+            out: folder of results, whose pictures are no images of a folder above it.
 
         Raises:
             UserError: as `table_paths`; a folder that cannot be listed.
@@ -64,7 +84,7 @@ class Source:
             return
         seen: set[str] = set()
         for word in self.words:
-            for item in _named(word, endings):
+            for item in _named(word, endings, out):
                 if item["path"] in seen:
                     continue
                 if len(self.words) > 1:
@@ -72,7 +92,7 @@ class Source:
                 yield item
 
 
-def _named(word: str, endings: Collection[str] | None) -> Iterator[Item]:
+def _named(word: str, endings: Collection[str] | None, out: str | None = None) -> Iterator[Item]:
     """The images that one word names."""
     if is_url(word):
         yield from _at_address(word, endings)
@@ -82,9 +102,11 @@ def _named(word: str, endings: Collection[str] | None) -> Iterator[Item]:
         found = list_images(path, endings)
         if found.left_out:
             _logger.warning("%s: left out %s", path, describe_endings(found.left_out))
-        if not found.paths:
+        mine = "" if out is None or is_url(out) else os.path.relpath(out, path) + os.sep
+        images = [below for below in found.paths if not (mine and below.startswith(mine))]
+        if not images:
             yield {"path": path, "error": "a folder without images"}
-        for below in found.paths:
+        for below in images:
             yield {"path": os.path.join(path, below)}
     elif os.path.exists(path):
         yield {"path": path}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fastvim.errors import UserError
-from fastvim.inference.parts.formats import errors_in
+from fastvim.inference.parts.collect import failures_in
 from fastvim.inference.parts.loop import Run
 from fastvim.inference.parts.manifest import NAME, read_manifest
 from fastvim.inference.parts.store import Store
@@ -59,7 +57,7 @@ def status(out: Store, now: float | None = None) -> Status:
     rate = _rate(run, done, time.time() if now is None else now)
     left = manifest.listing.rows - images
     remaining = 0.0 if not left else left / rate if rate else None
-    failed = _failed(run, done)
+    failed = failures_in(run, done)
     return Status(
         manifest.command,
         len(done),
@@ -80,15 +78,3 @@ def _rate(run: Run, done: dict[int, float], now: float) -> float:
     # What came before the first of them is not known: its images count as the clock's start.
     images = sum(run.manifest.size(part) for _, part in recent[1:])
     return images / max(now - recent[0][0], 1e-9)
-
-
-def _failed(run: Run, done: Iterable[int]) -> int:
-    """Rows with an error in these parts."""
-
-    def count(part: int) -> int:
-        name = run.manifest.name(part)
-        with run.parts.open(name) as file:
-            return errors_in(file, run.manifest.format, run.parts.path(name))
-
-    with ThreadPoolExecutor(16) as pool:
-        return sum(pool.map(count, done))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -16,6 +17,7 @@ from typing import IO, Any
 
 from fastvim.data.remote import filesystem, is_url, join, retried
 from fastvim.errors import UserError
+from fastvim.storage import written
 
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # of fsspec's listings
 
@@ -75,6 +77,10 @@ class Store(ABC):
         """Write a file whole, unless another process has done so."""
 
     @abstractmethod
+    def remove(self) -> None:
+        """Remove the folder with all its files."""
+
+    @abstractmethod
     def writing(self, name: str = "") -> AbstractContextManager[Draft]:
         """A file to fill, of any size; a name that its content decides is set before the end."""
 
@@ -102,34 +108,33 @@ class Folder(Store):
             draft.file.write(content)
 
     def write_first(self, name: str, content: bytes) -> None:
-        with self._complete() as (part, file):
+        draft = self._draft()
+        with written(draft) as file:
             file.write(content)
-            _to_disk(file)
-            try:
-                os.link(part, self.path(name))  # fails where there is one, unlike a renaming
-            except FileExistsError:
-                return
-            except OSError:  # a file system without links
-                if not os.path.exists(self.path(name)):
-                    part.replace(self.path(name))
+        try:
+            os.link(draft, self.path(name))  # fails where there is one, unlike a renaming
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            if not os.path.exists(self.path(name)):
+                os.replace(draft, self.path(name))
+        finally:
+            Path(draft).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
 
     @contextmanager
     def writing(self, name: str = "") -> Iterator[Draft]:
-        with self._complete() as (part, file):
+        path = self.path(name) if name else self._draft()
+        with written(path) as file:
             yield (draft := Draft(file, name))
-            _to_disk(file)
-            part.replace(self.path(draft.name))
+        if draft.name != name:
+            os.replace(path, self.path(draft.name))
 
-    @contextmanager
-    def _complete(self) -> Iterator[tuple[Path, IO[bytes]]]:
-        """A file that is gone afterwards, unless it was renamed."""
-        Path(self.root).mkdir(parents=True, exist_ok=True)
-        part = Path(self.path(f".{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"))
-        try:
-            with part.open("wb") as file:
-                yield part, file
-        finally:
-            part.unlink(missing_ok=True)
+    def _draft(self) -> str:
+        """A path that no other process uses."""
+        return self.path(f"draft-{socket.gethostname()}-{os.getpid()}")
 
 
 class Address(Store):
@@ -164,6 +169,10 @@ class Address(Store):
         if name not in self.times():
             self.write(name, content)
 
+    def remove(self) -> None:
+        opened, root = self._opened()
+        retried(lambda: opened.rm(root, recursive=True), self.root)
+
     @contextmanager
     def writing(self, name: str = "") -> Iterator[Draft]:
         opened, root = self._opened()
@@ -192,8 +201,3 @@ def _seconds(entry: dict[str, Any]) -> float:
         if isinstance(told, (int, float)):
             return float(told)
     return time.time()
-
-
-def _to_disk(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

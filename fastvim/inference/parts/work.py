@@ -5,8 +5,8 @@ C, H, W: channels, height and width of an image; B: images of a batch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -40,24 +40,37 @@ class Read(Protocol):
         ...
 
     def told(self) -> Any:
-        """What it has seen of all its images, for `Opened.hear`; can be pickled."""
+        """What it has seen since the last call, for `Opened.hear`; can be pickled."""
         ...
 
 
 class Opened(Protocol):
-    """A work with its model on a device.
+    """A work with its model on a device."""
 
-    Attributes:
-        batch_size: images at a time; above 1 all of them have one shape.
-        weights: digest of the model's tensors.
-        endings: of the image files in folders, in small letters; None for what Pillow reads.
-        read: reads an image; knows nothing of the model.
-    """
+    @property
+    def batch_size(self) -> int:
+        """Images at a time; above 1 all of them have one shape."""
+        ...
 
-    batch_size: int
-    weights: str
-    endings: Collection[str] | None
-    read: Read
+    @property
+    def weights(self) -> str:
+        """Digest of the model's tensors."""
+        ...
+
+    @property
+    def endings(self) -> Collection[str] | None:
+        """Of the image files in folders, in small letters; None for what Pillow reads."""
+        ...
+
+    @property
+    def read(self) -> Read:
+        """Reads an image; knows nothing of the model."""
+        ...
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines about all images, from what was heard."""
+        ...
 
     def settings(self) -> dict[str, Any]:
         """All beside the weights that changes rows, as JSON values."""
@@ -78,11 +91,28 @@ class Opened(Protocol):
         ...
 
     def hear(self, told: Any) -> None:
-        """Take in what a copy of `read` tells, again and again as it sees more images."""
+        """Take in what a copy of `read` tells, or the same work in another process."""
+        ...
+
+    def pass_on(self) -> Any:
+        """What it has heard since the last call, for `hear` in another process."""
         ...
 
     def columns(self) -> pyarrow.Schema:
         """Names and types of the columns, without "path" and "error"."""
+        ...
+
+    def describe(self, row: Row, out: Store) -> str:
+        """What a person is told of a row without an error."""
+        ...
+
+    def finish(self, rows: Callable[[], Iterator[Row]], out: Store) -> list[str]:
+        """Write the last files of a run, and say which.
+
+        Args:
+            rows: reads all rows in the list's order, from the first on with each call.
+            out: folder of the files.
+        """
         ...
 
 
@@ -93,7 +123,7 @@ class Work(Protocol):
         command: that does it.
     """
 
-    command: str
+    command: ClassVar[str]
 
     def open(self, device: torch.device) -> Opened:
         """Load the model."""

@@ -1,136 +1,123 @@
-"""Image files that a trained model is given: found, read and prepared; names of its classes.
+"""Image files that a trained model is given: read and prepared; names of its classes.
 
 C, H, W: channels, height and width of an image
 """
 
 from __future__ import annotations
 
-import glob
-import logging
-import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
 from fastvim.data import channel_transforms
 from fastvim.data.arrays import DECODERS, read_array
-from fastvim.data.folders import describe_endings, image_endings, list_images
+from fastvim.data.folders import image_endings
+from fastvim.data.issues import SEVERAL_IMAGES
 from fastvim.data.pixels import MAX_PIXELS, Brightest, PictureReader, stored
+from fastvim.data.remote import is_url, read_bytes
 from fastvim.data.transforms import IMAGE_MODES, Transform, evaluation_transform
 from fastvim.errors import UserError
+from fastvim.inference.parts.work import Item
 from fastvim.models import FastChannelVim
 
-_logger = logging.getLogger(__name__)
-
 ALL_ENDINGS = image_endings() | set(DECODERS)  # of images for any model
-Read = Callable[[Path], Tensor]  # from a file to a prepared image (C, H, W)
 
 
-class Failure(NamedTuple):
-    """A file that gave no image, and why."""
+@dataclass
+class Seen:
+    """What was seen of pictures beside their pixels.
 
-    path: Path
-    reason: str
-
-
-def find_images(
-    patterns: list[str], endings: Collection[str] | None = None
-) -> tuple[list[Path], list[Failure]]:
-    """Image files that files, folders (with all below them) and globs name, each once.
-
-    A name without a file is one of the failures, not an error. A line says how many files of a
-    folder are left out, of which endings.
-
-    Args:
-        patterns: files, folders or globs.
-        endings: of image files, for folders; None for what Pillow reads.
+    Attributes:
+        brightest: of them.
+        several: files that hold further images, such as pages, which were not read.
     """
-    found: dict[Path, None] = {}
-    failures = []
-    for pattern in patterns:
-        path = Path(os.path.expanduser(pattern))
-        if path.is_dir():
-            listing = list_images(path, endings)
-            files, reason = [path / below for below in listing.paths], "a folder without images"
-            if listing.left_out:
-                _logger.warning("%s: left out %s", path, describe_endings(listing.left_out))
-        elif path.exists():
-            files, reason = [path], ""
-        else:
-            files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-            reason = "no such file"
-        if not files:
-            failures.append(Failure(path, reason))
-        found.update(dict.fromkeys(files))
-    return list(found), failures
 
+    brightest: Brightest = field(default_factory=lambda: Brightest(whole=False))
+    several: int = 0
 
-def read_batches(
-    paths: list[Path], read: Read, size: int, failures: list[Failure]
-) -> Iterator[tuple[list[Path], Tensor]]:
-    """Files that could be read and their images (B, C, H, W), in the order of the paths.
+    def add(self, other: Seen) -> None:
+        """Take what was seen elsewhere."""
+        self.brightest.join(other.brightest)
+        self.several += other.several
 
-    Args:
-        paths: of the files.
-        read: prepares one; with `size` above 1, all images have one shape.
-        size: files at a time.
-        failures: gets the files that could not be read.
-    """
-    remaining = iter(paths)
-    while chunk := list(islice(remaining, size)):
-        files, images = [], []
-        for path in chunk:
-            try:
-                images.append(read(path))
-                files.append(path)
-            except UserError as error:
-                failures.append(Failure(path, str(error).removeprefix(f"{path}: ")))
-        if files:
-            yield files, torch.stack(images)
+    @property
+    def remarks(self) -> list[str]:
+        """Lines for the user."""
+        lines = [f"{self.several:,} x {SEVERAL_IMAGES}"] if self.several else []
+        if warning := self.brightest.warning():
+            lines.append(f"{warning} (here --value-range)")
+        return lines
 
 
 class Pictures:
     """Reads the image files that Pillow opens.
 
     Args:
-        reader: from a file to an image.
+        reader: from a path, or an open file and its name, to an image.
         transform: of the image.
-
-    Attributes:
-        brightest: of what was read.
-        several: files that hold further images, such as pages, which were not read.
+        exif: turn images as their EXIF orientation says; False leaves them as stored.
     """
 
-    def __init__(self, reader: Callable[[Path], Image.Image], transform: Transform) -> None:
-        self.reader, self.transform = reader, transform
-        self.brightest = Brightest(whole=False)
-        self.several = 0
+    def __init__(self, reader: PictureReader, transform: Transform, exif: bool = True) -> None:
+        self.reader, self.transform, self.exif = reader, transform, exif
+        self._seen = Seen()
 
-    def __call__(self, path: Path) -> Tensor:
-        image = self.reader(path)
-        self.brightest.add(image)
-        self.several += stored(image).several
+    def __call__(self, path: str) -> Tensor:
+        source = BytesIO(read_bytes(path)) if is_url(path) else path
+        image = self.reader(source, path, exif=self.exif)
+        self._seen.brightest.add(image)
+        self._seen.several += stored(image).several
         return self.transform(image)
 
+    def told(self) -> Seen:
+        """What it has seen since the last call."""
+        seen, self._seen = self._seen, Seen()
+        return seen
 
-def arrays(transform: Callable[[Tensor], Tensor], in_chans: int, max_pixels: int | None) -> Read:
-    """Reads files of a number of channels (`fastvim.data.arrays`)."""
 
-    def read(path: Path) -> Tensor:
-        array = read_array(str(path), max_pixels=max_pixels)
-        if len(array) != in_chans:
-            raise UserError(f"shape {array.shape}; expected ({in_chans}, height, width)")
-        return transform(torch.from_numpy(array.astype(np.float32)))
+class Arrays:
+    """Reads files of any number of channels (`fastvim.data.arrays`).
 
-    return read
+    Args:
+        transform: of the values as stored, float32 (C, H, W).
+        in_chans: channels that an image must have.
+        max_pixels: of a channel; None for any number.
+    """
+
+    def __init__(
+        self, transform: Callable[[Tensor], Tensor], in_chans: int, max_pixels: int | None
+    ) -> None:
+        self.transform, self.in_chans, self.max_pixels = transform, in_chans, max_pixels
+
+    def __call__(self, path: str) -> Tensor:
+        values = read_array(path, max_pixels=self.max_pixels)
+        if len(values) != self.in_chans:
+            raise UserError(f"shape {values.shape}; expected ({self.in_chans}, height, width)")
+        return self.transform(torch.from_numpy(values.astype(np.float32)))
+
+    def told(self) -> Seen:
+        """Nothing: the values have no white."""
+        return Seen()
+
+
+def with_stems(found: Iterable[Item]) -> Iterator[Item]:
+    """Each item with a "stem" of its own: its file's name without ending, perhaps with a number."""
+    taken: set[int] = set()  # hashes: of millions of names, and one that is alike costs a number
+    times: dict[str, int] = {}
+    for item in found:
+        stem = name = PurePath(item["path"]).stem
+        while hash(name) in taken:
+            times[stem] = times.get(stem, 1) + 1
+            name = f"{stem}-{times[stem]}"
+        taken.add(hash(name))
+        yield {**item, "stem": name}
 
 
 def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +171,7 @@ def picture_reader(
 
 def reader(
     model: nn.Module, settings: dict[str, Any], read_picture: PictureReader
-) -> tuple[Read, Collection[str]]:
+) -> tuple[Pictures | Arrays, Collection[str]]:
     """How a classifier's images are read, and the endings of the files that it takes.
 
     Args:
@@ -197,7 +184,7 @@ def reader(
             raise UserError("value_range: a channel model takes the values as stored")
         size = (settings["img_size"], settings["mean"], settings["std"])
         transform = channel_transforms.evaluation_transform(*size)
-        return arrays(transform, len(settings["mean"]), read_picture.max_pixels), DECODERS
+        return Arrays(transform, len(settings["mean"]), read_picture.max_pixels), DECODERS
     prepare = evaluation_transform(**settings)
     read_picture = replace(read_picture, mode=IMAGE_MODES[settings["in_chans"]])
     return Pictures(read_picture, prepare), image_endings()
