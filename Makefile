@@ -83,6 +83,7 @@ cells: install
 	$(BIN)/fastvim fit $(SEMANTIC)
 	$(BIN)/fastvim test $(SEMANTIC) --ckpt_path last
 	$(BIN)/python examples/hela/semantic_baselines.py
+	rm -rf runs/hela/semantic/segments  # results of other weights
 	$(BIN)/fastvim segment runs/hela/semantic/model.safetensors --out runs/hela/semantic/segments \
 	    $(HELA)
 
@@ -92,6 +93,7 @@ nuclei: install
 	$(BIN)/fastvim fit $(INSTANCES)
 	$(BIN)/fastvim test $(INSTANCES) --ckpt_path last
 	$(BIN)/python examples/hela/instance_baseline.py
+	rm -rf runs/hela/instances/detections
 	$(BIN)/fastvim detect runs/hela/instances/model.safetensors --out runs/hela/instances/detections \
 	    $(HELA)
 

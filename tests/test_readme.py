@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import small_weights
 from coco_sets import write_set
@@ -120,6 +121,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / path).parent.mkdir(parents=True)
         picture.save(home / path)
     picture.save(home / "photo.jpg")
+    pd.DataFrame({"path": ["photo.jpg", "more/2.jpg"]}).to_parquet(home / "images.parquet")
     (home / "cells").mkdir()
     np.save(home / "cells/1.npy", np.random.default_rng(0).normal(size=(8, 9, 9)))
     (home / "cells/table.csv").write_text("path,label,split\n1.npy,a,train\n")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastvim import reconstruction
 from fastvim.data.transforms import IMAGE_MODES, evaluation_transform
 from fastvim.errors import NotFiniteError, require_finite
 from fastvim.inference.inputs import Pictures, image_settings, with_stems
@@ -21,7 +22,6 @@ from fastvim.inference.parts.work import Item, Row
 from fastvim.models import MaskedAutoencoder
 from fastvim.pictures.reconstruction import draw_reconstruction
 from fastvim.pictures.sheet import png
-from fastvim.reconstruction import reconstruct
 
 if TYPE_CHECKING:
     import pyarrow
@@ -74,7 +74,9 @@ class Reconstructor(OpenedModel):
         assert isinstance(self.model, MaskedAutoencoder)
         mean, std = self.images["mean"], self.images["std"]
         ratio, seed = self.work.mask_ratio, self.work.seed
-        result = reconstruct(self.model, images, mean, std, mask_ratio=ratio, seed=seed)
+        result = reconstruction.reconstruct(
+            self.model, images, mean, std, mask_ratio=ratio, seed=seed
+        )
         try:
             require_finite(result.loss)
         except NotFiniteError as error:

@@ -232,6 +232,7 @@ def test_results_are_there_though_nobody_reads_the_output(images):
     assert process.wait(120) == 1
     assert not error
     assert {path.name for path in (images.parent / "out").iterdir()} == {
+        "parts",
         "predictions.jsonl",
         "predictions.png",
     }

@@ -128,8 +128,9 @@ def test_what_a_file_does_not_tell_can_be_said(tmp_path):
     found = []
     for words in ([], ["--model-arg", "pool_scale=0.25"]):
         model = ["--model", str(WHOLE / "finetuned.ckpt"), *words]
-        assert main(["predict", photo, *model, "--out", str(tmp_path)]) == 0
-        found.append(json.loads((tmp_path / "predictions.jsonl").read_text())["probability"])
+        out = tmp_path / f"{len(found)}"
+        assert main(["predict", photo, *model, "--out", str(out)]) == 0
+        found.append(json.loads((out / "predictions.jsonl").read_text())["probability"])
     assert found[0] != found[1]
 
 

@@ -53,7 +53,11 @@ class OpenToy:
     def hear(self, told):
         self.heard.append(told)
 
-    dark = ""
+    def pass_on(self):
+        heard, self.heard = self.heard, []
+        return sum(heard)
+
+    remarks = ()
 
     def describe(self, row, out):
         return str(row["value"])
@@ -84,7 +88,8 @@ class ToyRead:
         return torch.tensor([[[sum(content) / len(content)]]])
 
     def told(self):
-        return self.count
+        count, self.count = self.count, 0
+        return count
 
 
 @dataclass

@@ -129,8 +129,7 @@ def agree(
     assert stored is not None
     _compare(store, "command", stored.command, command)
     _compare(store, "weights", stored.weights, weights)
-    for name in sorted({*stored.settings, *settings}):
-        _compare(store, name, stored.settings.get(name), settings.get(name))
+    _compare(store, "settings:", stored.settings, settings)
     _compare(store, "--part-size", stored.part_size, part_size or stored.part_size)
     trusted = "table" in source or len(stored.done(store)) < stored.parts
     if listing is None and not (trusted and stored.source == source):
@@ -143,10 +142,13 @@ def agree(
 
 
 def _compare(store: Store, what: str, stored: Any, given: Any) -> None:
-    if stored != given:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for name in sorted({*stored, *given}):
+            _compare(store, f"{what} {name}", stored.get(name), given.get(name))
+    elif stored != given:
         raise UserError(
-            f"{store.root}: parts of another {what}: {_shown(stored)}, here {_shown(given)}; "
-            "expected another --out, or to begin anew without that folder"
+            f"{store.root}: parts of a run with other {what}: {_shown(stored)} there, "
+            f"{_shown(given)} here; expected another --out, or to begin anew without that folder"
         )
 
 
