@@ -87,7 +87,9 @@ def result(command: str, folder: Path) -> dict[str, object]:
     if command == "convert":
         with zipfile.ZipFile(folder / "out/weights.ckpt") as archive:
             return {name: archive.read(name) for name in archive.namelist()}
-    return {file.name: file.read_bytes() for file in sorted((folder / "out").iterdir())}
+    files = sorted(path for path in (folder / "out").rglob("*") if path.is_file())
+    # The manifest of parts says in which folder the command was started.
+    return {file.name: file.read_bytes() for file in files if file.name != "manifest.json"}
 
 
 def half_written(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -235,6 +236,20 @@ def test_the_first_manifest_wins(folder, tmp_path):
     store.write_first("manifest.json", b"other")
     assert store.read("manifest.json") == first
     assert read_manifest(store).listing.rows == 45
+
+
+def test_what_a_killed_process_has_begun_is_removed(folder, tmp_path):
+    """Of a process that is gone; one that runs keeps its file."""
+    gone = multiprocessing.get_context("fork").Process(target=int)
+    gone.start()
+    gone.join()
+    host = socket.gethostname()
+    (tmp_path / "parts").mkdir()
+    for process in (gone.pid, os.getppid()):
+        (tmp_path / "parts" / f"draft-{host}-{process}.part").touch()
+    run(folder, tmp_path)
+    left = [path.name for path in (tmp_path / "parts").glob("draft*")]
+    assert left == [f"draft-{host}-{os.getppid()}.part"]
 
 
 def test_devices_compute_the_same_bytes(folder, whole, tmp_path):

@@ -116,6 +116,7 @@ def agree(
     """
     settings = json.loads(json.dumps(settings))
     listing: Listing | None = None
+    store.tidy()
     stored = read_manifest(store)
     if new := stored is None:
         size = part_size or PART_SIZE

@@ -19,6 +19,7 @@ from fastvim.data.remote import filesystem, is_url, join, retried
 from fastvim.errors import UserError
 from fastvim.storage import written
 
+_DRAFT = "draft-"  # begins the name of a file without a name yet
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # of fsspec's listings
 
 
@@ -76,6 +77,9 @@ class Store(ABC):
     def write_first(self, name: str, content: bytes) -> None:
         """Write a file whole, unless another process has done so."""
 
+    def tidy(self) -> None:  # noqa: B027  # most stores leave nothing behind
+        """Remove what killed processes have begun."""
+
     @abstractmethod
     def remove(self) -> None:
         """Remove the folder with all its files."""
@@ -121,6 +125,11 @@ class Folder(Store):
         finally:
             Path(draft).unlink(missing_ok=True)
 
+    def tidy(self) -> None:
+        for path in Path(self.root).glob(f"{_DRAFT}{socket.gethostname()}-*"):
+            if not _is_alive(path.name.removesuffix(".part").rpartition("-")[2]):
+                path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
 
@@ -134,7 +143,20 @@ class Folder(Store):
 
     def _draft(self) -> str:
         """A path that no other process uses."""
-        return self.path(f"draft-{socket.gethostname()}-{os.getpid()}")
+        return self.path(f"{_DRAFT}{socket.gethostname()}-{os.getpid()}")
+
+
+def _is_alive(process: str) -> bool:
+    """Whether a process of this machine may still run."""
+    if os.name != "posix" or not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 class Address(Store):
