@@ -27,8 +27,8 @@ USES = {
     "classifier": ("predict", "--model", "WEIGHTS", "photo.png"),
     "autoencoder": ("reconstruct", "--model", "WEIGHTS", "--out", "out", "photo.png"),
     "channels": ("predict", "--model", "WEIGHTS", "cells.npy"),
-    "segmenter": ("segment", "WEIGHTS", "photo.png", "--out", "out"),
-    "detector": ("detect", "WEIGHTS", "photo.png", "--out", "out"),
+    "segmenter": ("segment", "WEIGHTS", "photo.png"),
+    "detector": ("detect", "WEIGHTS", "photo.png"),
 }
 CONVERSION = ("convert", "WEIGHTS", "converted.safetensors")
 NUMBERS = [0, -1, 1, 2, 3, 7, 10**4, 10**7, 10**9, 2**31, 2**63, 10**30, 0.5, 1e-9, 1e300, -0.0]
