@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvim import UserError
+from fastvim.errors import MachineError
 from fastvim.models import create_model
 from fastvim.weights import (
     convert,
@@ -315,7 +316,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("fastvim.weights.files.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(MachineError, match="disk full"):
         save(path, {"a": torch.zeros(3)}, {})
     assert path.read_bytes() == before
     checkpoint = read(path)
