@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Idle OpenMP threads that spin would take the cores from the workers that load images.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install test test-faults test-wheel lint quickstart mae channels cells nuclei clean
+.PHONY: help install test test-cluster test-faults test-wheel lint quickstart mae channels cells nuclei clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a small FastVim on handwritten digits"
@@ -14,6 +14,7 @@ help:
 	@echo "make nuclei       find them one by one, each with a box and a mask"
 	@echo "make test         install what the tests need and run them all"
 	@echo "make test-faults  drawn faults: 600 sets of images, 1,000 command lines, 1,000 files and more"
+	@echo "make test-cluster runs spread over processes and a Ray cluster on this machine, with kills"
 	@echo "make test-wheel   install the built wheel alone and run every command of it"
 	@echo "make lint         formatting, lint, types and the import contract"
 	@echo "make install      the environment alone: everything, editable, in .venv"
@@ -33,6 +34,12 @@ test: install
 # test_a_command_line_ends_well[17] repeats one.
 test-faults: install
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "faults or not faults" tests/data/test_faults.py tests/faults
+
+# What needs Ray, or takes minutes: 20,000 images by every way of spreading them.
+test-cluster: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ray
+	$(BIN)/python -m pytest tests/inference/test_over_ray.py
+	$(BIN)/python measurements/parts.py
 
 # In an environment of its own, which it makes and removes.
 test-wheel:

@@ -7,6 +7,7 @@ is done. So a lost worker or node, or a driver that is started again, costs unfi
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,8 +58,9 @@ def compute_over_ray(
     began = not ray.is_initialized()
     if began:
         try:
+            _knock(address)
             ray.init(address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--ray {address}: no cluster ({reason})") from error
     try:
@@ -66,6 +68,13 @@ def compute_over_ray(
     finally:
         if began:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody answers at HOST:PORT, at once; Ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @dataclass
