@@ -152,8 +152,7 @@ def actors():
     """The processes of the actors, on this machine."""
     found = []
     for name in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{name}/cmdline", "rb") as file:
-                if file.read().startswith(b"ray::_Actor"):
-                    found.append(int(name))
+        with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+            if file.read().startswith(b"ray::_Actor"):
+                found.append(int(name))
     return found
