@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -94,19 +94,32 @@ def list_images(folder: str | os.PathLike[str], endings: Iterable[str] | None = 
             if os.sep not in path:
                 folders.append(path)
             continue
-        ending = os.path.splitext(path)[1].lower()
-        if ending in known:
+        if _is_image(path, known, left_out):
             paths.append(path)
-        else:
-            left_out[ending or _NO_ENDING] += 1
     return Listing(sorted(paths, key=natural_key), left_out, folders)
 
 
-def holds_image(folder: str | os.PathLike[str], endings: Iterable[str] | None = None) -> bool:
-    """Whether there is an image file below a folder; the arguments are those of `list_images`."""
-    known = tuple(image_endings() if endings is None else endings)
-    found = _walk(os.fspath(folder), "")
-    return any(not is_folder and path.lower().endswith(known) for path, is_folder in found)
+def walk_images(
+    folder: str | os.PathLike[str], endings: Iterable[str] | None, left_out: Counter[str]
+) -> Iterator[str]:
+    """The image files below a folder as they are found, in no order, relative to it.
+
+    Args:
+        folder: as of `list_images`.
+        endings: likewise.
+        left_out: counts the endings of the other files.
+    """
+    known = image_endings() if endings is None else frozenset(endings)
+    for path, is_folder in _walk(os.fspath(folder), ""):
+        if not is_folder and _is_image(path, known, left_out):
+            yield path
+
+
+def _is_image(path: str, endings: Collection[str], left_out: Counter[str]) -> bool:
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in endings:
+        left_out[ending or _NO_ENDING] += 1
+    return ending in endings
 
 
 def _walk(top: str, below: str) -> Iterator[tuple[str, bool]]:
@@ -114,16 +127,17 @@ def _walk(top: str, below: str) -> Iterator[tuple[str, bool]]:
     folder = os.path.join(top, below)
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not is_ignored(entry.name)]
+            for entry in entries:
+                if is_ignored(entry.name):
+                    continue
+                path = os.path.join(below, entry.name)
+                if not entry.is_dir():
+                    yield path, False
+                elif not (entry.is_symlink() and _leads_up(entry.path, folder)):
+                    yield path, True
+                    yield from _walk(top, path)
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
-    for entry in found:
-        path = os.path.join(below, entry.name)
-        if not entry.is_dir():
-            yield path, False
-        elif not (entry.is_symlink() and _leads_up(entry.path, folder)):
-            yield path, True
-            yield from _walk(top, path)
 
 
 def _leads_up(link: str, folder: str) -> bool:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from toy_work import Quiet, Toy, write_files
+from toy_work import Quiet, Toy, ToyRead, write_files
 
 from fastvim.errors import MachineError, UserError
 from fastvim.inference.parts.collect import write_table
@@ -288,6 +288,29 @@ def test_a_process_that_dies_is_named(folder, tmp_path):
         run(folder, tmp_path, Dies(), devices=2)
     with pytest.raises(UserError, match="other weights than the run's: w9"):
         run(folder, tmp_path, OtherWeights(), devices=2)
+
+
+class LosesReaders(Toy):
+    """A process that reads images is killed, as where memory ends."""
+
+    def open(self, device):
+        opened = super().open(device)
+        opened.read = KillsItself()
+        return opened
+
+
+class KillsItself(ToyRead):
+    def __call__(self, path):
+        if path.endswith("12.bin"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(path)
+
+
+def test_a_reader_that_dies_is_named(folder, whole, tmp_path):
+    with pytest.raises(MachineError, match=r"worker \d of the loader .* was killed \(SIGKILL\)"):
+        run(folder, tmp_path, LosesReaders(), workers=1)
+    run(folder, tmp_path)
+    assert parts_of(tmp_path) == whole[0]
 
 
 def test_status(folder, tmp_path):

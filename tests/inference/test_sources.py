@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 
 import fsspec
 import pytest
 from toy_work import write_files
 
+from fastvim.data.folders import natural_key
 from fastvim.errors import UserError
 from fastvim.inference.parts.listing import read_items, write_list
-from fastvim.inference.parts.sources import Source
+from fastvim.inference.parts.sources import Source, sorted_in_runs
 from fastvim.inference.parts.store import open_store
 
 BIN = (".bin",)
@@ -52,6 +54,13 @@ def test_addresses():
         f"{root}/2.bin",
         "https://a.org/b.png?c=*",
     ]
+
+
+@pytest.mark.parametrize("size", [1, 3, 12, 13, 100])
+def test_runs_are_merged_in_natural_order(size):
+    names = ["a10", "a9", "b/2", "b/10", "b 1", "A9", os.fsdecode(b"\xff"), "c\nd", *"zyxw"]
+    assert list(sorted_in_runs(names, size)) == sorted(names, key=natural_key)
+    assert list(sorted_in_runs([], size)) == []
 
 
 def write_table(path, rows, header="path,label"):

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from fastvim.data.workers import WatchedLoader
 from fastvim.errors import UserError
 from fastvim.inference.parts.formats import encode
 from fastvim.inference.parts.listing import read_items
@@ -117,12 +118,13 @@ def rows(
     """
     size = opened.batch_size
     batches = (items[i : i + size] for items in lists for i in range(0, len(items), size))
-    loader: DataLoader[_Batch] = DataLoader(
+    loader = WatchedLoader(
         _Reading(opened.read),
         batch_sampler=batches,  # of items instead of indices
         num_workers=workers,
         collate_fn=_as_it_is,  # `_Reading` gives whole batches
         pin_memory=device.type == "cuda",
+        patience=0,
     )
     for batch in loader:
         good = [item for item, reason in zip(batch.items, batch.reasons, strict=True) if not reason]

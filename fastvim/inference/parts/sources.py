@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import glob
+import heapq
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
 from fastvim.data.folders import (
     describe_endings,
-    holds_image,
     image_endings,
     is_ignored,
-    list_images,
     natural_key,
+    walk_images,
 )
 from fastvim.data.remote import filesystem, is_url, join, read_bytes, retried
 from fastvim.errors import UserError
@@ -26,6 +29,8 @@ from fastvim.inference.parts.tables import file_digest, table_paths
 from fastvim.inference.parts.work import Item
 
 _logger = logging.getLogger(__name__)
+
+RUN = 200_000  # paths that are sorted at once
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Source:
         failures: list[Item] = []
         for word in self.words:
             path = os.path.expanduser(word)
-            if os.path.isdir(path) and holds_image(path, endings):
+            if os.path.isdir(path) and any(walk_images(path, endings, Counter())):
                 return
             for item in _named(word, endings):
                 if "error" not in item:
@@ -99,15 +104,7 @@ def _named(word: str, endings: Collection[str] | None, out: str | None = None) -
         return
     path = os.fspath(Path(os.path.expanduser(word)))
     if os.path.isdir(path):
-        found = list_images(path, endings)
-        if found.left_out:
-            _logger.warning("%s: left out %s", path, describe_endings(found.left_out))
-        mine = "" if out is None or is_url(out) else os.path.relpath(out, path) + os.sep
-        images = [below for below in found.paths if not (mine and below.startswith(mine))]
-        if not images:
-            yield {"path": path, "error": "a folder without images"}
-        for below in images:
-            yield {"path": os.path.join(path, below)}
+        yield from _below(path, endings, out)
     elif os.path.exists(path):
         yield {"path": path}
     else:
@@ -115,6 +112,38 @@ def _named(word: str, endings: Collection[str] | None, out: str | None = None) -
         if not files:
             yield {"path": path, "error": "no such file"}
         yield from ({"path": os.fspath(Path(file))} for file in files)
+
+
+def _below(folder: str, endings: Collection[str] | None, out: str | None) -> Iterator[Item]:
+    """The images below a folder in natural order, but those below `out`."""
+    left_out: Counter[str] = Counter()
+    mine = "" if out is None or is_url(out) else os.path.relpath(out, folder) + os.sep
+    found = walk_images(folder, endings, left_out)
+    images = (path for path in found if not (mine and path.startswith(mine)))
+    empty = True
+    for path in sorted_in_runs(images):
+        empty = False
+        yield {"path": os.path.join(folder, path)}
+    if left_out:
+        _logger.warning("%s: left out %s", folder, describe_endings(left_out))
+    if empty:
+        yield {"path": folder, "error": "a folder without images"}
+
+
+def sorted_in_runs(paths: Iterable[str], size: int = RUN) -> Iterator[str]:
+    """Paths in natural order, in the memory of `size` of them: sorted runs of more lie on disk."""
+    remaining = iter(paths)
+    with ExitStack() as files:
+        runs: list[Iterator[str]] = []
+        while run := sorted(islice(remaining, size), key=natural_key):
+            if not runs and len(run) < size:
+                yield from run
+                return
+            file = files.enter_context(tempfile.TemporaryFile("w+"))
+            file.writelines(json.dumps(path) + "\n" for path in run)
+            file.seek(0)
+            runs.append(map(json.loads, file))
+        yield from heapq.merge(*runs, key=natural_key)
 
 
 def _at_address(url: str, endings: Collection[str] | None) -> Iterator[Item]:
