@@ -48,7 +48,8 @@ def photos(image_folder, tmp_path_factory):
 
 
 def predict(weights, *words, code=0):
-    words = ["predict", "--model", weights, "--part-size", 5, *words]
+    parts = ["--part-size", 5] if "--out" in words else []
+    words = ["predict", "--model", weights, *parts, *words]
     assert main([str(word) for word in words]) == code
 
 
@@ -260,3 +261,51 @@ def test_pictures_of_an_earlier_run_below_the_images_do_not_count(tmp_path):
     assert main(words) == 0
     assert main(words) == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket of an S3 server."""
+    moto_server = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    files.mkdir("bucket")
+    yield files
+    server.stop()
+
+
+def test_images_and_results_behind_addresses(weights, photos, whole, bucket, tmp_path, capsys):
+    bucket.put(str(photos), "bucket/photos", recursive=True)
+    words = ["s3://bucket/photos", "--out", "s3://bucket/results"]
+    predict(weights, *words, "--shard", "1/2")
+    predict(weights, *words, "--shard", "2/2", "--table", "s3://bucket/all.csv")
+    rows = [
+        json.loads(line) for line in bucket.cat("bucket/results/predictions.jsonl").splitlines()
+    ]
+    expected = [json.loads(line) for line in whole]
+    for row, local in zip(rows, expected, strict=True):
+        assert row["file"] == local["file"].replace(str(photos), "s3://bucket/photos")
+        assert row.get("index") == local.get("index")
+        assert row.get("probability") == pytest.approx(local.get("probability"))
+    assert bucket.cat("bucket/results/predictions.png").startswith(b"\x89PNG")
+    assert bucket.cat("bucket/all.csv").count(b"\n") == 37
+    assert main(["predict", "--status", "s3://bucket/results"]) == 0
+    assert "36 of 36 images are done" in capsys.readouterr().out
+    predict(weights, "s3://bucket/photos/1.jpg", "s3://bucket/none.png")
+    told = capsys.readouterr()
+    assert "s3://bucket/photos/1.jpg" in told.out
+    assert "skipped s3://bucket/none.png: no such file" in told.err
+    predict(weights, "s3://nowhere/x.png", code=2)
+
+
+def test_addresses_that_cannot_be_written_to(weights, photos, capsys):
+    predict(weights, photos, "--out", "https://127.0.0.1:1/results", code=2)
+    error = capsys.readouterr().err
+    assert "127.0.0.1:1/results" in error
+    assert "Traceback" not in error
