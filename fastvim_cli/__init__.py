@@ -9,17 +9,21 @@ import difflib
 import importlib
 import importlib.metadata
 import io
-import json
 import os
 import select
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 from fastvim_cli.arguments import UsageError
-from fastvim_cli.console import escape_logs
-from fastvim_cli.failures import EXIT_FAILURE, EXIT_INTERRUPTED, explained
+from fastvim_cli.console import escape_logs, note
+from fastvim_cli.failures import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    Ended,
+    explained,
+    tell_torchrun,
+)
 from fastvim_cli.interrupts import interruptible
 
 
@@ -69,6 +73,11 @@ def main(argv: list[str] | None = None) -> int:
             code = _dispatch(words)
             sys.stdout.flush()
         return code
+    except Ended as end:
+        if end.line:
+            note(f"fastvim: {end.line}")
+            tell_torchrun(end.line)
+        return end.code
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _closed_output():
             return EXIT_FAILURE
@@ -77,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         line, code = explained(error)
         if not _told_by(parent):
             print(f"fastvim: error: {line}", file=sys.stderr)
-        _tell_torchrun(line)
+        tell_torchrun(line)
         return code
     except KeyboardInterrupt as interrupt:
         if debug:
@@ -115,14 +124,6 @@ def _told_by(parent: int) -> bool:
     return False
 
 
-def _tell_torchrun(line: str) -> None:
-    """Write the line where torchrun's report, the last on the terminal, takes its cause from."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        quoted = {"py_callstack": f"fastvim: error: {line}", "timestamp": str(int(time.time()))}
-        error = {"message": {"message": line, "extraInfo": quoted}}
-        Path(file).write_text(json.dumps(error))
-
-
 def _dispatch(words: list[str]) -> int:
     """Run the command that the words name; what it returns is the exit code, None for 0."""
     if not words or words[0] in ("-h", "--help", "help"):
@@ -137,6 +138,8 @@ def _dispatch(words: list[str]) -> int:
         near = f" (nearest: {matches[0]})" if matches else ""
         raise UsageError(f"unknown command '{name}'{near}; see fastvim --help")
     module = COMMANDS[name].module
+    # Of a connection that ends torch warns with pages of its own frames; our errors say it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     run = importlib.import_module(f"fastvim_cli.{module}").run
     return run(words if module == "train" else arguments) or 0
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import locale
+import os
 import re
 import sys
+import time
 import traceback
+from pathlib import Path
 from typing import NamedTuple
 
 from fastvim_cli.arguments import UsageError
@@ -23,6 +27,19 @@ EXIT_INTERRUPTED = 130
 MOST_CHARACTERS = 1000  # of a line
 # Errors of the operating system that another input may avoid; the rest are the machine's.
 _MISTAKES = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL)
+
+
+class Ended(Exception):
+    """A command ends before its work is done, as it was told to.
+
+    Args:
+        line: for the user; empty where another process tells.
+        code: exit code.
+    """
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line, code)
+        self.line, self.code = line, code
 
 
 class Failure(NamedTuple):
@@ -100,3 +117,11 @@ def _one_line(text: str) -> str:
     if len(text) > MOST_CHARACTERS:
         text = f"{text[: MOST_CHARACTERS - 200]} … {text[-200:]}"
     return printable(text)
+
+
+def tell_torchrun(line: str) -> None:
+    """Write the line where torchrun's report, the last on the terminal, takes its cause from."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        quoted = {"py_callstack": f"fastvim: error: {line}", "timestamp": str(int(time.time()))}
+        error = {"message": {"message": line, "extraInfo": quoted}}
+        Path(file).write_text(json.dumps(error))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sized
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -132,6 +133,19 @@ class DataModule(L.LightningDataModule):
         root = self.directory()
         place = root if is_url(root) else os.path.abspath(root)
         return [type(self).__name__, place, self.value_range, self.max_pixels]
+
+    def digest(self, role: str) -> str:
+        """A digest of what an opened role lists: classes, number of files, a thousand names.
+
+        Folders are left out: they may be elsewhere on another machine.
+        """
+        dataset: Any = self._datasets[role]
+        told = ["\0".join(self._class_names)]
+        if isinstance(dataset, Sized) and hasattr(dataset, "filename"):
+            size = len(dataset)
+            some = range(0, size, max(1, size // 1000))
+            told += [str(size), *(os.path.basename(dataset.filename(index)) for index in some)]
+        return sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
     def opened(self, role: str) -> Dataset[Any]:
         """The dataset of a role, opened once."""

@@ -161,6 +161,11 @@ class LastCheckpoint(Checkpoint):
         # gradients of that batch.
         self._last_global_step_saved = trainer.global_step
 
+    def save_now(self, trainer: L.Trainer) -> None:
+        """Save this step, unless it is saved."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,

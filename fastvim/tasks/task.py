@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastvim.tasks.optim import count_steps, parameter_groups
 from fastvim.tasks.origin import ORIGIN, origin_of
 from fastvim.tasks.protocols import TaskData
 from fastvim.tasks.resuming import KEY, TASK, batches_of, go_on, require_same_model
+from fastvim.tasks.run_folder import RUN
 from fastvim.tasks.schedules import (
     Curve,
     Schedule,
@@ -96,6 +98,7 @@ class Task(L.LightningModule):
             `checkpoint` is then not read.
         origin: what the metadata of exported weights say of those that the run started from:
             `started_from` and `licence`. Empty where no licence is known.
+        run: name of the run, which its checkpoints hold (`fastvim.tasks.run_folder`).
 
     Raises:
         UserError: unknown model or model option; a checkpoint that does not fit the model; fewer
@@ -158,6 +161,7 @@ class Task(L.LightningModule):
         self.betas, self.ema_decay = betas, ema_decay
         self.grad_checkpointing, self.capture = grad_checkpointing, capture
         self.resuming = False
+        self.run = uuid.uuid4().hex
         self.origin: dict[str, str] = {}
         self.model: nn.Module | None = None
         self._captured: Callable[[Tensor], Any] | None = None
@@ -242,6 +246,7 @@ class Task(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = batches_of(self)
         checkpoint[TASK] = type(self).__name__
+        checkpoint[RUN] = self.run
 
     def class_scores(self) -> dict[str, dict[str, float]]:
         """Scores of each class after a test, by score and class name; NaN if a class is absent."""

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import pydoc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from rich import get_console
 from fastvim.data.base import DataModule
 from fastvim.data.classes import KnownClasses
 from fastvim.errors import MachineError, UserError
-from fastvim.options import COUNT, SEED, check_given
+from fastvim.options import COUNT, NOT_NEGATIVE, SEED, check, check_given
 from fastvim.storage import is_machine, problem
 from fastvim.tasks import strategies
 from fastvim.tasks.callbacks.refused import refuse_callbacks
@@ -39,17 +39,17 @@ from fastvim.tasks.checkpoints import (
     CheckedCheckpointIO,
     last_whole,
     newest_whole,
-    stop_if_refused,
 )
 from fastvim.tasks.resuming import told_by
+from fastvim.tasks.run_folder import newest, started_again
 from fastvim.tasks.task import Task
 from fastvim.weights import find, known_classes
-from fastvim_cli.check import check_before_fit
 from fastvim_cli.console import say, table
 from fastvim_cli.train.class_paths import admit, require_plain
 from fastvim_cli.train.config_errors import causes, explain, of_one_of_several, options_as_written
 from fastvim_cli.train.config_files import read_config
-from fastvim_cli.train.every_run import as_list, callbacks, loggers, only_run
+from fastvim_cli.train.every_run import as_list, callbacks, loggers
+from fastvim_cli.train.fitting import fit
 from fastvim_cli.train.logs import ConfigFile
 from fastvim_cli.train.own_code import own_errors
 from fastvim_cli.train.trainer_options import (
@@ -133,6 +133,12 @@ class TrainingCLI(LightningCLI):
             help="Where the disk refuses a checkpoint, go on and try again at the next one. False: "
             "stop, as nothing is left of what would be computed.",
         )
+        parser.add_argument(
+            "--seconds_before_limit",
+            type=float,
+            default=60.0,
+            help="Save, stop and go on in a job that follows this long before SLURM's time limit.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         files, overrides = _split_configs(args)
@@ -149,6 +155,7 @@ class TrainingCLI(LightningCLI):
         if not isinstance(self.config.seed_everything, bool):
             check_given(SEED, seed_everything=self.config.seed_everything)
         check_given(COUNT, checkpoint_every_n_steps=self.config.checkpoint_every_n_steps)
+        check(NOT_NEGATIVE, seconds_before_limit=self.config.seconds_before_limit)
 
     def instantiate_classes(self) -> None:
         with own_errors(self.config), options_as_written(self.config):
@@ -204,30 +211,45 @@ class TrainingCLI(LightningCLI):
 
         Raises:
             UserError: a mistake in the configuration, or a loss that is not finite.
+            Ended: a signal or another process ends a training.
+            KeyboardInterrupt: on Ctrl-C in an evaluation.
+        """
+        results: Mapping[str, float] = {}
+        if self.command == "fit":
+            fit(self)
+        else:
+            results = self._evaluate()
+        for name, value in results.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                raise UserError(f"{name} is {value}: results that are not finite are no answer")
+        if self.trainer.is_global_zero:
+            if results:
+                print("   ".join(describe(*item) for item in results.items()))
+            if scores := self.model.class_scores():
+                print(_class_table(scores))
+            say(f"results in {self.root}/")
+        return results
+
+    def _evaluate(self) -> Mapping[str, float]:
+        checkpoint = self.checkpoint()
+        self.take(checkpoint)
+        run = self.trainer.validate if self.command == "validate" else self.trainer.test
+        inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": checkpoint}
+        with self.mistakes():
+            (results,) = run(**inputs, verbose=False)
+        return results
+
+    @contextlib.contextmanager
+    def mistakes(self) -> Iterator[None]:
+        """Raise what a configuration causes inside Lightning as a UserError.
+
+        Raises:
+            UserError: a mistake in the configuration.
             KeyboardInterrupt: on Ctrl-C, after Lightning has put things in order.
         """
-        checkpoint = self._checkpoint()
-        self.model.resuming = checkpoint is not None
-        if self.config.name_modules:
-            self.model.capture = False
-        if isinstance(self.datamodule, DataModule):
-            self.datamodule.known = self._known_classes(checkpoint)
-        inputs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": checkpoint}
-        results: Mapping[str, float] = {}
         try:
             with own_errors(self.config), options_as_written(self.config):
-                if self.command == "fit":
-                    with contextlib.ExitStack() as stack:
-                        if self.trainer.is_global_zero:
-                            stack.enter_context(only_run(self.root))
-                            if isinstance(self.datamodule, DataModule):
-                                check_before_fit(self.datamodule, self.model.uses_labels)
-                        self.trainer.fit(**inputs)
-                    stop_if_refused(self.trainer)
-                elif self.command == "validate":
-                    (results,) = self.trainer.validate(**inputs, verbose=False)
-                else:
-                    (results,) = self.trainer.test(**inputs, verbose=False)
+                yield
         except OSError as error:
             if not is_machine(error):
                 raise
@@ -243,19 +265,16 @@ class TrainingCLI(LightningCLI):
             raise
         except SystemExit:
             if self.trainer.interrupted:  # Lightning turns Ctrl-C into an exit
-                advice = "--ckpt_path last resumes" if self.command == "fit" else ""
-                raise KeyboardInterrupt(advice) from None
+                raise KeyboardInterrupt from None
             raise
-        for name, value in results.items():
-            if name.endswith("loss") and not math.isfinite(value):
-                raise UserError(f"{name} is {value}: results that are not finite are no answer")
-        if self.trainer.is_global_zero:
-            if results:
-                print("   ".join(describe(*item) for item in results.items()))
-            if scores := self.model.class_scores():
-                print(_class_table(scores))
-            say(f"results in {self.root}/")
-        return results
+
+    def take(self, checkpoint: str | None) -> None:
+        """Let model and data know the checkpoint that gives the weights and the classes."""
+        self.model.resuming = checkpoint is not None
+        if self.config.name_modules:
+            self.model.capture = False
+        if isinstance(self.datamodule, DataModule):
+            self.datamodule.known = self._known_classes(checkpoint)
 
     def _known_classes(self, checkpoint: str | None) -> KnownClasses | None:
         """The classes of the weights that are resumed or evaluated, where they tell them."""
@@ -265,10 +284,18 @@ class TrainingCLI(LightningCLI):
         names, ids = known_classes(told_by(source) if checkpoint else find(source).metadata)
         return KnownClasses(source, names, ids) if names else None
 
-    def _checkpoint(self) -> str | None:
-        """The file that `--ckpt_path` means."""
+    def checkpoint(self, restarts: int = 0) -> str | None:
+        """The file that `--ckpt_path` means, or that a run which is started again goes on from.
+
+        Args:
+            restarts: see `started_again`.
+        """
         name, folder = self.config.ckpt_path, self.root / "checkpoints"
         fitting = self.command == "fit"
+        if fitting and (found := started_again(self.root, restarts)):
+            again = newest_whole([each.path for each in found])
+            say(f"started again: goes on from {again}")
+            return str(again)
         if name is None:
             if not fitting and not self.config.model.init_args.get("checkpoint"):
                 raise UserError(f"nothing to {self.command}: give --ckpt_path last, best or FILE")
@@ -278,18 +305,19 @@ class TrainingCLI(LightningCLI):
             if not os.path.exists(name):
                 raise UserError(f"no checkpoint at {name}")
             return name
-        # A second run in the same folder numbers its files, as in last-v1.ckpt.
-        files = sorted(folder.glob(f"{name}*.ckpt"), key=os.path.getmtime, reverse=True)
-        if files and fitting and name == "last":
-            others = sorted(folder.glob("*.ckpt"), key=os.path.getmtime, reverse=True)
-            return str(newest_whole(list(dict.fromkeys([*files, *others]))))
+        if name == "last":
+            files = [each.path for each in newest(self.root)]
+            if files and fitting:
+                others = sorted(folder.glob("*.ckpt"), key=os.path.getmtime, reverse=True)
+                return str(newest_whole(list(dict.fromkeys([*files, *others]))))
+        else:  # a second run in the same folder numbers its files, as in best-v1.ckpt
+            files = sorted(folder.glob("best*.ckpt"), key=os.path.getmtime, reverse=True)
         if files:
             return str(files[0])
         if not fitting or name == "best":
             raise UserError(f"no {name} checkpoint in {folder}")
         # Not an error: a scheduler restarts a preempted run with one and the same command.
-        if self.trainer.is_global_zero:
-            say(f"no last checkpoint in {folder} yet: starting afresh")
+        say(f"no last checkpoint in {folder} yet: starting afresh")
         return None
 
 

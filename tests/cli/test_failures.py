@@ -123,7 +123,7 @@ def test_an_error_of_the_library_in_a_worker_is_its_line(own, capsys, image_fold
     subprocess.run(["cp", "-r", str(image_folder), copy], check=True)
     for file in copy.glob("val/*/*"):
         file.write_bytes(b"no image")
-    monkeypatch.setattr("fastvim_cli.train.cli.check_before_fit", lambda *_: None)
+    monkeypatch.setattr("fastvim_cli.train.fitting.check_before_fit", lambda *_: None)
     error = error_of(capsys, *own, f"--data.root={copy}", "--data.num_workers=1")
     assert error.startswith("fastvim: error: images/val/")
     assert "Traceback" not in error

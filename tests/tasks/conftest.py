@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from fastvim.data.images import ImageData
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the callbacks in stops.py, and harness.py
 
-from harness import recipe
+from harness import recipe_writer
 
 
 @pytest.fixture
@@ -25,16 +24,4 @@ def data(image_folder) -> ImageData:
 def write_recipe(tmp_path, image_folder):
     """Writes the small recipe with changes, as in `write_recipe({"trainer.max_epochs": 1})`."""
 
-    def write(changes: dict | None = None, name: str = "run") -> Path:
-        config = recipe(tmp_path / name, image_folder)
-        for key, value in (changes or {}).items():
-            *path, last = key.split(".")
-            section = config
-            for part in path:
-                section = section[part]
-            section[last] = value
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(config))
-        return file
-
-    return write
+    return recipe_writer(tmp_path, image_folder)

@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
 import torch
+import yaml
 
 from fastvim_cli import main
 
@@ -98,6 +100,24 @@ def recipe(root: Path, images: Path) -> dict:
     }
 
 
+def recipe_writer(folder: Path, images: Path) -> Callable[..., Path]:
+    """Writes the small recipe with changes, as in `write({"trainer.max_epochs": 1})`."""
+
+    def write(changes: dict | None = None, name: str = "run") -> Path:
+        config = recipe(folder / name, images)
+        for key, value in (changes or {}).items():
+            *path, last = key.split(".")
+            section = config
+            for part in path:
+                section = section[part]
+            section[last] = value
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(config))
+        return file
+
+    return write
+
+
 def fit(config: Path, *arguments: str) -> int:
     """Run the command line in a process of its own; its exit code."""
     process = PROCESSES.Process(target=_fit, args=(str(config), *arguments))
@@ -133,3 +153,13 @@ def _fit(config: str, *arguments: str, **environment: str) -> None:
 def last(config: Path) -> dict:
     """The last checkpoint of the run of a configuration."""
     return torch.load(config.with_suffix("") / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_training_state(one: dict, other: dict) -> None:
+    """Trained and averaged weights, optimiser, schedule and counters, bit for bit."""
+    assert one.keys() == other.keys()
+    tensors = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "probe")
+    for key in one.keys() & set(tensors):
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
+    assert one["lr_schedulers"] == other["lr_schedulers"]
+    assert (one["epoch"], one["global_step"]) == (other["epoch"], other["global_step"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import lightning as L
 
@@ -69,3 +70,62 @@ class Poison(L.Callback):
             outputs["loss"].fill_(float("inf"))
         elif self.what == "weight":
             pl_module.model.head.bias.data[0] = float("nan")
+
+
+class SignalAt(L.Callback):
+    """Sends this process a signal, of rank 0 alone where there are several.
+
+    Args:
+        signal: its number.
+        batch: after this number of training batches, counted over all epochs.
+        validation: instead, in the first validation after that.
+    """
+
+    def __init__(self, signal: int, batch: int, validation: bool = False) -> None:
+        self.signal, self.batch, self.validation = signal, batch, validation
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self._send_if_due(trainer, not self.validation)
+
+    def on_validation_batch_end(self, trainer, *args) -> None:
+        self._send_if_due(trainer, self.validation and not trainer.sanity_checking)
+
+    def _send_if_due(self, trainer, here: bool) -> None:
+        due = trainer.fit_loop.total_batch_idx + 1 >= self.batch
+        if here and due and trainer.is_global_zero and self.batch:
+            self.batch = 0  # once
+            os.kill(os.getpid(), self.signal)
+
+
+class Slow(L.Callback):
+    """Lets every training batch, and every validation batch, take some time.
+
+    Args:
+        seconds: of a batch.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *args) -> None:
+        time.sleep(self.seconds)
+
+    def on_validation_batch_start(self, *args) -> None:
+        time.sleep(self.seconds)
+
+
+class KillOnce(L.Callback):
+    """Sends the last process of a run SIGKILL, unless the run has been started again.
+
+    Args:
+        batch: after this number of training batches, counted over all epochs.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        due = trainer.fit_loop.total_batch_idx + 1 >= self.batch
+        if first and due and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)

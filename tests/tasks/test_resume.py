@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from coco_sets import write_set as write_instances
-from harness import MODEL_ARGS, PRETRAINING, PROBE, fit, last
+from harness import MODEL_ARGS, PRETRAINING, PROBE, assert_same_training_state, fit, last
 from safetensors.torch import load_file
 from segmentation_sets import write_set as write_segments
 
@@ -131,16 +131,6 @@ CASES = {
     "detection": (detection(3), "instances", [End("KillAt", 7, 2)]),
     "detection-at-epochs-ends": (detection(4), "instances", [End("KillAt", 7, 2)]),
 }
-
-
-def assert_same_training_state(one: dict, other: dict) -> None:
-    """Trained and averaged weights, optimiser, schedule and counters, bit for bit."""
-    assert one.keys() == other.keys()
-    tensors = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "probe")
-    for key in one.keys() & set(tensors):
-        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
-    assert one["lr_schedulers"] == other["lr_schedulers"]
-    assert (one["epoch"], one["global_step"]) == (other["epoch"], other["global_step"])
 
 
 @pytest.mark.parametrize(("changes", "folder", "ends"), CASES.values(), ids=CASES)

@@ -79,7 +79,9 @@ class RunLog(L.Callback):
         line = f"epoch {trainer.current_epoch + 1:>{len(str(last))}}" + (f"/{last}" if last else "")
         metrics = trainer.callback_metrics
         validation = [name for name in metrics if name.startswith("val/") and self._validated]
-        for name in ("train/loss_epoch", *validation):
+        # A run that was ended in the validation goes on there, without a batch of this epoch.
+        training = ["train/loss_epoch"] if "train/loss_epoch" in metrics else []
+        for name in (*training, *validation):
             line += f"   {describe(name.removesuffix('_epoch'), float(metrics[name]))}"
         self._print(f"{line}   {time.monotonic() - self._start:.1f} s")
 

@@ -1,0 +1,101 @@
+"""Runs that a signal ends lose nothing, and go on with the very weights of one left alone."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import assert_same_training_state, last
+from processes import start, wait_until
+
+
+def callback(kind: str, **arguments) -> dict:
+    return {"class_path": f"stops.{kind}", "init_args": arguments}
+
+
+def run(write_recipe, name: str, *callbacks: dict, **changes) -> Path:
+    settings = {"trainer.logger": False, "trainer.callbacks": list(callbacks)}
+    return write_recipe({**settings, "trainer.max_epochs": 2, **changes}, name)
+
+
+def finish(config: Path, *arguments: str, **options) -> list[int]:
+    runs = start(config, *arguments, **options)
+    codes = [each.end() for each in runs]
+    return codes
+
+
+def step_of(config: Path) -> int:
+    file = config.with_suffix("") / "checkpoints" / "last.ckpt"
+    return last(config)["global_step"] if file.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "validation", "step"),
+    [
+        (3, False, 2),  # in the middle of a step: after the whole of it
+        (12, False, 6),  # at an epoch's last batch: its validation is to do
+        (12, True, 6),  # in its validation, with the averages in place of the weights
+    ],
+)
+def test_nothing_is_lost(write_recipe, batch, validation, step):
+    """What a signal ends goes on bit for bit, with the numbers of its validation."""
+    whole = run(write_recipe, "whole")
+    assert finish(whole) == [0]
+    sent = callback("SignalAt", signal=int(signal.SIGTERM), batch=batch, validation=validation)
+    config = run(write_recipe, "run", sent, checkpoint_every_n_steps=None)
+    (ended,) = start(config)
+    assert ended.end() == 143
+    assert step_of(config) == step
+    where = "checkpoints/last.ckpt"
+    assert ended.errors()[-1].endswith(
+        f"{where} holds step {step}: start all again with --ckpt_path last"
+    )
+    resumed = run(write_recipe, "run", checkpoint_every_n_steps=None)
+    assert finish(resumed, "--ckpt_path=last") == [0]
+    assert_same_training_state(last(whole), last(config))
+    best = [
+        torch.load(each.with_suffix("") / "checkpoints/best.ckpt", weights_only=True)
+        for each in (whole, config)
+    ]
+    assert best[0]["global_step"] == best[1]["global_step"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("both", [False, True], ids=["SIGUSR1", "SIGUSR1-SIGTERM"])
+def test_a_job_of_slurm_is_put_back_and_goes_on(write_recipe, slurm, processes, both):
+    slow = callback("Slow", seconds=0.1)
+    config = run(write_recipe, "run", slow, **{"trainer.max_epochs": 9})
+    runs = start(config, f"--trainer.devices={processes}", processes=processes, slurm=slurm)
+    wait_until((config.with_suffix("") / "checkpoints" / "last.ckpt").exists)
+    for each in runs:
+        each.signal(signal.SIGUSR1)
+    for each in runs if both else ():
+        each.signal(signal.SIGTERM)
+    assert [each.end(60) for each in runs] == [143] * processes
+    assert (slurm / "asked").read_text() == "requeue 41\n"
+    (line,) = [line for each in runs for line in each.errors()]
+    step = step_of(config)
+    assert "; SLURM starts the job again; " in line
+    assert f"holds step {step}" in line
+    again = run(write_recipe, "run", **{"trainer.max_epochs": 1 + 6 * processes})
+    words = (f"--trainer.devices={processes}", f"--trainer.max_steps={step + 2}")
+    ended = start(again, *words, processes=processes, slurm=slurm)
+    assert [each.end() for each in ended] == [0] * processes
+    assert f"resumed after {step:,}\n" in ended[0].text()
+    assert step_of(config) == step + 2
+
+
+def test_a_second_signal_ends_at_once(write_recipe):
+    """In a step that takes long the first one waits for its end."""
+    slow = callback("Slow", seconds=60)
+    config = run(write_recipe, "run", slow, **{"trainer.num_sanity_val_steps": 0})
+    (ended,) = start(config)
+    wait_until(lambda: " 12 steps" in ended.text())
+    time.sleep(2)  # until it is in the first step
+    ended.signal(signal.SIGTERM, gap=1.5)
+    ended.signal(signal.SIGTERM)
+    assert ended.end(30) == 143
+    assert step_of(config) == 0
