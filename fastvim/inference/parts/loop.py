@@ -132,7 +132,7 @@ def rows(
         done: list[Row] = []
         for item, reason in zip(batch.items, batch.reasons, strict=True):
             row = {"error": reason} if reason else next(results)
-            error = row.get("error")
+            error = row.pop("error", None)
             if error is not None:
                 report.failed(Failure(item["path"], error))
             done.append({"path": item["path"], **row, "error": error})

@@ -106,7 +106,7 @@ def run_parts(work: Work, source: Source, out: str, plan: Plan, listener: Listen
         opened.weights,
         opened.settings(),
         source.identity(),
-        lambda: opened.items(source.items(opened.endings, out)),
+        lambda: opened.items(source.items(opened.endings, store.root)),
         plan.part_size,
     )
     run = Run(store, manifest)
@@ -130,7 +130,6 @@ def run_parts(work: Work, source: Source, out: str, plan: Plan, listener: Listen
         workers = readers(device) if plan.workers is None else plan.workers
         compute(run, opened, missing, device, listener, workers)
     left = set(range(manifest.parts)).difference(manifest.done(run.parts))
-
     there = [part for part in range(manifest.parts) if part not in left]
     failed = failures_in(run, there)
     _require_result(failed, manifest.listing.rows, run)
@@ -169,9 +168,9 @@ def run_here(
     """
     device = plan.device or own_device()
     opened = work.open(device)
-    items = list(opened.items(source.items(opened.endings, out)))
-    listener.begin(len(items), 0)
     store = None if out is None else open_store(out)
+    items = list(opened.items(source.items(opened.endings, store.root if store else None)))
+    listener.begin(len(items), 0)
     workers = readers(device) if plan.workers is None else plan.workers
     batches = rows(opened, [items], device, store, listener, workers)
     found = [row for batch in batches for row in batch]
