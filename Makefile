@@ -35,10 +35,12 @@ test: install
 test-faults: install
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "faults or not faults" tests/data/test_faults.py tests/faults
 
-# What needs Ray, or takes minutes: 20,000 images by every way of spreading them.
+# What needs Ray, or takes minutes: 20,000 images by every way of spreading them; trainings that get
+# signals at random moments and lose processes.
 test-cluster: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ray
 	$(BIN)/python -m pytest tests/inference/test_over_ray.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster or not cluster" tests/cluster
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python measurements/parts.py
 
 # In an environment of its own, which it makes and removes.

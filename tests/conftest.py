@@ -35,10 +35,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if "faults" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("faults")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("faults")]
+    for mark in ("faults", "cluster"):
+        if mark not in config.option.markexpr:
+            left_out = [item for item in items if item.get_closest_marker(mark)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker(mark)]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

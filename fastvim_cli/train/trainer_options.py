@@ -81,6 +81,9 @@ def check_trainer(settings: Namespace, command: str) -> None:
     """
     if str(settings.strategy).startswith("fsdp") and settings.strategy != "fsdp2":
         raise OptionError("strategy", settings.strategy, STRATEGIES)
+    if (root := settings.default_root_dir) and "://" in str(root):
+        expected = "a folder: a run is written there, and copied to an address when it has ended"
+        raise OptionError("default_root_dir", str(root), expected)
     for unit in ("epochs", "steps"):
         least, most = settings[f"min_{unit}"], settings[f"max_{unit}"]
         if most not in (None, -1) and (least or 0) > most:

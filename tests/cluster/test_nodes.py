@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from processes import start, wait_until
+from harness import assert_same_training_state, last
+from processes import PATIENCE, free_port, start, wait_until
 
 NODES = ("--trainer.num_nodes=2", "--trainer.devices=1")
 SLOW = {"class_path": "stops.Slow", "init_args": {"seconds": 0.1}}
@@ -38,6 +41,7 @@ def test_other_options(write_recipe, option, value, line):
     assert not list(one.with_suffix("").rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_folders_of_their_own(write_recipe):
     one, two = (write_recipe({"trainer.max_epochs": 1}, name) for name in ("one", "two"))
     codes, lines = together(one, two)
@@ -64,8 +68,12 @@ def test_other_images(write_recipe, image_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "rank"),
-    [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)],
-    ids=["killed", "first-hangs"],
+    [
+        pytest.param(signal.SIGKILL, 1, id="killed"),
+        pytest.param(signal.SIGKILL, 0, id="first-killed", marks=pytest.mark.cluster),
+        pytest.param(signal.SIGSTOP, 1, id="hangs", marks=pytest.mark.cluster),
+        pytest.param(signal.SIGSTOP, 0, id="first-hangs", marks=pytest.mark.cluster),
+    ],
 )
 def test_a_peer_that_ends_or_hangs(write_recipe, number, rank):
     """The other one ends with one line that tells which, and how to go on."""
@@ -82,3 +90,38 @@ def test_a_peer_that_ends_or_hangs(write_recipe, number, rank):
     assert "last.ckpt holds step " in line
     assert line.endswith("start all again with --ckpt_path last")
     assert "Traceback" not in runs[1 - rank].text()
+
+
+def torchrun(config: Path, port: int, *options: str) -> subprocess.Popen:
+    """torchrun of one of two machines."""
+    log = config.with_name(f"torchrun_{config.stem}_{len(list(config.parent.glob('*.log')))}.log")
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run"]
+    words = ["--nnodes=2", "--nproc-per-node=1", "--local-addr=127.0.0.1", *rendezvous, *options]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, "-m", "fastvim_cli", "fit"]
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [*command, "--config", str(config), *NODES],
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_from_the_newest(write_recipe):
+    """A process is killed: `--max-restarts` alone ends with the weights of an uninterrupted run."""
+    whole = write_recipe({"trainer.max_epochs": 2}, "whole")
+    assert [run.end() for run in start(whole, *NODES, processes=2, nodes=2)] == [0, 0]
+    kill = {"class_path": "stops.KillOnce", "init_args": {"batch": 5}}
+    config = write_recipe({"trainer.max_epochs": 2, "trainer.callbacks": [kill]})
+    port = free_port()
+    nodes = [torchrun(config, port, "--max-restarts=3") for _ in range(2)]
+    try:
+        assert [node.wait(2 * PATIENCE) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
+    text = "".join(log.read_text() for log in config.parent.glob("torchrun_*.log"))
+    assert "started again: goes on from " in text
+    assert_same_training_state(last(whole), last(config))

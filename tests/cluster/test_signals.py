@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import time
 from pathlib import Path
@@ -86,6 +87,44 @@ def test_a_job_of_slurm_is_put_back_and_goes_on(write_recipe, slurm, processes, 
     assert [each.end() for each in ended] == [0] * processes
     assert f"resumed after {step:,}\n" in ended[0].text()
     assert step_of(config) == step + 2
+
+
+KINDS = {
+    "SIGTERM": [signal.SIGTERM],
+    "SIGUSR1": [signal.SIGUSR1],
+    "both": [signal.SIGUSR1, signal.SIGTERM],
+}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("draw", range(5))
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_signals_at_any_moment(write_recipe, slurm, kind, processes, draw):
+    """In steps and validations: ended, nothing lost, and the job goes on to the same weights."""
+    chance = random.Random(f"{kind} {processes} {draw}")
+    options = (f"--trainer.devices={processes}",)
+    whole = run(write_recipe, "whole", **{"trainer.max_epochs": 4})
+    assert finish(whole, *options, processes=processes) == [0] * processes
+    slow = callback("Slow", seconds=0.1)
+    config = run(write_recipe, "run", slow, **{"trainer.max_epochs": 4})
+    runs = start(config, *options, processes=processes, slurm=slurm)
+    wait_until(lambda: "parameters" in runs[0].text())
+    time.sleep(chance.uniform(0, 4))
+    for number in KINDS[kind]:
+        for each in runs:
+            each.signal(number)
+        time.sleep(chance.uniform(0, 0.5))
+    codes = [each.end(60) for each in runs]
+    assert codes in ([143] * processes, [0] * processes)  # or it had ended
+    stopped = codes[0] == 143
+    assert (slurm / "asked").exists() == (stopped and kind != "SIGTERM")
+    resumed = run(write_recipe, "run", **{"trainer.max_epochs": 4})
+    words = ("--ckpt_path=last",) if kind == "SIGTERM" else ()
+    if stopped:
+        ended = start(resumed, *options, *words, processes=processes, slurm=slurm)
+        assert [each.end() for each in ended] == [0] * processes
+    assert_same_training_state(last(whole), last(config))
 
 
 def test_a_second_signal_ends_at_once(write_recipe):

@@ -156,3 +156,12 @@ def test_a_mistake_is_told_by_one_process(write_recipe):
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.count("model.num_classes 2: expected 6 or more") == 1, ended.stderr
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_run_is_not_written_to_an_address(write_recipe, capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    words = [command, "--config", write_recipe(), "--trainer.default_root_dir", "s3://bucket/run"]
+    line = mistake(capsys, *words)
+    assert line.startswith("trainer.default_root_dir 's3://bucket/run': expected a folder: ")
+    assert not list(tmp_path.glob("s3*"))

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from fastvim.errors import UserError
+from fastvim.tasks.cluster.rendezvous import join_torchrun
 
 _Result = TypeVar("_Result")
 _LOOK = (0.005, 0.25)  # seconds between two looks for a value: at first, and at most
@@ -167,11 +168,9 @@ def connect(trainer: Any) -> Peers:
         environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
         if not environment.creates_processes_externally:
             launcher._call_children_scripts()
+    join_torchrun(strategy, trainer.global_rank, trainer.world_size)
     strategy.setup_environment()
-    # torchrun's store keeps the values of processes that it has started again.
-    names = [uuid.uuid4().hex]
-    dist.broadcast_object_list(names, 0, device=strategy.root_device)
-    store = dist.PrefixStore(f"fastvim/{names[0]}", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore("peers", dist.distributed_c10d._get_default_store())
     return Peers(trainer.global_rank, trainer.world_size, store)
 
 
