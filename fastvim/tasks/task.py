@@ -66,7 +66,6 @@ class Task(L.LightningModule):
         checkpoint: weights to start from: a file, or the name of published ones; None for random
             ones. Training makes a new head if the file has none (a masked autoencoder's, whose
             encoder is taken) or one for other classes. Known ones keep their outputs, by name.
-            Ignored when resuming.
         lr: peak learning rate for `lr_batch` images a step. The rate used is
             `lr * global batch / lr_batch`. The global batch is images per process times
             processes times `accumulate_grad_batches`.

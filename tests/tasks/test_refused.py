@@ -27,7 +27,7 @@ REFUSED = {
 # Of the other callbacks, what they cannot be without.
 SERVING = {
     "EarlyStopping": {"monitor": "val/acc1"},
-    "ThroughputMonitor": {"batch_size_fn": "builtins.len"},
+    "ThroughputMonitor": {"batch_size_fn": "lightning.pytorch.utilities.data.extract_batch_size"},
 }
 
 
