@@ -32,6 +32,9 @@ def create_model(name: str, /, **model_args: Any) -> nn.Module:
     """
     if not timm.is_model(name):
         raise UserError(f"no model {name!r}{nearest(name, timm.list_models())}")
+    for option in ("checkpoint_path", "cache_dir"):  # timm's own, which it does not look at
+        if not isinstance(value := model_args.get(option), str | os.PathLike | None):
+            raise OptionError(option, value, "a path")
     if is_ours(name):
         _check_memory(name, check_options(name, model_args))
     try:

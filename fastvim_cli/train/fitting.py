@@ -81,6 +81,7 @@ def _begin(cli: TrainingCLI, peers: Peers, stack: ExitStack) -> str | None:
     def first() -> tuple[str | None, str]:
         stack.enter_context(only_run(cli.root))
         checkpoint = cli.checkpoint(count)
+        cli.take(checkpoint)  # before the data are looked at: it tells their classes
         if isinstance(data, DataModule):
             check_before_fit(data, cli.model.uses_labels)
         run = name_of(cli.root, checkpoint) or cli.model.run
@@ -92,7 +93,8 @@ def _begin(cli: TrainingCLI, peers: Peers, stack: ExitStack) -> str | None:
     if checkpoint is not None:
         content = {f"the checkpoint {checkpoint}": _digest(Path(checkpoint))}
         peers.compare(content, "expected one file, on a disk that all machines share")
-    cli.take(checkpoint)
+    if peers.rank:
+        cli.take(checkpoint)
     return checkpoint
 
 

@@ -20,6 +20,7 @@ from fastvim.tasks.cluster.peers import Peers
 
 PATIENCE = 20.0  # seconds without a sign of life
 BEAT = 0.5  # seconds between two of them
+_MOST = 60.0  # seconds that the end of a process may take
 _LINGER = 4 * BEAT  # until the others have read why this process ends
 # In errors of a connection whose other end has gone.
 _OF_PEERS = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out", "timed out", "recvValue")
@@ -90,8 +91,14 @@ class Watch:
             time.sleep(self._patience + 10)
         self._over.set()
         first = self._first_to_end(code)
-        threading.Thread(target=time.sleep, args=(_LINGER,)).start()  # holds the process
+        threading.Thread(target=self._linger, args=(code,)).start()
         return first
+
+    def _linger(self, code: int) -> None:
+        """Hold this process until the others have seen that it ends, and not for long after."""
+        time.sleep(_LINGER)
+        threading.main_thread().join(_MOST)
+        self._leave("", code)
 
     def _talk(self) -> None:
         """Tell the store that this process lives, and see what the others tell."""
