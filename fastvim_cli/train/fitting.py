@@ -64,10 +64,10 @@ def fit(cli: TrainingCLI) -> None:
         signals.over = True
         _stopped(cli.root, peers, watch, stop)
     except Exception as error:
-        code = explained(error).code
-        if not watch.failed(error, code):
-            raise Ended("", code) from error
-        raise
+        if peers.size == 1:
+            raise
+        line, code = explained(error)  # told by the process that fails first, whichever it is
+        raise Ended(f"error: {line}" if watch.failed(error, code) else "", code) from error
     finally:
         if peers.size == 1:  # else they are taken until the other processes have ended as well
             signals.restore()
