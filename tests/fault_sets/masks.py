@@ -97,7 +97,7 @@ def masks_with_a_palette(drawn: Drawn) -> None:
 def foreground_as_255(drawn: Drawn) -> str:
     drawn.data |= {"num_classes": 2, "reduce_zero_label": False}
     change_masks(drawn, lambda m: np.where((m > 0) & (m < 255), 255, 0))
-    return "one class.*1.*255"
+    return "one class.*1.*255|without pixels of any class.*255"  # where all was foreground
 
 
 @fault("masks", "stops")

@@ -28,7 +28,9 @@ def write_table(drawn: Drawn) -> None:
 
 def read_rows(drawn: Drawn) -> list[dict[str, str]]:
     with open(drawn.root / "table.csv", newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    # Without what separators at the ends of the rows have made.
+    return [{name: cell for name, cell in row.items() if name} for row in rows]
 
 
 def write_rows(drawn: Drawn, rows: list[dict[str, str]], encoding: str = "utf-8") -> None:
