@@ -75,6 +75,11 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}"
 
 
+def one_line(error: object) -> str:
+    """What an error says, without its line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def first_few(values: Sequence[object], most: int = 3) -> str:
     """`"a, b, c and 4 more"`."""
     more = f" and {len(values) - most} more" if len(values) > most else ""

@@ -65,16 +65,20 @@ def table(
     )
 
 
+def overwrite(line: str) -> None:
+    """Show a line in the place of the last one, on a terminal; an empty one takes it away."""
+    sys.stderr.write(f"\r{line}\x1b[K")  # erases the rest of the line
+    sys.stderr.flush()
+
+
 def track(items: Iterable[_Item], doing: str, total: int) -> Iterator[_Item]:
     """The items; a terminal shows how many of them are done."""
     terminal = sys.stderr.isatty()
     try:
         for done, item in enumerate(items):
             if terminal:
-                sys.stderr.write(f"\r{doing} {done}/{total}")
-                sys.stderr.flush()
+                overwrite(f"{doing} {done}/{total}")
             yield item
     finally:
         if terminal:
-            sys.stderr.write("\r\x1b[K")  # erases the line
-            sys.stderr.flush()
+            overwrite("")

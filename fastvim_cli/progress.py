@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from fastvim_cli.console import note
+from fastvim_cli.console import note, overwrite
 
 if TYPE_CHECKING:
     from fastvim.inference.parts.work import Failure
@@ -42,8 +42,7 @@ class Progress:
             self._shown = now
             line = self._line(now)
             if self._terminal:
-                sys.stderr.write(f"\r{line}\x1b[K")  # erases the rest of the line
-                sys.stderr.flush()
+                overwrite(line)
             else:
                 note(line)
 
@@ -72,8 +71,7 @@ class Progress:
 
     def _clear(self) -> None:
         if self._terminal:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            overwrite("")
 
 
 def duration(seconds: float) -> str:

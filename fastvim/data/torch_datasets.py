@@ -14,7 +14,7 @@ from torchvision.datasets import VisionDataset
 from fastvim.data.folders import SPLIT_NAMES
 from fastvim.data.issues import Look, look_at
 from fastvim.data.transforms import Transform
-from fastvim.errors import UserError, nearest
+from fastvim.errors import UserError, nearest, one_line
 
 PREFIX = "torch/"
 UNREADABLE = (OSError, RuntimeError, ValueError)  # what torchvision raises
@@ -53,13 +53,13 @@ def open_torch_dataset(name: str, root: str, split: str, download: bool = False)
         return create_dataset(name, root=root, split=split)
     except UNREADABLE as error:
         if not download:
-            raise UserError(f"{name}: cannot be opened in {root} ({_line(error)})") from error
+            raise UserError(f"{name}: cannot be opened in {root} ({one_line(error)})") from error
     # Only now: Places365 refuses to download what is there.
     try:
         return create_dataset(name, root=root, split=split, download=True)
     except UNREADABLE as error:
         raise UserError(
-            f"{name}: not in {root}, and cannot be downloaded ({_line(error)}); a network is "
+            f"{name}: not in {root}, and cannot be downloaded ({one_line(error)}); a network is "
             "needed once"
         ) from error
 
@@ -117,7 +117,3 @@ def torch_class_names(dataset: VisionDataset) -> list[str]:
     """The classes in index order; of several names of one class, all."""
     names = dataset.classes
     return [name if isinstance(name, str) else ", ".join(name) for name in names]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

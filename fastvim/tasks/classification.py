@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from fastvim.errors import OptionError, UserError
 from fastvim.models import FastChannelVim, sample_channels
 from fastvim.options import NOT_NEGATIVE, SHARE, SHARE_BELOW_1, check
-from fastvim.tasks.metrics import tell_not_finite
+from fastvim.tasks.metrics import NotFinite
 from fastvim.tasks.task import Task
 
 Batch = tuple[Tensor, Tensor]
@@ -70,6 +70,7 @@ class Classification(Task):
             ema_decay=ema_decay,
             **options,
         )
+        self._not_finite = NotFinite()
         check(NOT_NEGATIVE, mixup=mixup, cutmix=cutmix)
         check(SHARE, switch_prob=switch_prob)
         check(SHARE_BELOW_1, label_smoothing=label_smoothing)
@@ -154,15 +155,9 @@ class Classification(Task):
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         return sample_channels(count, torch.Generator().manual_seed(seed))
 
-    def on_validation_epoch_start(self) -> None:
-        self._not_finite: Tensor | int = 0
-
-    def on_test_epoch_start(self) -> None:
-        self._not_finite = 0
-
     def on_validation_epoch_end(self) -> None:
         if self.fitting:
-            tell_not_finite(self, self._not_finite)
+            self._not_finite.tell(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val/loss", self.val_metrics)
@@ -175,7 +170,8 @@ class Classification(Task):
         images, target = batch
         logits = self(images).float()
         lost = ~logits.isfinite().all(dim=1)
-        self._not_finite = self._not_finite + lost.sum()
+        if self.fitting:
+            self._not_finite.add(lost.sum())
         # Where a result is not finite, the right class is the last of all.
         no_answer = -F.one_hot(target, logits.shape[1]).to(logits.dtype)
         metrics.update(torch.where(lost[:, None], no_answer, logits), target)

@@ -28,7 +28,7 @@ from fastvim.options import (
 )
 from fastvim.tasks.average_precision import AveragePrecision
 from fastvim.tasks.dense_task import DenseTask
-from fastvim.tasks.metrics import tell_not_finite
+from fastvim.tasks.metrics import NotFinite
 from fastvim.tasks.schedules import Curve, drops_by_steps
 
 # Images (3, H, W) with values in 0 to 1, and what is in them.
@@ -108,6 +108,7 @@ class Detection(DenseTask):
             capture=False,  # the number of regions changes from image to image
             **options,
         )
+        self._not_finite = NotFinite()
         check(COUNT, channels=channels, proposals=proposals, hidden_dim=hidden_dim)
         check(COUNT, samples=samples, detections=detections)
         check(COUNT_OR_0, pad_to=pad_to)
@@ -182,7 +183,6 @@ class Detection(DenseTask):
         return self._test_scores
 
     def on_validation_epoch_start(self) -> None:
-        self._not_finite = 0
         self._metrics = AveragePrecision(self.data.category_ids)
 
     def on_test_epoch_start(self) -> None:
@@ -195,7 +195,8 @@ class Detection(DenseTask):
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        tell_not_finite(self, self._not_finite)
+        if self.fitting:
+            self._not_finite.tell(self)
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -229,7 +230,7 @@ class Detection(DenseTask):
         except NotFiniteError:
             if not self.fitting:
                 raise
-        self._not_finite += len(images)
+        self._not_finite.add(len(images))
         return [None] * len(images)
 
     def _log_scores(self, stage: str) -> dict[str, list[float]]:

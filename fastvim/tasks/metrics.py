@@ -70,12 +70,23 @@ class SegmentationMetrics(Metric):
         return {"miou": told * iou.nanmean(), "acc": told * acc, "iou": iou}
 
 
-def tell_not_finite(task: LightningModule, images: Tensor | int) -> None:
-    """Say how many images of a validation, over all processes, gave no finite result."""
-    count = torch.as_tensor(images, dtype=torch.float32, device=task.device)
-    total = int(task.trainer.strategy.reduce(count, reduce_op="sum"))
-    if total and task.trainer.is_global_zero:
-        _logger.warning(
-            "validation after step %d: images whose results are not finite, none right: %d",
-            *(task.trainer.global_step, total),
-        )
+class NotFinite:
+    """Counts the images of a validation whose results are not finite."""
+
+    def __init__(self) -> None:
+        self._images: Tensor | int = 0
+
+    def add(self, images: Tensor | int) -> None:
+        """So many more; a count on a GPU stays there."""
+        self._images = self._images + images
+
+    def tell(self, task: LightningModule) -> None:
+        """Say how many there were in all processes, and begin anew."""
+        count = torch.as_tensor(self._images, dtype=torch.float32, device=task.device)
+        self._images = 0
+        total = int(task.trainer.strategy.reduce(count, reduce_op="sum"))
+        if total and task.trainer.is_global_zero:
+            _logger.warning(
+                "validation after step %d: images whose results are not finite, none right: %d",
+                *(task.trainer.global_step, total),
+            )

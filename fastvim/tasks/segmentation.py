@@ -29,7 +29,7 @@ from fastvim.options import (
     check_given,
 )
 from fastvim.tasks.dense_task import DenseTask
-from fastvim.tasks.metrics import SegmentationMetrics, tell_not_finite
+from fastvim.tasks.metrics import NotFinite, SegmentationMetrics
 from fastvim.tasks.schedules import Curve, line_by_steps
 
 # Images (3, H, W) and classes (H, W) each: tensors in training, lists in evaluation.
@@ -97,6 +97,7 @@ class Segmentation(DenseTask):
             blocks_per_decay=1,
             **options,
         )
+        self._not_finite = NotFinite()
         check(COUNT, channels=channels, aux_channels=aux_channels, stride=stride)
         check_given(COUNT, window=window)
         check(WHOLE, out_indices=out_indices)
@@ -182,15 +183,9 @@ class Segmentation(DenseTask):
         """The predicted classes of each image, for `fastvim.tasks.callbacks.report.Report`."""
         return {"labelled": self._evaluate(batch, "test/loss", self.test_metrics)}
 
-    def on_validation_epoch_start(self) -> None:
-        self._not_finite: Tensor | int = 0
-
-    def on_test_epoch_start(self) -> None:
-        self._not_finite = 0
-
     def on_validation_epoch_end(self) -> None:
         if self.fitting:
-            tell_not_finite(self, self._not_finite)
+            self._not_finite.tell(self)
         self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
@@ -203,7 +198,8 @@ class Segmentation(DenseTask):
             size = (classes.shape[0], classes.shape[1])
             logits = multi_scale_flip(self, image[None], size, self.scales, self.flip)
             lost = logits[0].isnan().any(dim=0)
-            self._not_finite = self._not_finite + lost.any()
+            if self.fitting:
+                self._not_finite.add(lost.any())
             # Where a result is not finite, another class than the right one.
             wrong = (classes + 1) % logits.shape[1]
             predicted.append(torch.where(lost, wrong, logits[0].argmax(dim=0)))

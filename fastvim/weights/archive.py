@@ -44,10 +44,10 @@ def write_archive(path: str | os.PathLike[str], content: Any) -> None:
         with _checksums():
             _save(content, file)
         with zipfile.ZipFile(file) as archive:
-            seal = _seal(archive)
+            comment = _MARK + seal(archive)
         # The last two bytes are the length of the comment, which torch leaves empty.
         file.seek(-2, os.SEEK_END)
-        file.write(struct.pack("<H", len(seal)) + seal)
+        file.write(struct.pack("<H", len(comment)) + comment)
 
 
 def _save(content: Any, file: IO[bytes]) -> None:
@@ -83,7 +83,7 @@ def _check(path: str, *_status: int) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             sealed = archive.comment.startswith(_MARK)
-            if sealed and archive.comment != _seal(archive):
+            if sealed and archive.comment != _MARK + seal(archive):
                 raise UserError(f"{path} is damaged: its list of records is not as written")
             records = [info for info in archive.infolist() if not info.compress_type]
             if sealed or any(info.CRC for info in records):  # torch can be told to compute none
@@ -106,12 +106,13 @@ def _read_through(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
             pass
 
 
-def _seal(archive: zipfile.ZipFile) -> bytes:
+def seal(archive: zipfile.ZipFile) -> bytes:
+    """SHA-256, in hexadecimal, of what the archive lists of its records."""
     listed = [
         (info.filename, info.header_offset, info.compress_type, info.file_size, info.CRC)
         for info in archive.infolist()
     ]
-    return _MARK + hashlib.sha256(json.dumps(listed).encode()).hexdigest().encode()
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest().encode()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastvim.errors import MachineError, UserError
+from fastvim.errors import MachineError, UserError, one_line
 from fastvim.storage import is_machine, problem
 
 _logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _from_hub(url: str, repository: str, revision: str, file: str) -> Path:
     except Exception as error:  # its versions use other HTTP libraries, and pass on their errors
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
-        raise failure(url, _one_line(error.__cause__ or error)) from error
+        raise failure(url, one_line(error.__cause__ or error)) from error
 
 
 def _from_address(url: str, sha256: str | None) -> Path:
@@ -233,7 +233,7 @@ def _open(request: urllib.request.Request, tag: Path) -> Any:
             raise _BrokenOffError(answer) from error
         raise failure(request.full_url, answer) from error
     except _BROKEN as error:
-        raise _BrokenOffError(_one_line(getattr(error, "reason", error))) from error
+        raise _BrokenOffError(one_line(getattr(error, "reason", error))) from error
 
 
 def _check_answer(url: str, response: Any, start: int, first: bytes) -> None:
@@ -251,7 +251,7 @@ def _chunks(response: Any) -> Iterator[bytes]:
         while chunk := response.read(_CHUNK):
             yield chunk
     except _BROKEN as error:
-        raise _BrokenOffError(f"the connection broke: {_one_line(error)}") from error
+        raise _BrokenOffError(f"the connection broke: {one_line(error)}") from error
 
 
 def _compare(url: str, path: Path, sha256: str | None) -> None:
@@ -297,7 +297,3 @@ def _read_note(note: Path, url: str) -> dict[str, Any] | None:
 def _etag_file(part: Path) -> Path:
     """Where the server's mark of a part file's version stands."""
     return part.with_name(part.name + ".etag")
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -6,7 +6,6 @@ import os
 import sys
 import zipfile
 from contextlib import ExitStack
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +23,7 @@ from fastvim.tasks.cluster.signals import (
 )
 from fastvim.tasks.cluster.watch import Watch
 from fastvim.tasks.run_folder import begin, has_begun, name_of, newest, requeued, restarts
+from fastvim.weights.archive import seal
 from fastvim_cli.check import check_before_fit
 from fastvim_cli.console import note
 from fastvim_cli.failures import Ended, explained, tell_torchrun
@@ -109,13 +109,12 @@ def _options(cli: TrainingCLI) -> dict[str, str]:
 
 
 def _digest(file: Path) -> str:
-    """A digest of a checkpoint: of the names, sizes and checksums that torch's format lists."""
+    """A short digest of a checkpoint, from what its archive lists."""
     try:
         with zipfile.ZipFile(file) as archive:
-            told = [(each.filename, each.file_size, each.CRC) for each in archive.infolist()]
+            return seal(archive).decode()[:12]
     except (OSError, zipfile.BadZipFile) as error:
         return "not there" if isinstance(error, FileNotFoundError) else "not readable"
-    return sha256(repr(told).encode()).hexdigest()[:12]
 
 
 def _safe(root: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastvim.errors import MachineError, UserError
-from fastvim.inference.parts.loop import Report, Run, compute, open_for, readers
+from fastvim.inference.parts.loop import SAFE, Report, Run, compute, open_for, readers
 from fastvim.inference.parts.work import Failure, Opened, Work
 
 _THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")  # are read when a process begins
@@ -111,9 +111,7 @@ def _died(child: _Child) -> MachineError:
     child.process.join(10)
     code = child.process.exitcode
     how = f"was ended by signal {-code}" if code and code < 0 else f"ended with code {code}"
-    return MachineError(
-        f"{child.name} {how}; the parts that exist are safe: the same command goes on from them"
-    )
+    return MachineError(f"{child.name} {how}; {SAFE}")
 
 
 def _run(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from fastvim.errors import UserError
+from fastvim.errors import UserError, one_line
 from fastvim.extras import install
 from fastvim.inference.parts.work import Row
 
@@ -81,9 +81,8 @@ def _named(name: str) -> Iterator[None]:
     except UserError:
         raise
     except (ValueError, OSError, AttributeError) as error:  # pyarrow's errors are some of these
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"{name}: damaged ({reason}); remove it, and start again to compute it anew"
+            f"{name}: damaged ({one_line(error)}); remove it, and start again to compute it anew"
         ) from error
 
 

@@ -24,6 +24,8 @@ from fastvim.inference.parts.shards import local_share
 from fastvim.inference.parts.store import Store
 from fastvim.inference.parts.work import Failure, Item, Opened, Read, Row, Work
 
+SAFE = "the parts that exist are safe: the same command goes on from them"
+
 
 class Report(Protocol):
     """Is told how a run goes on."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from fastvim.errors import MachineError, UserError
+from fastvim.errors import MachineError, UserError, one_line
 from fastvim.extras import install
-from fastvim.inference.parts.loop import Report, Run, compute, open_for
+from fastvim.inference.parts.loop import SAFE, Report, Run, compute, open_for
 from fastvim.inference.parts.work import Failure, Opened, Work
 
 AT_ONCE = 8  # parts of a task on a GPU: images are read ahead from one to the next
@@ -61,8 +61,7 @@ def compute_over_ray(
             _knock(address)
             ray.init(address, log_to_driver=False, logging_level="ERROR")
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"--ray {address}: no cluster ({reason})") from error
+            raise UserError(f"--ray {address}: no cluster ({one_line(error)})") from error
     try:
         _Driver(ray, device, work, run, opened, missing, report, workers).drive()
     finally:
@@ -99,10 +98,7 @@ class _Driver:
         while self.waiting or self.tasks:
             self._fill()
             if not self.actors:
-                raise MachineError(
-                    "no node of the Ray cluster is left; the parts that exist are safe: the same "
-                    "command goes on from them"
-                )
+                raise MachineError(f"no node of the Ray cluster is left; {SAFE}")
             self._hand_out()
             ended, _ = self.ray.wait(list(self.tasks), timeout=_POLL)
             for task in ended:
@@ -178,7 +174,7 @@ class _Driver:
             elif self.losses[part] >= MOST_LOSSES:
                 raise MachineError(
                     f"part {part} was lost {MOST_LOSSES} times with the worker that computed it "
-                    f"({type(error).__name__}); the parts that exist are safe"
+                    f"({type(error).__name__}); {SAFE}"
                 )
             else:
                 self.waiting.appendleft(part)

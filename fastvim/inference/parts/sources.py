@@ -25,8 +25,9 @@ from fastvim.data.folders import (
 )
 from fastvim.data.remote import filesystem, is_url, join, read_bytes, retried
 from fastvim.errors import UserError
-from fastvim.inference.parts.tables import file_digest, table_paths
+from fastvim.inference.parts.tables import table_paths
 from fastvim.inference.parts.work import Item
+from fastvim.weights.fetch import digest
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Source:
         if self.table is None:
             return {"words": list(self.words), "folder": os.getcwd()}
         with _local(self.table) as file:
-            return {"table": file_digest(file), "folder": _folder(self.table)}
+            return {"table": digest(Path(file)), "folder": _folder(self.table)}
 
     def require_image(self, endings: Collection[str]) -> None:
         """Raise UserError where nothing looks like an image, before any weights are fetched."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
-from fastvim.errors import UserError, first_few, nearest
+from fastvim.data.table import PARQUET
+from fastvim.errors import UserError, first_few, nearest, one_line
 from fastvim.extras import install
 
 PATH = "path"  # the usual column
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-PARQUET = (".parquet", ".pq")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}  # .txt is a path a line here
 LINES = (".jsonl", ".txt")
 ENDINGS = (*SEPARATORS, *PARQUET, *LINES)
 _ROWS = 10_000  # of a Parquet file at a time
@@ -40,15 +39,6 @@ def table_paths(file: str, table: str) -> Iterator[str]:
     if ending in LINES:
         return _of_lines(file, table, ending == ".jsonl")
     raise UserError(f"{table}: expected a list ending in {', '.join(ENDINGS)}")
-
-
-def file_digest(path: str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    found = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def _of_csv(path: str, table: str, separator: str) -> Iterator[str]:
@@ -83,7 +73,7 @@ def _of_parquet(path: str, table: str) -> Iterator[str]:
                     number += 1
                     yield _required(value, table, f"row {number}")
     except pyarrow.ArrowException as error:
-        raise UserError(f"{table}: unreadable table ({_one_line(error)})") from error
+        raise UserError(f"{table}: unreadable table ({one_line(error)})") from error
 
 
 def _of_lines(path: str, table: str, as_json: bool) -> Iterator[str]:
@@ -119,7 +109,3 @@ def _required(value: Any, table: str, where: str) -> str:
         shown = "nothing" if value is None or value == "" else repr(value)
         raise UserError(f"{table}: {where}: {shown}, expected a path or an address")
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
