@@ -49,7 +49,7 @@ def fit(cli: TrainingCLI) -> None:
     trainer._signal_connector = signals
     # Lightning asks process 0 for signals before every batch, which waits for the device.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-    peers = connect(trainer)  # until then a signal ends the process, wherever it waits
+    peers = connect(trainer, _leave, _tell)  # until then a signal ends it, wherever it waits
     signals.install()
     watch = Watch(peers, lambda: _safe(cli.root), _leave)
     try:
@@ -143,6 +143,10 @@ def _stopped(root: Path, peers: Peers, watch: Watch, stop: Stopped) -> NoReturn:
         requeued(root, job)
         advice = "; SLURM starts the job again"
     raise Ended(f"stopped by {stop.told}{advice}; {_safe(root)}", stop.code)
+
+
+def _tell(line: str) -> None:
+    note(f"fastvim: {line}")
 
 
 def _leave(line: str, code: int) -> NoReturn:

@@ -153,8 +153,8 @@ def test_a_second_run_in_the_folder_of_one_that_goes_on(write_recipe, capsys):
 def test_a_mistake_is_told_by_one_process(write_recipe):
     changes = {"trainer.devices": 2, "trainer.strategy": "ddp", "model.init_args.num_classes": 2}
     words = [sys.executable, "-m", "fastvim_cli", "fit", "--config", str(write_recipe(changes))]
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 2, ended.stderr
     assert ended.stderr.count("model.num_classes 2: expected 6 or more") == 1, ended.stderr
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from fastvim.errors import UserError
+from fastvim.tasks.cluster.gathering import Gathering
 from fastvim.tasks.cluster.rendezvous import join_torchrun
 
 _Result = TypeVar("_Result")
@@ -155,23 +156,29 @@ class Peers:
         return f"{what}/{self._calls}"
 
 
-def connect(trainer: Any) -> Peers:
+def connect(trainer: Any, leave: Callable[[str, int], None], tell: Callable[[str], None]) -> Peers:
     """Start the other processes of this machine, where no launcher has, and connect all.
 
     Args:
         trainer: Lightning's, whose `fit` finds this done.
+        leave: ends this process at once: with a line to print, which may be empty, and an exit
+            code.
+        tell: prints a line.
     """
     if trainer.world_size == 1:
         return Peers()
     strategy, environment = trainer.strategy, trainer.strategy.cluster_environment
+    started = []
     if isinstance(launcher := strategy.launcher, _SubprocessScriptLauncher):
         environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
         if not environment.creates_processes_externally:
             launcher._call_children_scripts()
-    join_torchrun(strategy, trainer.global_rank, trainer.world_size)
-    strategy.setup_environment()
-    store = dist.PrefixStore("peers", dist.distributed_c10d._get_default_store())
-    return Peers(trainer.global_rank, trainer.world_size, store)
+            started = launcher.procs
+    with Gathering(trainer.world_size, started, leave, tell):
+        join_torchrun(strategy, trainer.global_rank, trainer.world_size)
+        strategy.setup_environment()
+        store = dist.PrefixStore("peers", dist.distributed_c10d._get_default_store())
+        return Peers(trainer.global_rank, trainer.world_size, store)
 
 
 def _shown(value: Any) -> str:
