@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python measurements/parts.py [--images N] [--out FOLDER]
 
 FastVim of 12 blocks on images of 112 pixels, a thread a process. Prints images/s of the bare loop,
-of one process with parts, of two shards at once, of three after a kill, and, where Ray is
-installed, of Ray on three nodes of one core with a worker killed; whether all wrote the same parts;
-and the peak memory of listing a thousand and ten million paths. Ends with 1 where a part differs.
+alone and two at once, of one process with parts, of two shards at once, of three after a kill, and,
+where Ray is installed, of Ray on three nodes of one core with a worker killed; whether all wrote
+the same parts; and the peak memory of listing a thousand and ten million paths. Ends with 1 where
+a part differs.
 """
 
 from __future__ import annotations
@@ -81,14 +82,28 @@ def bare_loop(weights: Path, images: Path, count: int) -> float:
     return len(paths) / (time.perf_counter() - clock)
 
 
+def bare_loops(weights: Path, images: Path, count: int, processes: int) -> float:
+    """Images/s of several bare loops at once, in processes of their own: the sum."""
+    words = [sys.executable, __file__, "--bare", str(weights), str(images), str(count)]
+    pipe = subprocess.PIPE
+    loops = [subprocess.Popen(words, stdout=pipe, text=True) for _ in range(processes)]
+    return sum(float(loop.communicate()[0]) for loop in loops)
+
+
 def parts_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / "parts").glob("part-*"))}
 
 
-def rate(out: Path, done: int = 0) -> float:
-    """Images/s from the first new part to the last one, without the start of the processes."""
+def rate(out: Path, processes: int = 1, done: int = 0) -> float:
+    """Images/s after each process could write one part, so without their start.
+
+    Args:
+        out: folder of the run.
+        processes: that wrote it.
+        done: number of parts that were there before.
+    """
     times = sorted(path.stat().st_mtime for path in (out / "parts").glob("part-*"))[done:]
-    return 1024 * (len(times) - 1) / max(times[-1] - times[0], 1e-9)
+    return 1024 * (len(times) - processes) / (times[-1] - times[processes - 1])
 
 
 def await_parts(out: Path, count: int) -> None:
@@ -115,7 +130,7 @@ def over_ray(weights: Path, images: Path, out: Path) -> float | None:
         assert process.wait() == 0
     finally:
         cluster.shutdown()
-    return rate(out)
+    return rate(out, 3)
 
 
 def listing_memory(folder: Path) -> list[int]:
@@ -137,7 +152,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--out", type=Path, default=Path("runs/parts"))
+    parser.add_argument("--bare", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.bare:
+        weights, images, count = arguments.bare
+        sys.stdout.write(f"{bare_loop(Path(weights), Path(images), int(count))}\n")
+        return 0
     if {os.environ.get(name) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")} != {"1"}:
         parser.error("expected OMP_NUM_THREADS=1 and NUMBA_NUM_THREADS=1: a thread a process")
     folder = arguments.out.absolute()
@@ -148,12 +168,14 @@ def main() -> int:
         shutil.rmtree(out, ignore_errors=True)
 
     told: dict[str, object] = {"images": arguments.images, "cores": os.cpu_count()}
-    told["bare loop"] = bare_loop(weights, images, min(arguments.images, 2000))
+    few = min(arguments.images, 4000)
+    told["bare loop"] = bare_loops(weights, images, few, 1)
+    told["two bare loops at once"] = bare_loops(weights, images, few, 2)
     assert start(weights, images, outs["one"]).wait() == 0
     told["one process"] = rate(outs["one"])
     pair = [start(weights, images, outs["two"], "--shard", f"{i}/2") for i in (1, 2)]
     assert [process.wait() for process in pair] == [0, 0]
-    told["two shards"] = rate(outs["two"])
+    told["two shards"] = rate(outs["two"], 2)
     pair = [start(weights, images, outs["three"], "--shard", f"{i}/2") for i in (1, 2)]
     await_parts(outs["three"], 4)
     for process in pair:
@@ -162,7 +184,7 @@ def main() -> int:
     there = len(parts_of(outs["three"]))
     three = [start(weights, images, outs["three"], "--shard", f"{i}/3") for i in (1, 2, 3)]
     assert [process.wait() for process in three] == [0, 0, 0]
-    told["three shards after a kill"] = rate(outs["three"], there)
+    told["three shards after a kill"] = rate(outs["three"], 3, there)
     told["Ray"] = over_ray(weights, images, outs["ray"])
     told["MiB of a thousand and of ten million paths"] = listing_memory(folder)
     expected = parts_of(outs["one"])
