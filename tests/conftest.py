@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import dataloader
 
@@ -85,6 +86,18 @@ def end_workers(monkeypatch):
     yield
     for iterator in iterators:
         iterator._shutdown_workers()
+
+
+@pytest.fixture(autouse=True)
+def leave_no_group():
+    """Lightning leaves its process group, and variables by which later runs would look for it."""
+    before = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

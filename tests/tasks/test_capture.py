@@ -5,7 +5,6 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
 from harness import DECODER, MODEL_ARGS, trainer
 
 from fastvim.tasks import Classification, LinearProbe, Pretraining, Segmentation, Task
@@ -40,14 +39,6 @@ def fit(task: Task, folder, data, device: str, **settings) -> tuple[list[torch.T
     trainer(folder, *callbacks, accelerator=device, devices=1, **settings).fit(task, data)
     assert task._captured is None
     return [parameter.detach().cpu() for parameter in task.parameters()], captured.last
-
-
-@pytest.fixture(autouse=True)
-def no_group_is_left():
-    """Lightning leaves its process group, which the next test would take for its own."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("make", [classification, pretraining])
