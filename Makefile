@@ -36,7 +36,7 @@ test-faults: install
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "faults or not faults" tests/data/test_faults.py tests/faults
 
 # What needs Ray, or takes minutes: 20,000 images by every way of spreading them; trainings that get
-# signals at random moments and lose processes.
+# signals at random moments (FASTVIM_DRAWS of each kind, 5 without it) and lose processes.
 test-cluster: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ray
 	$(BIN)/python -m pytest tests/inference/test_over_ray.py

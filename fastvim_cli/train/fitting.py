@@ -51,11 +51,12 @@ def fit(cli: TrainingCLI) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     peers = connect(trainer, _leave, _tell)  # until then a signal ends it, wherever it waits
     signals.install()
-    watch = Watch(peers, lambda: _safe(cli.root), _leave)
+    watch = Watch(peers, lambda: _safe(cli.root), _leave, _tell)
     try:
         with watch, cli.mistakes(), ExitStack() as stack:
             checkpoint = _begin(cli, peers, stack)
-            trainer.callbacks += [CompareStart(peers), StopAtSignal(signals, peers)]
+            own = [CompareStart(peers), watch.progress, StopAtSignal(signals, peers)]
+            trainer.callbacks += own
             trainer.fit(model=cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
             stop_if_refused(trainer)
         if signals.reason == INTERRUPT and peers.size == 1:  # after the last step

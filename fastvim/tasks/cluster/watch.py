@@ -3,6 +3,9 @@
 Every process tells the store that it lives. A thread of the first process looks at all of them, one
 of each other process at the first. Whoever ends for a reason of its own says so there: the others
 follow, whatever their main threads wait for.
+
+A main thread that hangs leaves the thread beside it alive. So the sign of life holds how far the
+main thread is, and the first process tells which one is behind when none goes on.
 """
 
 from __future__ import annotations
@@ -15,15 +18,41 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
+
+import lightning as L
 
 from fastvim.tasks.cluster.peers import Peers
 
 PATIENCE = 20.0  # seconds without a sign of life
 BEAT = 0.5  # seconds between two of them
+_QUIET = (300.0, 1800.0)  # seconds without a step: until it is told, and until the run ends
 _MOST = 60.0  # seconds that the end of a process may take
 _LINGER = 4 * BEAT  # until the others have read why this process ends
 # In errors of a connection whose other end has gone.
 _OF_PEERS = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out", "timed out", "recvValue")
+
+
+class Progress(L.Callback):
+    """Counts what the main thread of this process has done, from the first training step on.
+
+    Attributes:
+        count: 0 outside of training, where one piece of work may take any time.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _move(self, *args: Any) -> None:
+        self.count += 1
+
+    # What hangs in a loader has begun fewer batches than those that wait for its gradients.
+    on_train_start = on_train_batch_start = _move  # type: ignore[assignment]
+    on_before_backward = on_train_batch_end = _move  # type: ignore[assignment]
+    on_validation_batch_start = on_validation_batch_end = _move  # type: ignore[assignment]
+
+    def on_train_end(self, *args: Any) -> None:
+        self.count = 0
 
 
 class Watch:
@@ -34,7 +63,13 @@ class Watch:
         safe: a line on what is not lost, and how to go on.
         leave: ends this process at once: with a line to print, which may be empty, and an exit
             code.
+        tell: prints a line.
         patience: seconds without a sign of life after which a process is lost.
+        quiet: seconds in which no process has gone on after which the first one tells which is
+            behind, and after which the run ends; 30 minutes are torch's limit as well.
+
+    Attributes:
+        progress: for the trainer of this process.
     """
 
     def __init__(
@@ -42,16 +77,21 @@ class Watch:
         peers: Peers,
         safe: Callable[[], str],
         leave: Callable[[str, int], None],
+        tell: Callable[[str], None],
         patience: float = PATIENCE,
+        quiet: tuple[float, float] = _QUIET,
     ) -> None:
         self.peers = peers
-        self._safe, self._leave = safe, leave
-        self._patience = patience
+        self.progress = Progress()
+        self._safe, self._leave, self._tell = safe, leave, tell
+        self._patience, self._quiet = patience, quiet
         self._over = threading.Event()
         others = range(1, peers.size) if peers.rank == 0 else range(min(1, peers.size - 1))
         now = time.monotonic()
         self._seen = dict.fromkeys(others, ("", now))  # last sign of life, and when
         self._answered = now  # when the store has last answered
+        self._moved: tuple[list[int], float] = [], now  # counts of all processes, and since when
+        self._told_quiet = False
 
     def __enter__(self) -> Watch:
         if self.peers.size > 1:
@@ -106,7 +146,8 @@ class Watch:
         while not self._over.is_set():
             try:
                 count += 1
-                self._store.set(f"beat/{self.peers.rank}", str(count))
+                beat = f"{count} {self.progress.count}"
+                self._store.set(f"beat/{self.peers.rank}", beat)
                 if self._store.check(["end"]):
                     self._leave("", json.loads(self._store.get("end"))["code"])
                 for rank, (before, _) in self._seen.items():
@@ -128,22 +169,48 @@ class Watch:
             if now - looked > self._patience / 2:  # this process itself was stopped for a while
                 self._answered = now
                 self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
+                self._moved = [], now
             looked = now
             silent = {rank: now - since for rank, (_, since) in self._seen.items()}
             silent[0] = max(silent.get(0, 0.0), now - self._answered)
             rank, seconds = max(silent.items(), key=lambda item: item[1])
             if seconds > self._patience:
-                self._lost(rank, seconds)
+                who = "what connects the processes" if rank == self.peers.rank else self._who(rank)
+                self._lost(
+                    f"{who} gives no sign of life for {seconds:.0f} s: it was killed, hangs, or "
+                    "its machine is unreachable"
+                )
+            elif self.peers.rank == 0:
+                self._judge_progress(now)
 
-    def _lost(self, rank: int, seconds: float) -> None:
+    def _judge_progress(self, now: float) -> None:
+        """Tell which process is behind where none has gone on for long, and end the run later."""
+        beats = [beat for _, (beat, _) in sorted(self._seen.items())]
+        counts = [self.progress.count, *(int(beat.partition(" ")[2] or 0) for beat in beats)]
+        before, since = self._moved
+        if counts != before or not all(counts):
+            self._moved, self._told_quiet = (counts, now), False
+            return
+        tell, end = self._quiet
+        seconds, least = now - since, min(counts)
+        if seconds < tell or (self._told_quiet and seconds < end):
+            return
+        line = f"no process has finished a step for {seconds:.0f} s"
+        if least < max(counts):
+            who = self._who(counts.index(least))
+            line = f"{who} has not finished a step for {seconds:.0f} s, and the others wait for it"
+        if seconds >= end:
+            return self._lost(line)
+        self._told_quiet = True
+        self._tell(f"{line}; the run ends after {end:.0f} s")
+
+    def _who(self, rank: int) -> str:
+        return f"process {rank} ({self.peers.hosts[rank]})"
+
+    def _lost(self, why: str) -> None:
+        """End all processes: one of them does not go on."""
         self._over.set()
-        who = f"process {rank} ({self.peers.hosts[rank]})"
-        if rank == self.peers.rank:
-            who = "what connects the processes"
-        line = (
-            f"{who} gives no sign of life for {seconds:.0f} s: it was killed, hangs, or its "
-            f"machine is unreachable; {self._safe()}"
-        )
+        line = f"{why}; {self._safe()}"
         first = self._first_to_end(1)
         if first:
             time.sleep(_LINGER)
