@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from fastvim_cli.console import note, overwrite
 
 if TYPE_CHECKING:
+    from fastvim.inference.parts.loop import Spent
     from fastvim.inference.parts.work import Failure
 
 MOST_FAILURES = 20  # that are named
 _LOG, _BAR = 60.0, 0.2  # seconds from one line to the next
+_LONG = 10.0  # seconds of a run, after which its end says how fast it was
 
 
 class Progress:
@@ -27,6 +29,7 @@ class Progress:
         self.failures = 0
         self._terminal = sys.stderr.isatty()
         self._all = self._before = self._done = 0
+        self._spent: Spent | None = None  # of all processes
         self._began = self._shown = time.monotonic()
 
     def begin(self, images: int, done: int) -> None:
@@ -34,13 +37,14 @@ class Progress:
         self._all, self._before = images, done
         self._began = self._shown = time.monotonic()
 
-    def advance(self, images: int) -> None:
+    def advance(self, images: int, spent: Spent) -> None:
         """That many more are done."""
         self._done += images
+        self._spent = spent.plus(self._spent) if self._spent else spent
         now = time.monotonic()
         if now - self._shown >= (_BAR if self._terminal else _LOG):
             self._shown = now
-            line = self._line(now)
+            line = self._line()
             if self._terminal:
                 overwrite(line)
             else:
@@ -58,16 +62,24 @@ class Progress:
         note(line)
 
     def end(self) -> None:
-        """Take the bar away; say how many failures were not named."""
+        """Take the bar away; say how fast a long run was, and how many failures were not named."""
         self._clear()
+        if time.monotonic() - self._began >= _LONG and self._spent:
+            note(f"{self._line()}{self._waited()}")
         if self.failures > MOST_FAILURES:
             note(f"… and {self.failures - MOST_FAILURES:,} more")
 
-    def _line(self, now: float) -> str:
-        rate = self._done / max(now - self._began, 1e-9)
+    def _line(self) -> str:
+        rate = self._done / max(time.monotonic() - self._began, 1e-9)
         done = self._before + self._done
         left = f", {duration((self._all - done) / rate)} left" if rate and done < self._all else ""
         return f"{self.doing} {done:,}/{self._all:,}, {rate:,.1f} images/s{left}"
+
+    def _waited(self) -> str:
+        """The share of the time for which the processes waited for images to be read."""
+        assert self._spent
+        share = 100 * self._spent.waiting / max(self._spent.seconds, 1e-9)
+        return f"; waited for images {share:.0f} % of the time"
 
     def _clear(self) -> None:
         if self._terminal:

@@ -97,6 +97,7 @@ class Quiet:
     """A listener that remembers."""
 
     images: int = 0
+    waiting: float = 0.0
     failures: list[Failure] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     begun: tuple[int, int] = (0, 0)
@@ -104,8 +105,10 @@ class Quiet:
     def begin(self, images, done):
         self.begun = (images, done)
 
-    def advance(self, images):
+    def advance(self, images, spent):
         self.images += images
+        self.waiting += spent.waiting
+        assert 0 <= spent.waiting <= spent.seconds
 
     def failed(self, failure):
         self.failures.append(failure)

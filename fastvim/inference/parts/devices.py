@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastvim.errors import MachineError, UserError
-from fastvim.inference.parts.loop import SAFE, Report, Run, compute, open_for, readers
+from fastvim.inference.parts.loop import SAFE, Report, Run, Spent, compute, open_for, readers
 from fastvim.inference.parts.work import Failure, Opened, Work
 
 _THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")  # are read when a process begins
@@ -97,7 +97,7 @@ def _follow(children: list[_Child], opened: Opened, report: Report) -> None:
                     raise _died(child) from None
                 continue
             if what == "done":
-                report.advance(value)
+                report.advance(*value)
             elif what == "failed":
                 report.failed(value)
             elif what == "error":
@@ -134,8 +134,8 @@ class _Pipe:
 
     pipe: Connection
 
-    def advance(self, images: int) -> None:
-        self.pipe.send(("done", images))
+    def advance(self, images: int, spent: Spent) -> None:
+        self.pipe.send(("done", (images, spent)))
 
     def failed(self, failure: Failure) -> None:
         self.pipe.send(("failed", failure))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -27,10 +28,21 @@ from fastvim.inference.parts.work import Failure, Item, Opened, Read, Row, Work
 SAFE = "the parts that exist are safe: the same command goes on from them"
 
 
+class Spent(NamedTuple):
+    """Seconds that a process took for some images, and how many of these it waited for them."""
+
+    seconds: float = 0.0
+    waiting: float = 0.0
+
+    def plus(self, other: Spent) -> Spent:
+        """The sum of both."""
+        return Spent(self.seconds + other.seconds, self.waiting + other.waiting)
+
+
 class Report(Protocol):
     """Is told how a run goes on."""
 
-    def advance(self, images: int) -> None:
+    def advance(self, images: int, spent: Spent) -> None:
         """That many images are done, failures included."""
         ...
 
@@ -128,7 +140,9 @@ def rows(
         pin_memory=device.type == "cuda",
         patience=0,
     )
+    begun = time.perf_counter()
     for batch in loader:
+        read = time.perf_counter()
         good = [item for item, reason in zip(batch.items, batch.reasons, strict=True) if not reason]
         results = iter(opened.rows(good, batch.images, out) if good else ())
         done: list[Row] = []
@@ -139,8 +153,10 @@ def rows(
                 report.failed(Failure(item["path"], error))
             done.append({"path": item["path"], **row, "error": error})
         opened.hear(batch.told)
-        report.advance(len(done))
+        ended = time.perf_counter()
+        report.advance(len(done), Spent(ended - begun, read - begun))
         yield done
+        begun = time.perf_counter()
 
 
 def readers(device: torch.device, processes: int | None = None) -> int:

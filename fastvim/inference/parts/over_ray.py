@@ -16,7 +16,7 @@ import torch
 
 from fastvim.errors import MachineError, UserError, one_line
 from fastvim.extras import install
-from fastvim.inference.parts.loop import SAFE, Report, Run, compute, open_for
+from fastvim.inference.parts.loop import SAFE, Report, Run, Spent, compute, open_for
 from fastvim.inference.parts.work import Failure, Opened, Work
 
 AT_ONCE = 8  # parts of a task on a GPU: images are read ahead from one to the next
@@ -151,7 +151,7 @@ class _Driver:
         errors = self.ray.exceptions
         actor, parts = self.tasks.pop(task)
         try:
-            failures, told = self.ray.get(task)
+            failures, spent, told = self.ray.get(task)
         except errors.RayTaskError as error:
             raise error.cause if isinstance(error.cause, UserError) else error from None
         except errors.RayError as error:
@@ -163,14 +163,14 @@ class _Driver:
         self.opened.hear(told)
         for failure in failures:
             self.report.failed(failure)
-        self.report.advance(sum(map(self.run.manifest.size, parts)))
+        self.report.advance(sum(map(self.run.manifest.size, parts)), spent)
 
     def _give_back(self, parts: list[int], error: Exception) -> None:
         done = self.run.manifest.done(self.run.parts)
         for part in parts:
             self.losses[part] += 1
             if part in done:
-                self.report.advance(self.run.manifest.size(part))
+                self.report.advance(self.run.manifest.size(part), Spent())
             elif self.losses[part] >= MOST_LOSSES:
                 raise MachineError(
                     f"part {part} was lost {MOST_LOSSES} times with the worker that computed it "
@@ -185,19 +185,20 @@ class _Actor:
 
     def __init__(self, work: Work, run: Run, gpu: bool, workers: int, folder: str) -> None:
         self.failures: list[Failure] = []
+        self.spent = Spent()
         self.device = torch.device("cuda" if gpu else "cpu")
         self.run, self.workers = run, workers
         self.work, self.folder = work, folder
         self.opened: Opened | None = None
 
-    def compute(self, parts: list[int]) -> tuple[list[Failure], Any]:
-        """Compute and write parts; the images that failed, and what was seen of all."""
+    def compute(self, parts: list[int]) -> tuple[list[Failure], Spent, Any]:
+        """Compute and write parts; the images that failed, the time, and what was seen of all."""
         if self.opened is None:  # not earlier: Ray keeps the errors of a constructor to itself
             self._open()
         assert self.opened is not None
-        self.failures = []
+        self.failures, self.spent = [], Spent()
         compute(self.run, self.opened, parts, self.device, self, self.workers)
-        return self.failures, self.opened.pass_on()
+        return self.failures, self.spent, self.opened.pass_on()
 
     def _open(self) -> None:
         try:
@@ -206,8 +207,9 @@ class _Actor:
             raise UserError(f"{self.folder}: {error.strerror}; expected on every node") from error
         self.opened = open_for(self.work, self.run, self.device)
 
-    def advance(self, images: int) -> None:
+    def advance(self, images: int, spent: Spent) -> None:
         """The driver hears of whole tasks."""
+        self.spent = self.spent.plus(spent)
 
     def failed(self, failure: Failure) -> None:
         """For the driver."""
