@@ -17,7 +17,7 @@ from fastvim.data.issues import SplitReport
 from fastvim.data.pixels import MAX_PIXELS, PictureReader
 from fastvim.data.remote import is_url
 from fastvim.data.sampler import evaluation_loader, training_loader
-from fastvim.errors import UserError
+from fastvim.errors import OptionError, UserError
 from fastvim.options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SEED, check, check_given
 
 Orientation = Literal["auto", "exif", "stored"]
@@ -159,9 +159,24 @@ class DataModule(L.LightningDataModule):
             return str(samples.fetch(self.root.removeprefix(SAMPLE_PREFIX)))
         return self.root if is_url(self.root) else os.path.expanduser(self.root)
 
+    def folder(self) -> str:
+        """`directory()`, for layouts that are read from disks alone.
+
+        Raises:
+            UserError: the root is an address.
+        """
+        if is_url(self.root):
+            expected = (
+                "a folder on a disk; what can be read from an address are shards "
+                "(dataset wds/NAME) and the images that a table lists (ChannelData)"
+            )
+            raise OptionError("root", self.root, expected)
+        return self.directory()
+
     def path(self, name: str) -> Path:
-        """A file or folder below the root; an absolute path stays as it is."""
-        return Path(self.directory(), os.path.expanduser(name))
+        """A file or folder below the root, on a disk; an absolute path stays as it is."""
+        name = os.path.expanduser(name)
+        return Path(name) if os.path.isabs(name) else Path(self.folder(), name)
 
     def _loader(
         self, role: str, make: Callable[..., DataLoader[Any]], batch_size: int

@@ -62,7 +62,8 @@ class ImageData(DataModule):
     skips it with a warning in both.
 
     Args:
-        root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`.
+        root: the directory, or `sample:NAME` for a set of `fastvim.data.samples`; with `wds/` an
+            address too.
         dataset: "" for folders; otherwise timm's name of a dataset whose files are at `root`:
             `hfds/NAME`, `wds/NAME`, or `torch/NAME` for one that torchvision downloads there, as
             `torch/cifar10`.
@@ -247,7 +248,7 @@ class ImageData(DataModule):
         super().prepare_data()
         if self._is_torch:
             for split in {self._split(role): None for role in ("train", "val", "test")}:
-                open_torch_dataset(self.dataset, self.directory(), split, download=True)
+                open_torch_dataset(self.dataset, self.folder(), split, download=True)
 
     @property
     def _is_torch(self) -> bool:
@@ -256,9 +257,9 @@ class ImageData(DataModule):
     def _source(self, split: str, training: bool) -> Any:
         """The dataset of a split without a transform, or its `ClassFolders` or timm's reader."""
         if not self.dataset:
-            return open_folder(self.directory(), split, self.class_folder)
+            return open_folder(self.folder(), split, self.class_folder)
         if self._is_torch:
-            return open_torch_dataset(self.dataset, self.directory(), split)
+            return open_torch_dataset(self.dataset, self.folder(), split)
         try:
             source = create_dataset(
                 self.dataset,

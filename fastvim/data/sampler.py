@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from fastvim.data.workers import WatchedLoader
-from fastvim.errors import OptionError, UserError
+from fastvim.errors import OptionError, UserError, counted
 
 if TYPE_CHECKING:
     import lightning as L
@@ -169,11 +169,13 @@ def training_loader(
         trainer: gives rank, number of processes and the point to resume from.
 
     Raises:
-        UserError: when the dataset is smaller than one batch of every process.
+        UserError: when the dataset is smaller than one batch of every process, or has fewer shards
+            than there are workers in all processes.
     """
     settings = _settings(batch_size, num_workers, seed, timeout)
     if isinstance(dataset, IterableDataset):
         workers = max(1, num_workers)
+        _check_shards(dataset, workers, trainer)
         dataset.set_loader_cfg(num_workers=workers)  # type: ignore[attr-defined]
         # Workers of a stream are seeded when they start, so they start again every epoch.
         settings |= {"num_workers": workers, "persistent_workers": False}
@@ -215,6 +217,8 @@ def evaluation_loader(
     """
     settings = _settings(batch_size, num_workers, seed, timeout)
     if isinstance(dataset, IterableDataset):
+        if _place(trainer)[1] > 1:  # else a worker without a shard is merely idle
+            _check_shards(dataset, max(1, num_workers), trainer)
         dataset.set_loader_cfg(num_workers=num_workers)  # type: ignore[attr-defined]
         return WatchedLoader(dataset, **settings)
     rank, world_size = _place(trainer)
@@ -276,6 +280,26 @@ def seeded(*key: int) -> Iterator[None]:
 def mix(*key: int) -> int:
     """One seed from several numbers of at least 0; different keys give different seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _check_shards(dataset: IterableDataset[Any], workers: int, trainer: L.Trainer | None) -> None:
+    """Require a shard for each worker of all processes; one without would have no batches.
+
+    Args:
+        dataset: timm's; that of `wds/` tells its shards.
+        workers: of this process.
+        trainer: of `training_loader`.
+    """
+    split = getattr(getattr(dataset, "reader", None), "split_info", None)
+    _, size = _place(trainer)
+    if split is None or len(split.filenames) >= workers * size:
+        return
+    shards = counted(len(split.filenames), "shards")
+    if len(split.filenames) < size:
+        raise UserError(f"{shards} for {size} processes: expected one each at least")
+    places = f" for {size} processes" if size > 1 else ""
+    expected = f"{len(split.filenames) // size} or less, as the split has {shards}{places}"
+    raise OptionError("num_workers", workers, expected)
 
 
 def _place(trainer: L.Trainer | None) -> tuple[int, int]:

@@ -309,14 +309,14 @@ class SegmentationData(DenseDataModule):
 
     def open(self, role: str) -> SegmentationFiles:
         self._class_names = self._known_names(self._class_names or self._find_class_names())
-        pairs, missing, _ = find_pairs(Path(self.directory()), self._splits[role])
+        pairs, missing, _ = find_pairs(Path(self.folder()), self._splits[role])
         if missing:
             raise UserError(f"{missing}; see fastvim data check")
         return self._files(role, pairs)
 
     def check(self, role: str) -> SplitReport:
         split = self._splits[role]
-        pairs, missing, unused = find_pairs(Path(self.directory()), split)
+        pairs, missing, unused = find_pairs(Path(self.folder()), split)
         return SplitReport(
             split,
             self._files(role, pairs),

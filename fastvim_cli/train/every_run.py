@@ -20,7 +20,7 @@ from fastvim.tasks.callbacks.curves import LearningCurves
 from fastvim.tasks.callbacks.health import Finite, NameModules
 from fastvim.tasks.callbacks.progress import ProgressBar
 from fastvim.tasks.callbacks.report import Report
-from fastvim.tasks.callbacks.run_log import RunLog, SeedSteps
+from fastvim.tasks.callbacks.run_log import NoEmptyEpoch, RunLog, SeedSteps
 from fastvim.tasks.checkpoints import BestCheckpoint, Checkpoint, LastCheckpoint
 from fastvim.tasks.task import Task
 from fastvim_cli.train.logs import TableLogger
@@ -67,7 +67,7 @@ def callbacks(command: str, root: Path, config: Namespace, task: Task) -> list[C
     found: list[Callback] = []
     if config.trainer.enable_progress_bar is not False and get_console().is_terminal:
         found.append(ProgressBar())
-    arguments = config.data.init_args
+    arguments = config.data.get("init_args") or {}
     images = {name: arguments[name] for name in IMAGE_SETTINGS if name in arguments}
     if command == "test":
         normalisation = {name: images[name] for name in ("mean", "std") if name in images}
@@ -77,6 +77,7 @@ def callbacks(command: str, root: Path, config: Namespace, task: Task) -> list[C
     found += [
         SeedSteps(int(config.seed_everything)),
         NameModules() if config.name_modules else Finite(),
+        NoEmptyEpoch(),
         RunLog(get_console()),
         ExportWeights(str(root / "model.safetensors"), images),
         LearningCurves(str(root / "curves.png")),  # after the weights, which need no picture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,51 @@ class Stream(IterableDataset):
         info = torch.utils.data.get_worker_info()
         for index in range(info.id, 12, info.num_workers):
             yield 100 * self.epoch + index, torch.rand(())
+
+
+class Shards(Stream):
+    """The same with the facts of its shards, where timm's reader of `wds/` has them."""
+
+    def __init__(self, number: int) -> None:
+        names = tuple(f"{index}.tar" for index in range(number))
+        self.reader = SimpleNamespace(split_info=SimpleNamespace(filenames=names))
+
+
+def place(rank: int, world_size: int) -> Any:
+    """What the loaders ask of a trainer that begins."""
+    epochs = SimpleNamespace(started=0, processed=0)
+    loop = SimpleNamespace(
+        restarting=False,
+        epoch_progress=SimpleNamespace(current=epochs),
+        epoch_loop=SimpleNamespace(batch_progress=None),
+    )
+    return SimpleNamespace(global_rank=rank, world_size=world_size, fit_loop=loop)
+
+
+@pytest.mark.parametrize(
+    ("shards", "workers", "processes", "message"),
+    [
+        (2, 4, 1, "num_workers 4: expected 2 or less, as the split has 2 shards"),
+        (5, 3, 2, "num_workers 3: expected 2 or less, as the split has 5 shards for 2 processes"),
+        (1, 0, 2, "1 shard for 2 processes: expected one each at least"),
+    ],
+)
+def test_fewer_shards_than_workers(shards, workers, processes, message) -> None:
+    settings = {"batch_size": 2, "num_workers": workers, "seed": 0, "trainer": place(0, processes)}
+    with pytest.raises(UserError, match=f"^{message}$"):
+        training_loader(Shards(shards), **settings)
+    if processes > 1:
+        with pytest.raises(UserError, match=f"^{message}$"):
+            evaluation_loader(Shards(shards), **settings)
+    else:  # each image once, by the workers that have a shard
+        assert evaluation_loader(Shards(shards), **settings).num_workers == workers
+
+
+@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (2, 1), (2, 2), (1, 4)])
+def test_a_shard_for_each_worker(workers, processes) -> None:
+    settings = {"batch_size": 2, "num_workers": workers, "seed": 0, "trainer": place(0, processes)}
+    assert training_loader(Shards(4), **settings).num_workers == max(1, workers)
+    assert evaluation_loader(Shards(4), **settings).num_workers == workers
 
 
 def test_order_is_drawn_from_seed_and_epoch() -> None:

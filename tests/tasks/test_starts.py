@@ -165,3 +165,34 @@ def test_a_run_is_not_written_to_an_address(write_recipe, capsys, tmp_path, monk
     line = mistake(capsys, *words)
     assert line.startswith("trainer.default_root_dir 's3://bucket/run': expected a folder: ")
     assert not list(tmp_path.glob("s3*"))
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/imagenet", "memory://imagenet", "https://a.org/x"])
+@pytest.mark.parametrize(
+    ("data", "settings"),
+    [
+        ("images.ImageData", {}),
+        ("images.ImageData", {"dataset": "torch/cifar10"}),
+        ("segmentation.SegmentationData", {"num_classes": 3}),
+        ("detection.DetectionData", {}),
+    ],
+)
+def test_layouts_of_folders_are_not_read_from_an_address(
+    write_recipe, capsys, root, data, settings
+):
+    section = {"class_path": f"fastvim.data.{data}", "init_args": {"root": root, **settings}}
+    line = mistake(capsys, "fit", "--config", write_recipe({"data": section}))
+    assert line == (
+        f"data.root {root!r}: expected a folder on a disk; what can be read from an address are "
+        "shards (dataset wds/NAME) and the images that a table lists (ChannelData)"
+    )
+
+
+def test_an_epoch_without_a_batch(write_recipe, capsys):
+    """Of a stream that promises images; its data module has no section `init_args`."""
+    changes = {"data": {"class_path": "own_data.EmptyData"}, "checkpoint_every_n_steps": None}
+    file = write_recipe({**changes, **ONE_EPOCH})
+    assert main(["fit", "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "fastvim: error: epoch 1 has no training batch: expected as many images as " in error
+    assert not list(file.with_suffix("").rglob("*.ckpt"))

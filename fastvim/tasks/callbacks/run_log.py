@@ -1,16 +1,18 @@
-"""What every training run has: reproducible steps and a line of progress per epoch."""
+"""What every training run has: reproducible steps, batches, and a line of progress per epoch."""
 
 from __future__ import annotations
 
 import math
 import random
 import time
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from rich.console import Console
 
+from fastvim.errors import UserError
 from fastvim.tasks.protocols import TrainedTask
 
 
@@ -35,6 +37,22 @@ class SeedSteps(L.Callback):
         random.seed(int(state[0]))
         np.random.seed(int(state[1]))
         torch.manual_seed(int(state[2]))
+
+
+class NoEmptyEpoch(L.Callback):
+    """Refuses an epoch without a batch, as of a stream that is too short."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        # Those before a checkpoint that is resumed count.
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            return
+        process = ""
+        if trainer.world_size > 1:
+            process = f" for process {trainer.global_rank} of {trainer.world_size}"
+        raise UserError(
+            f"epoch {trainer.current_epoch + 1} has no training batch{process}: expected as many "
+            "images as data.batch_size, of a stream in the shards of one of its data.num_workers"
+        )
 
 
 class RunLog(L.Callback):
