@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -131,6 +131,17 @@ def _opened(part: Path) -> Iterator[IO[bytes]]:
             file.truncate()
             yield file
             return
+
+
+def remove_parts(files: Iterable[Path]) -> None:
+    """Remove those of some `NAME.part` that a kill has left: nobody is writing them.
+
+    For files whose names are not written again; the next writer of a name takes its part over.
+    """
+    for part in files if fcntl is not None else ():
+        with suppress(OSError), open(part, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def _create(name: str, flags: int) -> int:

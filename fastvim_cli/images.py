@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvim_cli.arguments import UsageError, add_device, at_least, usable_device
 from fastvim_cli.console import note, say
+from fastvim_cli.failures import EXIT_FAILURE, Ended
 from fastvim_cli.progress import Progress, duration
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 MOST_LINES = 100  # images that are printed one by one
 NEED_OUT = ("list", "part_size", "shard", "devices", "ray", "table")
-FAILED = 1  # the exit code with --strict
 
 
 def add_images(
@@ -164,6 +164,9 @@ def conclude(
         arguments: of the command.
         outcome: of the run.
         show: prints the results of a complete run: is given the first rows without an error.
+
+    Raises:
+        Ended: an image has no result, with `--strict`.
     """
     if outcome.missing:
         note(
@@ -177,8 +180,11 @@ def conclude(
     for remark in outcome.opened.remarks:
         note(remark)
     if outcome.failed:
-        note(f"{outcome.failed:,} of {outcome.images:,} images have no result")
-    return FAILED if arguments.strict and outcome.failed else 0
+        line = f"{outcome.failed:,} of {outcome.images:,} images have no result"
+        if arguments.strict:
+            raise Ended(f"error: {line}", EXIT_FAILURE)
+        note(line)
+    return 0
 
 
 def show_each(out: str) -> Callable[[Outcome, list[Row]], None]:

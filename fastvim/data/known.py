@@ -91,7 +91,7 @@ class Known:
         if source not in self._stats:
             try:
                 told = os.stat(source)
-            except OSError:
+            except (OSError, ValueError):  # not there, or no name that a file can have
                 return None
             self._stats[source] = [told.st_size, told.st_mtime_ns]
         return self._stats[source]

@@ -89,6 +89,8 @@ def read_bytes(
     """
     if is_url(url):
         return retried(lambda: _fetch(url, storage_options or {}), url, attempts, wait)
+    if "\0" in url:
+        raise UnreadableFileError(f"{url}: no such file: no name holds a NUL")
     return retried(Path(os.path.expanduser(url)).read_bytes, url, attempts, wait)
 
 

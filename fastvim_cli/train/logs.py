@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from fastvim.errors import MachineError
-from fastvim.storage import problem, write_text
+from fastvim.storage import problem, remove_parts, write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class ConfigFile(SaveConfigCallback):
         folder = trainer.log_dir
         if trainer.is_global_zero and not self.already_saved:
             assert folder is not None
+            remove_parts(Path(folder).parent.glob("version_*/*.part"))  # of earlier starts
             text = self.parser.dump(self.config, skip_unset=False)
             write_text(Path(folder) / self.config_filename, text)
         self.already_saved = True

@@ -103,7 +103,8 @@ def test_a_finished_run_writes_the_last_files_again(weights, photos, whole, tmp_
 
 def test_strict(weights, photos, tmp_path, capsys):
     predict(weights, photos, "--out", tmp_path / "a", "--strict", code=1)
-    assert "2 of 36 images have no result" in capsys.readouterr().err
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "fastvim: error: 2 of 36 images have no result"
     predict(weights, photos, "--out", tmp_path / "a", "--strict", code=1)  # nor when it is done
     predict(weights, photos / "1.jpg", "--out", tmp_path / "b", "--strict")
 

@@ -14,6 +14,7 @@ from fastvim.data.channels import ChannelData
 from fastvim.data.checks import check_data, findings
 from fastvim.data.table import list_images, read_table
 from fastvim.errors import UserError
+from fastvim_cli import main
 
 pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
@@ -124,3 +125,15 @@ def test_files_listed_twice_and_in_two_splits(tmp_path):
     }
     _, val = check_data(data, ("train", "val"))
     assert val.warnings == reports[1].warnings  # its content is not counted too
+
+
+def test_a_name_that_no_file_can_have_is_missing(tmp_path, capsys):
+    for name in "abc":
+        np.save(tmp_path / f"{name}.npy", np.full((1, 8, 8), ord(name), np.uint8))
+    text = "path,label,split\na.npy,0,train\nx\0y.npy,1,train\nb.npy,1,train\nc.npy,0,val\n"
+    (tmp_path / "table.csv").write_text(text)
+    data = ChannelData(str(tmp_path), 1, (99.0,), (9.0,), img_size=16)
+    assert any("missing image file" in error for error in findings(check_data(data))[0])
+    assert main(["data", "stats", str(tmp_path / "table.csv")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert r"x\x00y.npy: no such file" in line

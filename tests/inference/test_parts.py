@@ -16,6 +16,7 @@ from toy_work import Quiet, Toy, ToyRead, write_files
 
 from fastvim.errors import MachineError, UserError
 from fastvim.inference.parts.collect import write_table
+from fastvim.inference.parts.formats import decode, encode
 from fastvim.inference.parts.manifest import read_manifest
 from fastvim.inference.parts.run import Plan, run_parts
 from fastvim.inference.parts.shards import Shard
@@ -184,6 +185,15 @@ def test_names_of_any_bytes(tmp_path):
     assert row["path"] == str(folder / name)
     assert row["value"] == 1
     run(folder, tmp_path / "out")  # the same list
+
+
+def test_texts_of_any_bytes_fit_into_parquet():
+    pyarrow = pytest.importorskip("pyarrow")
+    columns = pyarrow.schema([("files", pyarrow.list_(pyarrow.string())), ("n", pyarrow.int64())])
+    row = {"path": "\udcff.png", "files": ["\udcff", "é"], "n": 3, "error": "\udcff.png: damaged"}
+    (found,) = decode(encode([row], "parquet", columns), "parquet", "part")
+    names = {"path": r"\udcff.png", "files": [r"\udcff", "é"], "error": r"\udcff.png: damaged"}
+    assert found == {**row, **names}
 
 
 def test_without_pyarrow_parts_are_json_lines(folder, whole, tmp_path, monkeypatch):

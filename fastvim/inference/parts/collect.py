@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastvim.data.remote import is_url
 from fastvim.errors import UserError
-from fastvim.inference.parts.formats import decode, errors_in, import_parquet, printable, schema
+from fastvim.inference.parts.formats import (
+    arrow_table,
+    decode,
+    errors_in,
+    import_parquet,
+    printable,
+    schema,
+)
 from fastvim.inference.parts.listing import read_items
 from fastvim.inference.parts.loop import Run
 from fastvim.inference.parts.store import Draft, Store, open_store
@@ -110,18 +117,17 @@ def _write_csv(draft: Draft, rows: Iterable[Row]) -> None:
 
 
 def _write_parquet(draft: Draft, rows: Iterable[Row], columns: pyarrow.Schema) -> None:
-    import pyarrow
     from pyarrow import parquet
 
     form = schema(columns)
     group: list[Row] = []
     with parquet.ParquetWriter(draft.file, form) as writer:
         for row in rows:
-            group.append({**row, "path": printable(row["path"])})
+            group.append(row)
             if len(group) == _ROWS:
-                writer.write_table(pyarrow.Table.from_pylist(group, form))
+                writer.write_table(arrow_table(group, form))
                 group = []
-        writer.write_table(pyarrow.Table.from_pylist(group, form))
+        writer.write_table(arrow_table(group, form))
 
 
 def _writing(file: str) -> AbstractContextManager[Draft]:

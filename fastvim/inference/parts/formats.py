@@ -26,14 +26,31 @@ def encode(rows: list[Row], form: str, columns: pyarrow.Schema | None) -> bytes:
     """
     if form == "jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
-    import pyarrow
     from pyarrow import parquet
 
     assert columns is not None
-    readable = [{**row, "path": printable(row["path"])} for row in rows]
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(readable, schema(columns)), buffer)
+    parquet.write_table(arrow_table(rows, schema(columns)), buffer)
     return buffer.getvalue()
+
+
+def arrow_table(rows: list[Row], form: pyarrow.Schema) -> pyarrow.Table:
+    """Rows as a table of Arrow, whose texts are Unicode: see `printable`."""
+    import pyarrow
+
+    try:
+        return pyarrow.Table.from_pylist(rows, form)
+    except UnicodeEncodeError:  # of a file's name, in a path or in an error
+        return pyarrow.Table.from_pylist([_printable(row) for row in rows], form)
+
+
+def _printable(value: Any) -> Any:
+    """A value with all texts inside it `printable`."""
+    if isinstance(value, dict):
+        return {name: _printable(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_printable(each) for each in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def decode(content: bytes, form: str, name: str) -> list[Row]:
