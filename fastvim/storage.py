@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,12 @@ _WORDS = {
 _MISTAKES = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # of a path that was given
 _LONGEST_NAME = 255  # bytes, of the usual file systems
 _PART = ".part"
+_ENDLESS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @contextmanager
@@ -80,6 +87,19 @@ def save_figure(path: str | os.PathLike[str], figure: Any, **options: Any) -> No
     """Write a `Figure` of matplotlib, in the format that the name ends in, as `written` does."""
     with written(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:] or "png", **options)
+
+
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Raise UserError for a pipe, a socket or a device: what reads one may wait for ever.
+
+    What is missing, or a folder, is left to the reader.
+    """
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return
+    if kind in _ENDLESS:
+        raise UserError(f"{os.fspath(path)}: {_ENDLESS[kind]}, expected a file")
 
 
 def refusal(path: str | os.PathLike[str], error: OSError) -> UserError:

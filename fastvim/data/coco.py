@@ -33,6 +33,7 @@ from fastvim.data.coco_rules import (
 from fastvim.data.issues import Issues
 from fastvim.data.pixels import MISSING_IMAGE
 from fastvim.errors import UserError, counted
+from fastvim.storage import require_file
 
 LEAST_SIDE = 32  # pixels of an image to train on
 MOST_MASKED = 1 << 34  # bytes that the masks of one image may take
@@ -335,6 +336,7 @@ def _trained(
 
 
 def _load(file: Path) -> dict[str, Any]:
+    require_file(file)
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected the instances in COCO's format")
     try:

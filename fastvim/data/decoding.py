@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from fastvim.errors import UserError
+from fastvim.storage import require_file
 
 # Kinds of `UnreadableImageError`.
 DAMAGED = "unreadable image"
@@ -117,12 +118,15 @@ def decode(source: Source, name: str, max_pixels: int | None) -> Decoded:
             return _decode(source, name, max_pixels)
         # Not by its name: Pillow would map a TIFF file into memory, and mix up the rows of one that
         # lies on its side.
+        require_file(source)
         with open(source, "rb") as file:
             return _decode(file, name, max_pixels)
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{name}: no such file", MISSING_IMAGE) from error
-    except UserError:
+    except UnreadableImageError:
         raise
+    except UserError as error:
+        raise UnreadableImageError(str(error)) from error
     except MemoryError as error:
         raise UnreadableImageError(f"{name}: does not fit in memory", TOO_LARGE) from error
     except Exception as error:  # the decoders raise nearly anything on damaged files
@@ -205,6 +209,7 @@ def stored_size(path: Path) -> tuple[tuple[int, int], int]:
     The orientation is 1 where nothing can be read, and of TIFF files, which Pillow turns itself.
     """
     try:
+        require_file(path)
         with _without_pillows_limit(), Image.open(path) as image:
             return image.size, 1 if image.format == "TIFF" else _orientation(image)
     except Exception:  # reading the whole file says what is wrong

@@ -110,6 +110,8 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
             file, target = self.reader[index]
         except OSError as error:
             raise UnreadableImageError(f"{name}: unreadable image ({error.strerror})") from error
+        except UserError as error:  # a pipe or the like
+            raise UnreadableImageError(str(error)) from error
         with file:
             return self.read_picture(file, name), int(target)
 

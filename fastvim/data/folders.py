@@ -22,6 +22,7 @@ from PIL import Image
 
 from fastvim.data.issues import Issues
 from fastvim.errors import UserError, first_few
+from fastvim.storage import require_file
 
 ClassFolder = Literal["outer", "inner"]
 
@@ -209,7 +210,9 @@ class ClassFolders:
         """An open file, and the index of its class."""
         target = int(self.targets[index])
         if self._places is None:
-            return open(os.path.join(self.root, self.filename(index)), "rb"), target
+            path = os.path.join(self.root, self.filename(index))
+            require_file(path)
+            return open(path, "rb"), target
         start, length = self._places[index].tolist()
         with open(self.root, "rb") as archive:
             archive.seek(start)
@@ -254,6 +257,7 @@ def _list_tar(file: Path) -> tuple[dict[str, tuple[int, int]], Counter[str]]:
     """The images of a tar file: path, first byte and length; and a count of the other files."""
     found: dict[str, tuple[int, int]] = {}
     left_out: Counter[str] = Counter()
+    require_file(file)
     try:
         with open(file, "rb") as stream:
             _scan_tar(stream, "", 0, found, left_out)

@@ -17,6 +17,7 @@ from fastvim.data.decoding import turn_values
 from fastvim.data.pixels import PictureReader, UnreadableImageError, stored
 from fastvim.errors import UserError, counted, first_few
 from fastvim.labels import IGNORE_INDEX
+from fastvim.storage import require_file
 
 MODES = ("1", "L", "P", "I", "I;16")  # PIL's modes with one number a pixel
 LIES_OR_NOT = (
@@ -82,6 +83,7 @@ def read_names(path: Path, count: int) -> list[str]:
     Raises:
         UserError: no such file, another number of names than `count`, or a name twice.
     """
+    require_file(path)
     if not path.is_file():
         raise UserError(f"class_file: no file {path}")
     try:

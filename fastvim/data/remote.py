@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastvim.data.pixels import DAMAGED
 from fastvim.errors import UserError
 from fastvim.extras import install
+from fastvim.storage import require_file
 
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -91,7 +92,12 @@ def read_bytes(
         return retried(lambda: _fetch(url, storage_options or {}), url, attempts, wait)
     if "\0" in url:
         raise UnreadableFileError(f"{url}: no such file: no name holds a NUL")
-    return retried(Path(os.path.expanduser(url)).read_bytes, url, attempts, wait)
+    path = Path(os.path.expanduser(url))
+    try:
+        require_file(path)
+    except UserError as error:
+        raise UnreadableFileError(str(error)) from error
+    return retried(path.read_bytes, url, attempts, wait)
 
 
 def retried(

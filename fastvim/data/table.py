@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 PARQUET = (".parquet", ".pq")
+# What a Parquet file unpacks to: at most so many bytes, or so many times its own. Paths that differ
+# are far below. A value counts as BYTES_OF_VALUE beside its text.
+MOST_UNPACKED, MOST_TIMES = 1 << 28, 1000
+BYTES_OF_VALUE = 64
 SPLITS = ("train", "val", "test")
 SPLIT_COLUMN = "split"  # the usual name
 
@@ -59,21 +63,68 @@ def read_table(
         endings = ", ".join((*SEPARATORS, *PARQUET))
         raise UserError(f"{url}: expected a table ending in {endings}")
     pandas = import_pandas()
+    from pyarrow import ArrowException
+
     data = read_bytes(url, attempts=attempts, wait=wait, storage_options=storage_options)
     try:
         if suffix in PARQUET:
+            check_parquet(data, url)
             table = pandas.read_parquet(BytesIO(data), engine="pyarrow")
         else:
             head, rows = _cells(data.decode("utf-8-sig"), SEPARATORS[suffix], url)
             table = pandas.DataFrame(rows, columns=head, dtype=object)
             table.attrs["repeated"] = [name for name in head if head.count(name) > 1]
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except (csv.Error, ValueError, OSError) as error:  # the last two: of pandas and pyarrow
+    except (csv.Error, ValueError, OSError, ArrowException) as error:
         raise UnreadableFileError(f"{url}: unreadable table ({error})") from error
     if table.empty:
         raise UserError(f"{url}: no rows")
     return table
+
+
+def check_parquet(source: bytes | str, url: str) -> None:
+    """Compare what a Parquet file unpacks to with its size, before its rows are read.
+
+    Args:
+        source: its content, or its path.
+        url: its name, for messages.
+
+    Raises:
+        UserError: a small file of too much, as a value that it has once for millions of rows.
+    """
+    from pyarrow import BufferReader, DictionaryArray, compute, parquet
+
+    size = os.path.getsize(source) if isinstance(source, str) else len(source)
+    most = max(MOST_UNPACKED, MOST_TIMES * size)
+
+    def opened(**options: Any) -> Any:
+        content = source if isinstance(source, str) else BufferReader(source)
+        return parquet.ParquetFile(content, **options)
+
+    with opened() as file:
+        told, leaves = file.metadata, [file.schema.column(i) for i in range(len(file.schema))]
+        groups = (told.row_group(i) for i in range(told.num_row_groups))
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    total = sum(
+        max(BYTES_OF_VALUE * each.num_values, each.total_uncompressed_size) for each in columns
+    )
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    # Each text once, and the numbers of those of the rows: small, whatever the rows would take.
+    with opened(read_dictionary=texts) as file:
+        batches = file.iter_batches(columns=texts) if total <= most else ()
+        for column in (column for batch in batches for column in batch.columns):
+            if not isinstance(column, DictionaryArray):
+                continue
+            lengths = compute.binary_length(column.dictionary)
+            total += compute.sum(lengths.take(column.indices)).as_py() or 0
+            if total > most:
+                break
+    if total > most:
+        raise UserError(
+            f"{url}: {told.num_rows:,} rows in {size:,} bytes, which unpack to more than "
+            f"{most:,}; expected a table of files that differ"
+        )
 
 
 def _cells(text: str, separator: str, url: str) -> tuple[list[str], list[list[str | None]]]:

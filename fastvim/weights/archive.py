@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 
 from fastvim.errors import MachineError, UserError
-from fastvim.storage import problem, written
+from fastvim.storage import problem, require_file, written
 
 _MARK = b"fastvim sha256 "
 # What reading damaged archives has been seen to raise, beside OSError.
@@ -70,6 +70,7 @@ def check_archive(path: str | os.PathLike[str]) -> bool:
     Raises:
         UserError: it is damaged, or no zip archive.
     """
+    require_file(path)
     path = os.path.realpath(path)
     try:
         now = os.stat(path)

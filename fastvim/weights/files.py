@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvim.errors import UserError
-from fastvim.storage import written
+from fastvim.storage import require_file, written
 from fastvim.weights.archive import write_archive
 from fastvim.weights.dense_names import published_head
 from fastvim.weights.formats import inner_backbone, select_weights, tell
@@ -74,6 +74,7 @@ def read(path: str | os.PathLike[str], *, ema: bool | None = None) -> Checkpoint
         UserError: no such file, or one that is damaged or holds no weights.
     """
     path = Path(os.path.expanduser(path))
+    require_file(path)
     if not path.is_file():
         folder = ": it is a folder, expected a file" if path.is_dir() else ""
         raise UserError(f"no checkpoint at {path}{folder}")

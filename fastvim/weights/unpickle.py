@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastvim.errors import UserError
+from fastvim.storage import require_file
 from fastvim.weights.archive import check_archive, is_archive
 
 # What unpickling damaged bytes has been seen to raise.
@@ -139,6 +140,7 @@ def read_pickled(path: Path, mmap: bool = False) -> dict[str, Any]:
     Raises:
         UserError: a damaged file, one of more than plain values (names what), or one of no dict.
     """
+    require_file(path)
     content = load_pickled(path, _STAND_INS, mmap=mmap and zipfile.is_zipfile(path))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}: expected a state dict")

@@ -47,7 +47,7 @@ from fastvim.weights import find, known_classes
 from fastvim_cli.console import say, table
 from fastvim_cli.train.class_paths import admit, require_plain
 from fastvim_cli.train.config_errors import causes, explain, of_one_of_several, options_as_written
-from fastvim_cli.train.config_files import read_config
+from fastvim_cli.train.config_files import MOST_SHOWN, check_size, checked_configs, read_config
 from fastvim_cli.train.every_run import as_list, callbacks, loggers
 from fastvim_cli.train.fitting import fit
 from fastvim_cli.train.logs import ConfigFile
@@ -142,11 +142,22 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         files, overrides = _split_configs(args)
+        texts = list(overrides)
+
+        def tell(text: str) -> None:
+            texts.append(text)
+            admit(texts)
+
+        admit(texts)
+        mistakes: list[UserError] = []
         try:
-            self.config = parser.parse_args(
-                [f"--config={config}" for config in [*self.base, *files]] + overrides
-            )
+            with checked_configs(tell) as mistakes:
+                self.config = parser.parse_args(
+                    [f"--config={config}" for config in [*self.base, *files]] + overrides
+                )
         except argparse.ArgumentError as error:
+            if mistakes:
+                raise mistakes[0] from error
             message = explain(str(error), parser.get_defaults().keys())
             if message.startswith("Problems parsing config"):  # does not say which
                 message = f"{' '.join(files)}: {message}"
@@ -360,8 +371,10 @@ def _split_configs(words: list[str]) -> tuple[list[str], list[str]]:
     for word in others:
         if not _is_text(word):
             raise UserError(f"{word}: expected text in UTF-8, which config.yaml and the logs are")
+        check_size(word.partition("=")[2] or word, word[:MOST_SHOWN])
     files = [os.path.expanduser(file) for file in found.config]
-    admit([*map(read_config, files), *others])
+    for file in files:
+        read_config(file)
     return files, others
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,14 @@ from PIL import Image
 
 from fastvim.data.channels import ChannelData
 from fastvim.data.checks import check_data, findings
-from fastvim.data.table import list_images, read_table
+from fastvim.data.table import MOST_UNPACKED, list_images, read_table
 from fastvim.errors import UserError
+from fastvim.inference.parts.tables import table_paths
 from fastvim_cli import main
 
 pytest.importorskip("pandas")
-pytest.importorskip("pyarrow")
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 
 def table(folder: Path, head: str, row: str = "{}.npy,a,train") -> str:
@@ -137,3 +141,47 @@ def test_a_name_that_no_file_can_have_is_missing(tmp_path, capsys):
     assert main(["data", "stats", str(tmp_path / "table.csv")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert r"x\x00y.npy: no such file" in line
+
+
+def repeated(value: str, rows: int) -> pa.Array:
+    """A column of one value, which a file has once."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value]))
+
+
+UNPACKED = {
+    "many rows": lambda: {"path": repeated("a.npy", 1_000_000)},
+    "a long cell": lambda: {"path": ["x" * 20_000_000]},
+    "a long cell, often": lambda: {"path": repeated("x" * 10_000, 10_000)},
+    "a long list": lambda: {
+        "path": ["a.npy"],
+        "list": pa.ListArray.from_arrays([0, 4_000_000], pa.nulls(4_000_000, pa.int8())),
+    },
+}
+
+
+@pytest.mark.parametrize("content", UNPACKED)
+def test_a_small_file_of_too_much(content, tmp_path, monkeypatch):
+    """Of a sixteenth of what the limit is."""
+    monkeypatch.setattr("fastvim.data.table.MOST_UNPACKED", MOST_UNPACKED // 16)
+    file = str(tmp_path / "small.parquet")
+    parquet.write_table(pa.table(UNPACKED[content]()), file, compression="zstd")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.monotonic()
+    for read in (read_table, lambda file: list(table_paths(file, file))):
+        with pytest.raises(UserError, match=r"small\.parquet: [\d,]+ rows in [\d,]+ bytes, which"):
+            read(file)
+    assert time.monotonic() - begin < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_paths_that_differ_are_no_small_file(tmp_path):
+    rows = {"path": [f"s3://bucket/plate/{index:08d}.npy" for index in range(20_000)]}
+    rows |= {"label": ["a"] * 20_000, "note": ["much longer than a path " * 20] * 20_000}
+    parquet.write_table(pa.table(rows), tmp_path / "t.parquet", compression="zstd")
+    assert len(read_table(str(tmp_path / "t.parquet"))) == 20_000
+
+
+def test_a_list_of_values_nested_too_deep(tmp_path):
+    (tmp_path / "list.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"list\.jsonl: line 1: no JSON"):
+        list(table_paths(str(tmp_path / "list.jsonl"), "list.jsonl"))

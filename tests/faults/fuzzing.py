@@ -195,7 +195,9 @@ def _run(task: dict) -> None:
     os._exit(code)
 
 
-# jsonargparse asks another Python for its path; a loader's worker passes images on by a socket.
+# typeshed_client, in which jsonargparse looks up the types of compiled classes, asks another Python
+# for its path, with nothing of a file in the command. A loader's worker passes images on by a
+# socket.
 OWN = ("json.dumps(sys.path)", f"{os.sep}pymp-")
 
 

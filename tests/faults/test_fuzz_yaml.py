@@ -174,15 +174,58 @@ def test_classes_of_the_user_are_used(warm, place):
     assert "said" in ended.stdout
 
 
-@pytest.mark.parametrize("text", bombs()[:8])
-def test_small_texts_that_are_large_once_read(text, warm, place):
-    (place / "recipe.yaml").write_text(text)
-    ended = warm.run("fit", "--config=recipe.yaml", cwd=place, seconds=20)
+# How a file comes to be read as a configuration.
+PLACES = ["--config", "--data", "--model", "--trainer", "--trainer.callbacks", "within"]
+
+
+def given(place: Path, where: str, name: str) -> list[str]:
+    """The words of a command that reads the file of that name as a configuration."""
+    config = recipe()
+    words = [] if where == "within" else [where, name]
+    if where == "within":
+        config["data"] = name
+    (place / "recipe.yaml").write_text(yaml.safe_dump(config))
+    return ["data", "check", "--config=recipe.yaml", *words]
+
+
+@pytest.mark.parametrize("text", [*bombs()[:8], "a: " + repr("[*a, *a]" + "[" * 100_000)])
+@pytest.mark.parametrize("where", PLACES)
+def test_small_texts_that_are_large_once_read(where, text, warm, place):
+    (place / "other.yaml").write_text(text)
+    ended = warm.run(*given(place, where, "other.yaml"), cwd=place, seconds=20)
     assert (ended.code, ended.problems) == (2, []), ended.stderr
     assert ended.memory < 2**30
 
 
-def test_a_configuration_is_a_file(warm, place):
-    os.mkfifo(place / "pipe.yaml")
-    ended = warm.run("fit", "--config=pipe.yaml", cwd=place, seconds=20)
+@pytest.mark.parametrize("text", ["{a: &a [*a]}", "[" * 100_000])
+def test_such_a_text_as_a_value(text, warm, place):
+    words = given(place, "--model.model_args", text)
+    ended = warm.run(*words, cwd=place, seconds=20)
     assert (ended.code, ended.problems) == (2, []), ended.stderr
+    assert ended.memory < 2**30
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_a_configuration_is_a_file_of_text(where, warm, place):
+    """No pipe, which waits for ever; not more than anyone writes; UTF-8."""
+    for name in ("pipe.yaml", "large.yaml", "latin.yaml"):
+        (place / name).unlink(missing_ok=True)
+    os.mkfifo(place / "pipe.yaml")
+    (place / "latin.yaml").write_text("root: é", encoding="latin-1")
+    with (place / "large.yaml").open("wb") as file:
+        file.truncate(2**40)
+    said = {"pipe": "a pipe, expected a file", "large": "1,099,511,627,776 bytes", "latin": "UTF-8"}
+    for name, words in said.items():
+        ended = warm.run(*given(place, where, f"{name}.yaml"), cwd=place, seconds=20)
+        assert (ended.code, ended.problems) == (2, []), ended.stderr
+        assert words in ended.stderr
+        assert f"{name}.yaml" in ended.stderr
+
+
+def test_own_classes_of_a_file_within(warm, place):
+    """What a file within names is trusted or extends such, as what the first one names."""
+    for name, code in (("own.Data", 0), ("trap.Thing", 2)):
+        (place / "other.yaml").write_text(yaml.safe_dump(recipe()["data"] | {"class_path": name}))
+        ended = warm.run(*given(place, "within", "other.yaml"), cwd=place)
+        assert (ended.code, ended.problems) == (code, []), ended.stderr
+        assert not (place / "ran").exists()

@@ -27,6 +27,7 @@ from fastvim.data.remote import filesystem, is_url, join, read_bytes, retried
 from fastvim.errors import UserError
 from fastvim.inference.parts.tables import table_paths
 from fastvim.inference.parts.work import Item
+from fastvim.storage import require_file
 from fastvim.weights.fetch import digest
 
 _logger = logging.getLogger(__name__)
@@ -177,7 +178,9 @@ def _at_address(url: str, endings: Collection[str] | None) -> Iterator[Item]:
 def _local(table: str) -> Iterator[str]:
     """A table as a file of this machine; an address is fetched."""
     if not is_url(table):
-        yield os.path.expanduser(table)
+        path = os.path.expanduser(table)
+        require_file(path)
+        yield path
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "table")

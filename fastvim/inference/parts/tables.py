@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from fastvim.data.table import PARQUET
+from fastvim.data.table import PARQUET, check_parquet
 from fastvim.errors import UserError, first_few, nearest, one_line
 from fastvim.extras import install
 
@@ -66,6 +66,7 @@ def _of_parquet(path: str, table: str) -> Iterator[str]:
         raise UserError(f"{table}: pyarrow is not installed: {install('microscopy')}") from error
     number = 0
     try:
+        check_parquet(path, table)
         with parquet.ParquetFile(path) as file:
             column = _path_column(file.schema_arrow.names, table)
             for batch in file.iter_batches(_ROWS, columns=[column]):
@@ -85,7 +86,7 @@ def _of_lines(path: str, table: str, as_json: bool) -> Iterator[str]:
             if as_json:
                 try:
                     text = json.loads(text)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{table}: line {number}: no JSON ({error})") from error
                 if isinstance(text, dict):
                     text = text[_path_column(list(text), f"{table}: line {number}")]
