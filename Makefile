@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Idle OpenMP threads that spin would take the cores from the workers that load images.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install test test-cluster test-faults test-wheel lint quickstart mae channels cells nuclei clean
+.PHONY: help install test test-slow test-cluster test-faults test-wheel lint quickstart mae channels cells nuclei clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a small FastVim on handwritten digits"
@@ -12,7 +12,8 @@ help:
 	@echo "make channels     classify land cover from fewer and fewer bands of a satellite image"
 	@echo "make cells        find the nuclei of cells in a microscope's images"
 	@echo "make nuclei       find them one by one, each with a box and a mask"
-	@echo "make test         install what the tests need and run them all"
+	@echo "make test         install what the tests need and run them"
+	@echo "make test-slow    those that take seconds each: whole programs, processes, signals"
 	@echo "make test-faults  drawn faults: 600 sets of images, 1,000 command lines, 1,000 files and more"
 	@echo "make test-cluster runs spread over processes and a Ray cluster on this machine, with kills"
 	@echo "make test-wheel   install the built wheel alone and run every command of it"
@@ -28,7 +29,10 @@ install: .venv/installed
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 # All draws of faulty and of odd data, words and files; make test runs some of them. A name as
 # test_a_command_line_ends_well[17] repeats one.

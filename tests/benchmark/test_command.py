@@ -37,6 +37,7 @@ def test_a_record_without_rows(capsys):
     assert capsys.readouterr().out.startswith("a machine")
 
 
+@pytest.mark.slow
 def test_table_file_and_picture(capsys):
     words = ["--size", "32", "48x40", "--batch", "3", "2", "--out", "results.json"]
     assert benchmark(OURS, *words, "--plot", "picture.png") == 0
@@ -73,6 +74,7 @@ def test_an_engine_on_request(capsys):
     assert "engine 'numbra'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training(capsys):
     words = [OURS, "--train", "--size", "32", "--batch", "2", "--out", "results.json"]
     assert benchmark(*words) == 0

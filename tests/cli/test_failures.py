@@ -208,6 +208,7 @@ def command(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [
@@ -226,6 +227,7 @@ def test_names_of_any_bytes_in_any_locale(images, environment):
     assert len((images.parent / "out" / "predictions.jsonl").read_text("utf-8").splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_results_are_there_though_nobody_reads_the_output(images):
     process = command(images)
     process.stdout.close()

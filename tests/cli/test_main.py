@@ -240,6 +240,7 @@ def test_torchrun_is_told_the_mistake(tmp_path, monkeypatch):
     assert "error: unknown command 'fitt'" in message["extraInfo"]["py_callstack"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line(recipe, image_folder):
     command = ["fit", "--config", str(recipe), f"--data.root={image_folder}"]
     process = subprocess.Popen(

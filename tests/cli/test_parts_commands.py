@@ -163,6 +163,7 @@ def command(*words, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_loses_the_unfinished_part_alone(weights, photos, whole, tmp_path, number):
     words = ("predict", "--model", weights, "--out", tmp_path, "--batch-size", 1, "--part-size", 5)

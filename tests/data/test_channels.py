@@ -248,6 +248,7 @@ def test_an_ending_that_nothing_reads_is_never_skipped(root: Path) -> None:
         list(open_data(root, on_error="skip").train_dataloader())
 
 
+@pytest.mark.slow
 def test_the_counter_reaches_spawned_workers(root: Path) -> None:
     (root / "cells" / "1.npy").unlink()
     paths = [str(root / "cells" / f"{index}.npy") for index in range(4)]

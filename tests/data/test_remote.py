@@ -206,6 +206,7 @@ class Files(Dataset):
         return len(read_bytes(self.url, attempts=self.attempts, wait=0.01))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_after_the_parent_has_read(serve, context: str) -> None:
     server = serve(200, 500, "cut", 500)
@@ -229,6 +230,7 @@ def test_a_fork_leaves_its_parents_connections_alone(
     assert read_bytes(server.url, attempts=1) == CONTENT
 
 
+@pytest.mark.slow
 def test_the_error_of_a_worker_is_one_line(serve) -> None:
     server = serve(*[500] * 20)
     with pytest.raises(UnreadableFileError) as caught:

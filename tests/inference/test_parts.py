@@ -262,6 +262,7 @@ def test_what_a_killed_process_has_begun_is_removed(folder, tmp_path):
     assert left == [f"draft-{host}-{os.getppid()}.part"]
 
 
+@pytest.mark.slow
 def test_devices_compute_the_same_bytes(folder, whole, tmp_path):
     outcome, listener = run(folder, tmp_path, devices=2)
     assert parts_of(tmp_path) == whole[0]
@@ -293,6 +294,7 @@ class OtherWeights(Toy):
         return opened
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named(folder, tmp_path):
     with pytest.raises(MachineError, match=r"process \d of 2 on cpu was ended by signal 9; .*safe"):
         run(folder, tmp_path, Dies(), devices=2)

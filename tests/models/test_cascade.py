@@ -310,6 +310,7 @@ def scene(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Ten
     return image, {**target, "masks": torch.stack(masks).to(torch.uint8)}
 
 
+@pytest.mark.slow
 def test_it_learns_two_images():
     """About 7 s on two free cores."""
     torch.manual_seed(0)

@@ -60,6 +60,7 @@ def test_models_compile_whole(name):
     assert_same(outputs_and_gradients(compiled, model, x), outputs_and_gradients(model, model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_inductor_runs_a_mixer():
     mixer, x = Mixer(16), normal(2, 12, 16).float()

@@ -161,6 +161,7 @@ def test_selective_scan(steps, width, dtype):
     assert_as_exact(selective_scan_triton, selective_scan, inputs, dtype)
 
 
+@pytest.mark.slow
 @each_dtype
 @pytest.mark.parametrize("walk", selective_scan_kernels.WALKS[::3], ids=str)
 def test_chunks_of_a_sequence(walk, dtype, monkeypatch, forget_launches):

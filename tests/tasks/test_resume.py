@@ -133,6 +133,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "folder", "ends"), CASES.values(), ids=CASES)
 def test_resumed(write_recipe, request, capsys, changes, folder, ends):
     if folder:

@@ -150,6 +150,7 @@ def test_a_second_run_in_the_folder_of_one_that_goes_on(write_recipe, capsys):
     assert main(["fit", "--config", str(file)]) == 0
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_by_one_process(write_recipe):
     changes = {"trainer.devices": 2, "trainer.strategy": "ddp", "model.init_args.num_classes": 2}
     words = [sys.executable, "-m", "fastvim_cli", "fit", "--config", str(write_recipe(changes))]
