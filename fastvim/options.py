@@ -34,6 +34,8 @@ class Range:
     def __contains__(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
+        if isinstance(value, Integral) and not -MOST_WHOLE <= value <= MOST_WHOLE:  # type: ignore[operator]
+            return False
         number: float = value  # type: ignore[assignment]
         if not math.isfinite(number) or not self.low <= number <= self.high:
             return False
@@ -53,10 +55,14 @@ class Range:
         return text
 
 
+MOST_WHOLE = (1 << 63) - 1  # of 64 bits
 COUNT = Range(1, whole=True)
 # Far beyond any model, and so small that the number of a tensor's values fits into 64 bits.
 SIZE = Range(1, 1 << 16, whole=True)
 SMALL_SIZE = Range(1, 1 << 10, whole=True)
+SIDE = Range(1, 1 << 13, whole=True)  # of a prepared image, in pixels
+WORKERS = Range(0, 1 << 10, whole=True)
+NODES = Range(1, 1 << 16, whole=True)
 CLASSES = Range(0, 1 << 24, whole=True)
 COUNT_OR_0 = Range(0, whole=True)
 SEED = Range(0, 2**32 - 1, whole=True)  # what numpy takes
@@ -129,6 +135,8 @@ def _kind(number: object, allowed: Range) -> str:
     """What a range would not tell of numbers of another kind."""
     if isinstance(number, float) and allowed.whole:
         return "whole numbers, "
+    if isinstance(number, int) and abs(number) > MOST_WHOLE:
+        return "numbers of 64 bits, "
     return "finite numbers, " if isinstance(number, float) and not math.isfinite(number) else ""
 
 

@@ -18,7 +18,7 @@ from fastvim.data.pixels import MAX_PIXELS, PictureReader
 from fastvim.data.remote import is_url
 from fastvim.data.sampler import evaluation_loader, training_loader
 from fastvim.errors import OptionError, UserError
-from fastvim.options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SEED, check, check_given
+from fastvim.options import COUNT, NOT_NEGATIVE, SEED, WORKERS, check, check_given
 
 Orientation = Literal["auto", "exif", "stored"]
 ORIENTATIONS = get_args(Orientation)
@@ -66,7 +66,7 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         check(COUNT, batch_size=batch_size)
         check_given(COUNT, eval_batch_size=eval_batch_size)
-        check(COUNT_OR_0, num_workers=num_workers)
+        check(WORKERS, num_workers=num_workers)
         check(SEED, seed=seed)
         check(NOT_NEGATIVE, timeout=timeout)
         self.root = str(root)

@@ -19,7 +19,17 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fastvim.errors import OptionError, UserError
-from fastvim.options import COUNT, FINITE, POSITIVE, SHARE, check, check_choice, check_given
+from fastvim.options import (
+    COUNT,
+    FINITE,
+    POSITIVE,
+    SHARE,
+    SIDE,
+    SIZE,
+    check,
+    check_choice,
+    check_given,
+)
 
 ChannelTransform = Callable[[Tensor], Tensor]
 Rotation = Literal["any", "quarter", "none"]
@@ -87,7 +97,7 @@ def training_transform(
     check_given(COUNT, min_size=min_size)
     check(SHARE, orientation=orientation, defocus=defocus, dropout=dropout)
     check_choice(get_args(Rotation), rotation=rotation)
-    check(COUNT, dropout_holes=dropout_holes, dropout_size=dropout_size)
+    check(SIZE, dropout_holes=dropout_holes, dropout_size=dropout_size)
     height, width = (max(length, min_size or 0) for length in size)
     steps = [Pad(height, width, random=True), v2.RandomCrop(size)]
     if orientation:
@@ -251,7 +261,7 @@ def _as_stored(result: Tensor, image: Tensor) -> Tensor:
 
 
 def _pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    check(COUNT, img_size=img_size)
+    check(SIDE, img_size=img_size)
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(size) != 2:
         raise OptionError("img_size", img_size, "a height and a width")

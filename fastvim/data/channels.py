@@ -36,6 +36,7 @@ from fastvim.options import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    SIZE,
     check,
     check_choice,
     per_channel,
@@ -243,7 +244,8 @@ class ChannelData(DataModule):
             expected = "null, as channels keep their stored values; give mean and std of them"
             raise OptionError("value_range", self.value_range, expected)
         check(SEED, split_seed=split_seed)
-        check(COUNT, in_chans=in_chans, attempts=attempts)
+        check(SIZE, in_chans=in_chans)
+        check(COUNT, attempts=attempts)
         check(NOT_NEGATIVE, wait=wait)
         check_choice(get_args(OnError), on_error=on_error)
         self.mean = per_channel("mean", mean, in_chans, FINITE)

@@ -29,7 +29,7 @@ from fastvim.data.issues import Issues, Look, SplitReport, look_at_picture
 from fastvim.data.jitter import LargeScaleJitter
 from fastvim.data.pixels import UnreadableImageError
 from fastvim.errors import UserError, first_few
-from fastvim.options import COUNT, POSITIVE, SHARE, check, check_given, check_pair
+from fastvim.options import POSITIVE, SHARE, SIDE, check, check_given, check_pair
 
 _logger = logging.getLogger(__name__)
 
@@ -196,8 +196,8 @@ class DetectionData(DenseDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
-        check(COUNT, img_size=img_size)
-        check_given(COUNT, eval_size=eval_size)
+        check(SIDE, img_size=img_size)
+        check_given(SIDE, eval_size=eval_size)
         check_pair(POSITIVE, scale=scale)
         check(SHARE, hflip=hflip)
         self.img_size = img_size

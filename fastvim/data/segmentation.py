@@ -38,11 +38,11 @@ from fastvim.data.resizing import Window, fit, nearest, resize
 from fastvim.errors import OptionError, UserError
 from fastvim.labels import IGNORE_INDEX
 from fastvim.options import (
-    COUNT,
     FINITE,
     POSITIVE,
     SHARE,
     SHARE_ABOVE_0,
+    SIDE,
     Range,
     check,
     check_given,
@@ -283,8 +283,8 @@ class SegmentationData(DenseDataModule):
     ) -> None:
         super().__init__(root, batch_size=batch_size, eval_batch_size=1, **kwargs)
         check(Range(2, IGNORE_INDEX, whole=True), num_classes=num_classes)
-        check(COUNT, img_size=img_size)
-        check_given(COUNT, base_size=base_size)
+        check(SIDE, img_size=img_size)
+        check_given(SIDE, base_size=base_size)
         if base_size is not None and base_size[0] < base_size[1]:
             raise OptionError("base_size", base_size, "the longer side first")
         check_pair(POSITIVE, ratio=ratio)

@@ -27,6 +27,7 @@ from fastvim.options import (
     POSITIVE,
     SHARE,
     SHARE_ABOVE_0,
+    SIDE,
     Range,
     check,
     check_choice,
@@ -153,7 +154,7 @@ def _common_settings(
     if in_chans not in IMAGE_MODES:
         raise OptionError("in_chans", in_chans, "1 (grey) or 3 (RGB), as image files have")
     check_choice(INTERPOLATIONS, interpolation=interpolation)
-    check(COUNT, img_size=img_size)
+    check(SIDE, img_size=img_size)
     return {
         "input_size": img_size if isinstance(img_size, int) else tuple(img_size),
         "interpolation": interpolation,

@@ -26,6 +26,7 @@ from fastvim.options import (
     POSITIVE,
     SHARE,
     SHARE_ABOVE_0,
+    SIDE,
     SIZE,
     Range,
     check,
@@ -33,7 +34,6 @@ from fastvim.options import (
     fits,
 )
 
-SIDE = Range(1, 1 << 13, whole=True)  # of an image, in pixels
 SIDE_OR_0 = Range(0, 1 << 13, whole=True)
 REGIONS = Range(1, 1 << 16, whole=True)
 

@@ -17,7 +17,17 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.strategy import Strategy
 
 from fastvim.errors import OptionError, UserError
-from fastvim.options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SHARE, Range, check_given
+from fastvim.options import (
+    COUNT,
+    COUNT_OR_0,
+    NODES,
+    NOT_NEGATIVE,
+    SHARE,
+    WORKERS,
+    Range,
+    check,
+    check_given,
+)
 from fastvim.tasks.strategies import SHARDED_PRECISIONS, ShardedStrategy
 
 # What a command is about, which cannot be nothing.
@@ -111,9 +121,12 @@ def check_trainer(settings: Namespace, command: str) -> None:
             raise OptionError(name, value, "a time as DD:HH:MM:SS")
     if settings.max_time is not None and not re.search("[1-9]", str(settings.max_time)):
         raise OptionError("max_time", settings.max_time, "more than no time")
-    names = ("accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
+    names = ("accumulate_grad_batches", "check_val_every_n_epoch")
     check_given(COUNT, **{name: settings[name] for name in names})
-    names = ("min_epochs", "min_steps", "log_every_n_steps")
-    check_given(COUNT_OR_0, **{name: settings[name] for name in names})
+    check(NODES, num_nodes=settings.num_nodes)
+    if re.fullmatch(r"\d+", text := str(settings.devices)) and int(text[:9]) > WORKERS.high:
+        raise OptionError("devices", settings.devices, f"{WORKERS.high} or less")
+    others = ("min_epochs", "min_steps", "log_every_n_steps")
+    check_given(COUNT_OR_0, **{name: settings[name] for name in others})
     check_given(NOT_NEGATIVE, gradient_clip_val=settings.gradient_clip_val)
     check_given(Range(-1, whole=True), num_sanity_val_steps=settings.num_sanity_val_steps)

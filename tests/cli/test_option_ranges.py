@@ -23,8 +23,8 @@ from fastvim_cli import main
 from fastvim_cli.train.trainer_options import read_integers_first
 
 NAN, INF = math.nan, math.inf
-COUNT = (0, -1, None, 2.5, "two")
-COUNT_OR_NONE = (0, -1, 2.5, "two")
+COUNT = (0, -1, None, 2.5, "two", 10**21)
+COUNT_OR_NONE = (0, -1, 2.5, "two", -(10**400))
 COUNT_OR_0 = (-1, None, 2.5)
 SEED = (-1, 2**70, None, 1.5)
 NOT_NEGATIVE = (-1.0, NAN, INF, None, "much")
@@ -37,7 +37,7 @@ STD = (*MEAN, [0.0], [1.0, -1.0, 1.0], [INF])
 LOADING = {
     "batch_size": COUNT,
     "eval_batch_size": COUNT_OR_NONE,
-    "num_workers": COUNT_OR_0,
+    "num_workers": (*COUNT_OR_0, 10**6),
     "seed": SEED,
     "value_range": ([1.0, 0.0], [5.0, 5.0], [0.0, NAN], [1.0]),
     "max_pixels": COUNT_OR_NONE,
@@ -45,11 +45,11 @@ LOADING = {
 }
 CHANNELS = {
     **LOADING,
-    "in_chans": (0, -1, 2.5, "two"),
+    "in_chans": (0, -1, 2.5, "two", 10**9),
     "mean": MEAN[:-1],
     "std": ([0.5, 0.5], [NAN], [0.0], [INF]),
     "split_seed": SEED,
-    "img_size": (*COUNT, [16, 0], [16, 16, 16]),
+    "img_size": (*COUNT, 10**7, [16, 0], [16, 16, 16]),
     "on_error": ("ignore", None),
     "attempts": COUNT,
     "wait": NOT_NEGATIVE,
@@ -79,7 +79,7 @@ WRONG: dict[type, dict[str, tuple]] = {
         **LOADING,
         "train_images": COUNT_OR_NONE,
         "num_classes": COUNT_OR_NONE,
-        "img_size": (*COUNT, [32, 0], [32, 32, 32]),
+        "img_size": (*COUNT, 10**7, [32, 0], [32, 32, 32]),
         "in_chans": (0, 2, 4, None),
         "mean": MEAN,
         "std": STD,
@@ -106,7 +106,7 @@ WRONG: dict[type, dict[str, tuple]] = {
     SegmentationData: {
         **{name: values for name, values in LOADING.items() if name != "eval_batch_size"},
         "num_classes": (*COUNT, 256),
-        "img_size": (*COUNT, [32, 0], [32, 32, 32]),
+        "img_size": (*COUNT, 10**7, [32, 0], [32, 32, 32]),
         "base_size": ([512, 2048], [512, 0], [512]),
         "ratio": PAIR,
         "max_share": (0.0, 1.5, NAN, None),
@@ -117,7 +117,7 @@ WRONG: dict[type, dict[str, tuple]] = {
     },
     DetectionData: {
         **LOADING,
-        "img_size": COUNT,
+        "img_size": (*COUNT, 10**7),
         "eval_size": COUNT_OR_NONE,
         "scale": PAIR,
         "hflip": SHARE,
@@ -174,7 +174,7 @@ TRAINER = {
     "max_epochs": (0, -5, 2.5),
     "max_steps": (0, -5),
     "min_epochs": (-1,),
-    "accumulate_grad_batches": (0, -1),
+    "accumulate_grad_batches": (0, -1, 10**21),
     "gradient_clip_val": (-1.0, NAN),
     "gradient_clip_algorithm": ("sum",),
     "log_every_n_steps": (-1,),
@@ -185,8 +185,8 @@ TRAINER = {
     "limit_val_batches": (-1, 2.5),
     "overfit_batches": (-1, 2.5),
     "fast_dev_run": (-1,),
-    "devices": (0, -2, "many"),
-    "num_nodes": (0,),
+    "devices": (0, -2, "many", 10**6),
+    "num_nodes": (0, 10**8),
     "accelerator": ("abacus",),
     "precision": ("8-bit",),
     "max_time": ("long",),
@@ -300,6 +300,7 @@ def test_one_batch_is_not_all_batches(monkeypatch):
         ("data.hflip", "5.0"),
         ("model.lr", ".nan"),
         ("trainer.accumulate_grad_batches", "0"),
+        ("trainer.devices", "1000000"),
         ("trainer.val_check_interval", "100"),
         ("trainer.limit_train_batches", "0.01"),
         ("trainer.overfit_batches", "0.01"),

@@ -285,8 +285,8 @@ def test_an_image_of_other_channels(make) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, (0.0,), (1.0,)), "img_size 0: expected 1 or more"),
-        (((16, 0), (0.0,), (1.0,)), r"img_size \[16, 0\]: expected 1 or more"),
+        ((0, (0.0,), (1.0,)), "img_size 0: expected 1 to 8192"),
+        (((16, 0), (0.0,), (1.0,)), r"img_size \[16, 0\]: expected 1 to 8192"),
         (((16, 16, 3), (0.0,), (1.0,)), r"img_size \[16, 16, 3\]: expected a height"),
         ((16, (0.0, 0.0), (1.0, 0.0)), r"std \[1.0, 0.0\]: expected more than 0"),
         ((16, (0.0,), (float("nan"),)), "std .*: expected finite numbers, more than 0"),
@@ -307,8 +307,8 @@ def test_mistakes(make, arguments: tuple, message: str) -> None:
         ({"dropout": float("nan")}, "dropout nan: expected finite numbers, 0 to 1"),
         ({"orientation": 2}, "orientation 2: expected 0 to 1"),
         ({"rotation": "half"}, "rotation 'half': expected one of 'any', 'quarter', 'none'"),
-        ({"dropout_holes": 0}, "dropout_holes 0: expected 1 or more"),
-        ({"dropout_size": 0}, "dropout_size 0: expected 1 or more"),
+        ({"dropout_holes": 0}, "dropout_holes 0: expected 1 to 65536"),
+        ({"dropout_size": 0}, "dropout_size 0: expected 1 to 65536"),
         ({"dropout_size": 17}, "dropout_size 17: expected at most img_size 16"),
     ],
 )

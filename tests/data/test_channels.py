@@ -334,7 +334,7 @@ def test_the_count_is_told_at_the_end_of_an_epoch(
         ({"batch_size": 0}, "batch_size 0: expected 1 or more"),
         ({"seed": -1}, "seed -1: expected 0 to 4294967295"),
         ({"split_seed": -1}, "split_seed -1: expected 0 to 4294967295"),
-        ({"in_chans": 0}, "in_chans 0: expected 1 or more"),
+        ({"in_chans": 0}, "in_chans 0: expected 1 to 65536"),
         ({"mean": (1.0, 2.0)}, "mean .*: expected 1 value or 5, one a channel"),
         ({"on_error": "ignore"}, "on_error 'ignore': expected one of 'raise', 'skip'"),
         ({"augment": {"rotat": True}}, r"augment has no option 'rotat' \(nearest: rotation"),
