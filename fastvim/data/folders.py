@@ -7,6 +7,7 @@ other files are counted by their endings.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tarfile
@@ -23,6 +24,8 @@ from PIL import Image
 from fastvim.data.issues import Issues
 from fastvim.errors import UserError, first_few
 from fastvim.storage import require_file
+
+_logger = logging.getLogger(__name__)
 
 ClassFolder = Literal["outer", "inner"]
 
@@ -260,13 +263,14 @@ def _list_tar(file: Path) -> tuple[dict[str, tuple[int, int]], Counter[str]]:
     require_file(file)
     try:
         with open(file, "rb") as stream:
-            _scan_tar(stream, "", 0, found, left_out)
+            _scan_tar(file, stream, "", 0, found, left_out)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{file}: no images: not a tar file, or damaged ({error})") from error
     return found, left_out
 
 
 def _scan_tar(
+    file: Path,
     stream: IO[bytes],
     folder: str,
     start: int,
@@ -276,6 +280,7 @@ def _scan_tar(
     """Add what a tar file holds.
 
     Args:
+        file: the outermost one, for messages.
         stream: the tar file.
         folder: that its paths are in: the name of a tar file inside another one.
         start: of the stream in the outermost file, in bytes.
@@ -297,11 +302,33 @@ def _scan_tar(
             if inner is None:
                 left_out["links"] += 1
             elif ending == ".tar":
-                _scan_tar(inner, stem, place, found, left_out)
+                _scan_tar(file, inner, stem, place, found, left_out)
             elif ending in image_endings():
                 found[path] = place, member.size
             else:
                 left_out[ending or _NO_ENDING] += 1
+        _check_end(f"{file}: {folder}.tar in it" if folder else str(file), stream, archive.offset)
+
+
+def _check_end(name: str, stream: IO[bytes], end: int) -> None:
+    """Look at what follows the last member of a tar file: `tarfile` takes anything for the end.
+
+    Args:
+        name: of the tar file, for messages.
+        stream: the tar file.
+        end: of its last member, in bytes.
+
+    Raises:
+        tarfile.ReadError: what follows is a member that is cut off or damaged.
+    """
+    stream.seek(end)
+    rest = stream.read(1 << 20)
+    if rest[: tarfile.BLOCKSIZE].strip(b"\0"):
+        raise tarfile.ReadError(f"no member begins at byte {end:,}")
+    if len(rest) < tarfile.BLOCKSIZE:
+        _logger.warning("%s lacks its end marker: files at its end may be cut off", name)
+    elif rest.strip(b"\0"):
+        _logger.warning("%s goes on after its end marker: what follows is not read", name)
 
 
 def _without_split(paths: list[str], name: str) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +213,70 @@ def test_reading_in_workers(tmp_path: Path) -> None:
         batches.append(next(iter(data.val_dataloader())))
     assert torch.equal(batches[0][0], batches[1][0])
     assert np.array_equal(batches[0][1], batches[1][1])
+
+
+def cut(archive: Path, member: int) -> bytes:
+    """A tar file up to a member."""
+    with tarfile.open(archive) as tar:
+        return archive.read_bytes()[: tar.getmembers()[member].offset]
+
+
+def test_a_tar_file_that_is_cut_off_between_two_files(tmp_path: Path, caplog) -> None:
+    archive = pack(write(tmp_path / "train"), tmp_path / "train.tar", "train")
+    whole = archive.read_bytes()
+    assert len(ClassFolders(archive)) == 7
+    assert not caplog.messages
+    archive.write_bytes(cut(archive, -1))
+    ClassFolders(archive)
+    (message,) = caplog.messages
+    assert message == f"{archive} lacks its end marker: files at its end may be cut off"
+    caplog.clear()
+    archive.write_bytes(whole + whole)  # as `cat` puts them together
+    assert len(ClassFolders(archive)) == 7
+    assert caplog.messages == [f"{archive} goes on after its end marker: what follows is not read"]
+
+
+def test_a_tar_file_within_another_that_is_cut_off(tmp_path: Path, caplog) -> None:
+    folder = write(tmp_path / "train")
+    inner = pack(folder / "cat", tmp_path / "cat.tar", ".")
+    inner.write_bytes(cut(inner, -1))
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(inner, arcname="cat.tar")
+        tar.add(folder / "dog", arcname="dog")
+    ClassFolders(tmp_path / "train.tar")
+    (message,) = caplog.messages
+    assert "train.tar: cat.tar in it lacks its end marker" in message
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 512])
+def test_a_tar_file_whose_later_members_are_damaged(damage, tmp_path: Path) -> None:
+    archive = pack(write(tmp_path / "train"), tmp_path / "train.tar", "train")
+    begin, whole = cut(archive, 5), archive.read_bytes()
+    rest = whole[len(begin) + 512 :] if damage else whole[len(begin) :][:200]
+    archive.write_bytes(begin + damage + rest)
+    with pytest.raises(UserError, match=rf"damaged \(no member begins at byte {len(begin):,}\)"):
+        ClassFolders(archive)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("ran"),)
+
+
+def test_no_pickle_in_a_tar_file_or_beside_one_is_read(tmp_path: Path, monkeypatch) -> None:
+    """Shards hold further values of a sample as pickles; timm keeps one beside a tar file."""
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "train", ("cat/1.jpg", "dog/1.jpg"))
+    for name in ("cat/1.pkl", "cat/1.pyd", "cat/1.pth", "cat/1.pickle", "cat/1.npy"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    archive = pack(folder, tmp_path / "train.tar", ".")
+    for name in ("train_tarinfos.pickle", "_train_tarinfos.pickle", "class_map.pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "val.tar").write_bytes(archive.read_bytes())
+    for root, dataset in ((tmp_path, ""), (archive, "name"), (tmp_path, "name")):
+        with suppress(UserError):
+            data = ImageData(str(root), dataset=dataset, batch_size=1, num_workers=0, img_size=16)
+            data.setup("fit")
+            next(iter(data.train_dataloader()))
+        assert not Path("ran").exists()
+    assert ClassFolders(archive).left_out.total() == 5
