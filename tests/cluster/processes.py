@@ -44,8 +44,13 @@ class Run(NamedTuple):
         return self.log.read_text()
 
     def errors(self) -> list[str]:
-        """The lines that begin as those of an error."""
-        return [line for line in self.text().splitlines() if line.startswith("fastvim: ")]
+        """The lines of its errors."""
+        return errors(self.text())
+
+
+def errors(text: str) -> list[str]:
+    """The lines of a text that begin as those of an error, which torchrun repeats otherwise."""
+    return [line for line in text.splitlines() if line.startswith("fastvim: ")]
 
 
 def start(

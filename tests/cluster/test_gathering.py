@@ -67,6 +67,7 @@ def test_waiting_is_told_once(monkeypatch):
     ]
 
 
+@pytest.mark.cluster
 def test_a_command_whose_process_is_killed_at_once(write_recipe, tmp_path):
     site = tmp_path / "site"
     site.mkdir()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from harness import assert_same_training_state, last
-from processes import PATIENCE, free_port, start, wait_until
+from harness import assert_same_training_state, fit, last
+from processes import PATIENCE, errors, free_port, start, wait_until
 
 NODES = ("--trainer.num_nodes=2", "--trainer.devices=1")
+TWO_EPOCHS = {"trainer.max_epochs": 2}
 SLOW = {"class_path": "stops.Slow", "init_args": {"seconds": 0.1}}
 
 
@@ -26,7 +28,10 @@ def together(first: Path, second: Path) -> tuple[list[int], list[str]]:
 @pytest.mark.parametrize(
     ("option", "value", "line"),
     [
-        ("trainer.max_epochs", 3, "trainer.max_epochs is 1 in process 0 "),
+        pytest.param(
+            *("trainer.max_epochs", 3, "trainer.max_epochs is 1 in process 0 "),
+            marks=pytest.mark.cluster,
+        ),
         ("model.init_args.lr", 0.1, "model.lr is 0.05 in process 0 "),
     ],
 )
@@ -41,16 +46,7 @@ def test_other_options(write_recipe, option, value, line):
     assert not list(one.with_suffix("").rglob("*.ckpt"))
 
 
-@pytest.mark.slow
-def test_folders_of_their_own(write_recipe):
-    one, two = (write_recipe({"trainer.max_epochs": 1}, name) for name in ("one", "two"))
-    codes, lines = together(one, two)
-    assert codes == [2, 2]
-    assert len(lines) == 1
-    assert "does not see the folder " in lines[0]
-    assert lines[0].endswith("--trainer.default_root_dir on a disk that all machines share")
-
-
+@pytest.mark.cluster
 def test_other_images(write_recipe, image_folder, tmp_path):
     copy = tmp_path / "images"
     copy.mkdir()
@@ -66,13 +62,14 @@ def test_other_images(write_recipe, image_folder, tmp_path):
     assert "the list of images is " in lines[0]
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("number", "rank"),
     [
         pytest.param(signal.SIGKILL, 1, id="killed"),
-        pytest.param(signal.SIGKILL, 0, id="first-killed", marks=pytest.mark.cluster),
-        pytest.param(signal.SIGSTOP, 1, id="hangs", marks=pytest.mark.cluster),
-        pytest.param(signal.SIGSTOP, 0, id="first-hangs", marks=pytest.mark.cluster),
+        pytest.param(signal.SIGKILL, 0, id="first-killed"),
+        pytest.param(signal.SIGSTOP, 1, id="hangs"),
+        pytest.param(signal.SIGSTOP, 0, id="first-hangs"),
     ],
 )
 def test_a_peer_that_ends_or_hangs(write_recipe, number, rank):
@@ -92,36 +89,122 @@ def test_a_peer_that_ends_or_hangs(write_recipe, number, rank):
     assert "Traceback" not in runs[1 - rank].text()
 
 
-def torchrun(config: Path, port: int, *options: str) -> subprocess.Popen:
-    """torchrun of one of two machines."""
-    log = config.with_name(f"torchrun_{config.stem}_{len(list(config.parent.glob('*.log')))}.log")
-    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run"]
-    words = ["--nnodes=2", "--nproc-per-node=1", "--local-addr=127.0.0.1", *rendezvous, *options]
-    command = [sys.executable, "-m", "torch.distributed.run", *words, "-m", "fastvim_cli", "fit"]
+def torchrun(configs: tuple[Path, Path], options: list[str], *words: str) -> tuple[list[int], str]:
+    """Two machines, each with a torchrun of its own: exit codes, and all that they print.
+
+    Args:
+        configs: of each machine; the first one has rank 0 where ranks are given by hand.
+        options: of torchrun.
+        words: further ones of `fastvim fit`.
+    """
     path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
-    with log.open("w") as output:
-        return subprocess.Popen(
-            [*command, "--config", str(config), *NODES],
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
-
-
-@pytest.mark.slow
-def test_torchrun_goes_on_from_the_newest(write_recipe):
-    """A process is killed: `--max-restarts` alone ends with the weights of an uninterrupted run."""
-    whole = write_recipe({"trainer.max_epochs": 2}, "whole")
-    assert [run.end() for run in start(whole, *NODES, processes=2, nodes=2)] == [0, 0]
-    kill = {"class_path": "stops.KillOnce", "init_args": {"batch": 5}}
-    config = write_recipe({"trainer.max_epochs": 2, "trainer.callbacks": [kill]})
-    port = free_port()
-    nodes = [torchrun(config, port, "--max-restarts=3") for _ in range(2)]
+    nodes, logs = [], [config.with_suffix(".log") for config in configs]
+    for rank, (config, log) in enumerate(zip(configs, logs, strict=True)):
+        place = [] if ELASTIC[0] in options else [f"--node-rank={rank}"]
+        run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        run += [*options, *place, "--local-addr=127.0.0.1", "-m", "fastvim_cli", "fit"]
+        with log.open("w") as output:
+            node = subprocess.Popen(
+                [*run, "--config", str(config), *NODES, *words],
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
+        nodes.append(node)
     try:
-        assert [node.wait(2 * PATIENCE) for node in nodes] == [0, 0]
+        codes = [node.wait(2 * PATIENCE) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    text = "".join(log.read_text() for log in config.parent.glob("torchrun_*.log"))
+    return codes, "".join(log.read_text() for log in logs)
+
+
+ELASTIC = ("--rdzv-backend=c10d", "--rdzv-id=run", "--max-restarts=3")
+
+
+def by_hand() -> list[str]:
+    """Options of torchrun on machines whose ranks are given, and which nothing starts again."""
+    return ["--master-addr=127.0.0.1", f"--master-port={free_port()}", "--max-restarts=0"]
+
+
+def elastic() -> list[str]:
+    """Options of torchrun on machines that find each other, and start again what has ended."""
+    return [*ELASTIC, f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+
+
+def two_views(write_recipe, changes: dict) -> tuple[Path, Path]:
+    """The recipe of each machine: one folder of the run, which the second sees elsewhere."""
+    one = write_recipe(changes, "one")
+    two = write_recipe(changes, "two")
+    one.with_suffix("").mkdir(exist_ok=True)
+    if not two.with_suffix("").is_symlink():
+        two.with_suffix("").symlink_to(one.with_suffix(""))
+    return one, two
+
+
+def uninterrupted(write_recipe) -> dict:
+    """The last checkpoint of two epochs that nothing ends."""
+    whole = write_recipe(TWO_EPOCHS, "whole")
+    assert [run.end() for run in start(whole, *NODES, processes=2, nodes=2)] == [0, 0]
+    return last(whole)
+
+
+def test_killed_and_started_again_with_rank_0_elsewhere(write_recipe):
+    """The weights are those of an uninterrupted run."""
+    killed = {"class_path": "stops.KillAt", "init_args": {"batch": 5}}
+    one, two = two_views(write_recipe, {**TWO_EPOCHS, "trainer.callbacks": [killed]})
+    runs = start(one, *NODES, second=two, processes=2, nodes=2)
+    assert -signal.SIGKILL in [run.end() for run in runs]
+    assert 0 < last(one)["global_step"] < 6
+    two_views(write_recipe, TWO_EPOCHS)
+    again = start(two, *NODES, "--ckpt_path=last", second=one, processes=2, nodes=2)
+    assert [run.end() for run in again] == [0, 0]
+    assert "resumed after 2\n" in again[0].text()
+    assert_same_training_state(uninterrupted(write_recipe), last(one))
+
+
+@pytest.mark.cluster
+def test_torchrun_goes_on_from_the_newest(write_recipe):
+    """A process is killed: `--max-restarts` alone ends with the weights of an uninterrupted run."""
+    kill = {"class_path": "stops.KillOnce", "init_args": {"batch": 5}}
+    views = two_views(write_recipe, {**TWO_EPOCHS, "trainer.callbacks": [kill]})
+    codes, text = torchrun(views, elastic())
+    assert codes == [0, 0], text
     assert "started again: goes on from " in text
-    assert_same_training_state(last(whole), last(config))
+    assert_same_training_state(uninterrupted(write_recipe), last(views[0]))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("swapped", [False, True], ids=["same", "swapped"])
+@pytest.mark.parametrize("options", [by_hand, elastic])
+def test_torchrun_is_started_again_by_hand(write_recipe, options, swapped):
+    """After a kill that ended all, also where the other machine has rank 0 then."""
+    kill = {"class_path": "stops.KillOnce", "init_args": {"batch": 5}}
+    views = two_views(write_recipe, {**TWO_EPOCHS, "trainer.callbacks": [kill]})
+    codes, text = torchrun(views, by_hand())
+    assert 0 not in codes, text
+    (line,) = errors(text)
+    assert line.endswith("start all again with --ckpt_path last")
+    one, two = two_views(write_recipe, TWO_EPOCHS)
+    codes, text = torchrun((two, one) if swapped else (one, two), options(), "--ckpt_path=last")
+    assert codes == [0, 0], text
+    assert_same_training_state(uninterrupted(write_recipe), last(one))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("swapped", [False, True], ids=["same", "swapped"])
+@pytest.mark.parametrize("copied", [False, True], ids=["first", "copied"])
+def test_torchrun_with_folders_of_their_own(write_recipe, copied, swapped):
+    """One line, and nothing is trained: at the start, and after the folder was copied."""
+    one, two = (write_recipe(TWO_EPOCHS, name) for name in ("one", "two"))
+    if copied:
+        assert fit(one) == 0
+        shutil.copytree(one.with_suffix(""), two.with_suffix(""))
+    before = [each.read_bytes() for each in one.parent.rglob("*.ckpt")]
+    order = (two, one) if swapped else (one, two)
+    codes, text = torchrun(order, by_hand(), "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert 0 not in codes, text
+    (line,) = errors(text)
+    assert "does not see the folder " in line
+    assert line.endswith("--trainer.default_root_dir on a disk that all machines share")
+    assert [each.read_bytes() for each in one.parent.rglob("*.ckpt")] == before

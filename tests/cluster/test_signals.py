@@ -14,6 +14,8 @@ import torch
 from harness import assert_same_training_state, last, recipe_writer
 from processes import start, wait_until
 
+from fastvim.tasks.cluster.signals import REQUEUE, Signals
+
 
 def callback(kind: str, **arguments) -> dict:
     return {"class_path": f"stops.{kind}", "init_args": arguments}
@@ -38,8 +40,10 @@ def step_of(config: Path) -> int:
 @pytest.mark.parametrize(
     ("batch", "validation", "step"),
     [
-        (3, False, 2),  # in the middle of a step: after the whole of it
-        (12, False, 6),  # at an epoch's last batch: its validation is to do
+        # In the middle of a step: after the whole of it.
+        pytest.param(3, False, 2, marks=pytest.mark.cluster),
+        # At an epoch's last batch: its validation is to do.
+        pytest.param(12, False, 6, marks=pytest.mark.cluster),
         (12, True, 6),  # in its validation, with the averages in place of the weights
     ],
 )
@@ -66,8 +70,15 @@ def test_nothing_is_lost(write_recipe, batch, validation, step):
     assert best[0]["global_step"] == best[1]["global_step"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("both", [False, True], ids=["SIGUSR1", "SIGUSR1-SIGTERM"])
+@pytest.mark.parametrize(
+    ("processes", "both"),
+    [
+        pytest.param(1, False, marks=pytest.mark.cluster),
+        pytest.param(1, True, marks=pytest.mark.cluster),
+        pytest.param(2, False, marks=pytest.mark.cluster),
+        (2, True),
+    ],
+)
 def test_a_job_of_slurm_is_put_back_and_goes_on(write_recipe, slurm, processes, both):
     slow = callback("Slow", seconds=0.1)
     config = run(write_recipe, "run", slow, **{"trainer.max_epochs": 9})
@@ -143,6 +154,29 @@ def test_signals_at_any_moment(write_recipe, slurm, left_alone, kind, processes,
     assert_same_training_state(left_alone(processes), last(config))
 
 
+def test_what_a_signal_does(monkeypatch):
+    """It is noted, and a second one ends the process, but what a launcher or SLURM sends along."""
+    ended, now = [], [0.0]
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    signals = Signals()
+    signals.saving = True
+    for seconds, number, reason in (
+        (0.0, signal.SIGUSR1, REQUEUE),
+        (30.0, signal.SIGTERM, REQUEUE),
+        (30.9, signal.SIGTERM, REQUEUE),  # the launcher has passed it on
+    ):
+        now[0] = seconds
+        signals._note(number, None)
+        assert (signals.reason, ended) == (reason, [])
+    now[0] = 31.5
+    signals._note(signal.SIGINT, None)
+    assert ended == [130]
+    signals._note(signal.SIGTERM, None)
+    assert ended == [130, 143]
+
+
+@pytest.mark.cluster
 def test_a_second_signal_ends_at_once(write_recipe):
     """In a step that takes long the first one waits for its end."""
     slow = callback("Slow", seconds=60)

@@ -98,6 +98,21 @@ def test_before_and_after_training_any_time_is_right(two):
     assert (two.told, two.ended) == ([], [])
 
 
+@pytest.mark.parametrize("two", [(60, 60)], indirect=True)
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_without_a_sign_of_life(two, silent):
+    other = two.watches[1 - silent]
+    other._patience = 0.4
+    time.sleep(0.2)
+    two.watches[silent].end()  # as if it were killed
+    wait_until(lambda: two.ended)
+    line, code = two.ended[0]
+    assert line.startswith(
+        f"process {silent} ({HOST}) gives no sign of life for 0 s: it was killed"
+    )
+    assert (line.endswith("; last.ckpt holds step 4"), code) == (True, 1)
+
+
 def test_training_and_validation_move_the_count(tmp_path):
     progress, seen = Progress(), []
 

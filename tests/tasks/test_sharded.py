@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import PRETRAINING, PROBE, fit_together, last
+from harness import ONE_EPOCH, PRETRAINING, PROBE, fit_together, last
 from safetensors.torch import load_file
 
 from fastvim_cli import main
@@ -41,7 +41,15 @@ def assert_close(ours: dict, theirs: dict, tolerance: float) -> None:
         assert (ours[name] - tensor).norm() <= tolerance * tensor.norm(), name
 
 
-@pytest.mark.slow
+def test_two_processes_do_what_one_does(write_recipe):
+    short = {**PLAIN, **ONE_EPOCH, "trainer.num_sanity_val_steps": 0}
+    one, two = write_recipe(short, "one"), write_recipe({**short, **SHARDED}, "two")
+    assert main(["fit", "--config", str(one)]) == 0
+    assert fit_together(two) == [0, 0]
+    assert_close(exported(two), exported(one), 1e-5)
+
+
+@pytest.mark.cluster
 def test_two_processes_do_what_one_does_and_resume(write_recipe):
     one, two = write_recipe(PLAIN, "one"), write_recipe({**PLAIN, **SHARDED}, "two")
     assert main(["fit", "--config", str(one)]) == 0
@@ -73,6 +81,7 @@ def test_two_processes_do_what_one_does_and_resume(write_recipe):
         torch.testing.assert_close(exported(ended)[name], tensor, rtol=0, atol=0)
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("model", [PRETRAINING, PROBE], ids=["autoencoder", "probe"])
 def test_other_tasks(write_recipe, model):
     changes = {"model": model, "trainer.max_epochs": 2, "trainer.num_sanity_val_steps": 0}
