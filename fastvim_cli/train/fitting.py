@@ -70,7 +70,9 @@ def fit(cli: TrainingCLI) -> None:
         line, code = explained(error)  # told by the process that fails first, whichever it is
         raise Ended(f"error: {line}" if watch.failed(error, code) else "", code) from error
     finally:
-        if peers.size == 1:  # else they are taken until the other processes have ended as well
+        if signals.over and signals.reason != INTERRUPT:
+            signals.ignore()  # what follows, as SIGTERM does SIGUSR1, finds the process ending
+        elif peers.size == 1:  # else they are taken until the other processes have ended as well
             signals.restore()
 
 

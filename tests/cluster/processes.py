@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,10 @@ class Run(NamedTuple):
     log: Path
 
     def signal(self, *numbers: int, gap: float = 0.0) -> None:
-        """Send signals, some seconds apart."""
+        """Send signals, some seconds apart; one that has ended meanwhile gets none."""
         for number in numbers:
-            os.kill(self.process.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
             time.sleep(gap)
 
     def end(self, seconds: float = PATIENCE) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import assert_same_training_state, last, recipe_writer
-from processes import start, wait_until
+from processes import environments, start, wait_until
 
 from fastvim.tasks.cluster.signals import REQUEUE, Signals
 
@@ -110,6 +112,21 @@ KINDS = {
 }
 
 
+@pytest.mark.cluster
+def test_signals_change_nothing_once_the_run_ends(write_recipe, slurm):
+    """Nor while Python itself ends."""
+    config = run(write_recipe, "run", callback("SignalAt", signal=int(signal.SIGUSR1), batch=4))
+    paths = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    (variables,) = environments(1, slurm=slurm, PYTHONPATH=paths)
+    words = [sys.executable, "-m", "fastvim_cli", "fit", "--config", str(config)]
+    with subprocess.Popen(words, env={**os.environ, **variables}) as ended:
+        wait_until((slurm / "asked").exists)
+        while ended.poll() is None:
+            ended.send_signal(signal.SIGTERM)
+            time.sleep(0.005)
+    assert ended.returncode == 143
+
+
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory, image_folder):
     """The last checkpoint of a run of four epochs in some processes, which nothing ends."""
@@ -174,6 +191,19 @@ def test_what_a_signal_does(monkeypatch):
     assert ended == [130]
     signals._note(signal.SIGTERM, None)
     assert ended == [130, 143]
+    signals.over = True
+    signals._note(signal.SIGTERM, None)
+    assert ended == [130, 143]
+
+
+def test_the_handlers_are_given_back_or_ignore():
+    before = signal.getsignal(signal.SIGTERM)
+    signals = Signals()
+    signals.install()
+    signals.ignore()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    signals.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.cluster

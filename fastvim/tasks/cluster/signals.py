@@ -96,6 +96,11 @@ class Signals:
             signal.signal(number, handler)
         self._before = {}
 
+    def ignore(self) -> None:
+        """Take no more of them: the process ends, and has said how. Python's own end included."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
     @property
     def reason(self) -> int:
         """The weightiest reason to stop; 0 for none."""
