@@ -27,6 +27,10 @@ def write_classifier(path: Path) -> None:
     save(path, timm.create_model(TINY).state_dict(), {"model": TINY, "model_args": {}})
 
 
+def write_small_classifier(path: Path) -> None:
+    _write(path, timm.create_model(TINY, **SMALL))
+
+
 def write_autoencoder(path: Path) -> None:
     name = "mae_fastvim_tiny_patch16_224"
     _write(path, timm.create_model(name, **SMALL), name)

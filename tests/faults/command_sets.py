@@ -131,7 +131,7 @@ class Scene:
             "data stats": [f"{at}/tables/table.csv"],
             "convert": [f"{at}/segmenter.safetensors", "out.safetensors"],
             "benchmark": [TINY, "--size", "32", "--batch", "1", "--warmup", "1", "--repeats", "1"],
-            "models": [],
+            "models": ["--pretrained"],
             "fit": [f"--config={at}/folders.yaml"],
             "validate": [
                 f"--config={at}/folders.yaml",

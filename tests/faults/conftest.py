@@ -15,8 +15,13 @@ from small import Small  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A warm process, and what its commands read."""
-    folder = tmp_path_factory.mktemp("small")
-    with Warm(folder) as warm:
-        yield Small(folder, warm)
+def warm(tmp_path_factory):
+    """One warm process for all tests of faults: it takes seconds to begin."""
+    with Warm(tmp_path_factory.mktemp("warm")) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def small(warm, tmp_path_factory):
+    """The warm process, and what its commands read."""
+    return Small(tmp_path_factory.mktemp("small"), warm)

@@ -1,8 +1,8 @@
 """Hostile inputs, one a process: every command runs in a fork of one warm process.
 
-`Warm` starts that process, which imports the library and computes nothing. Each of its forks runs
-one command with a limit on time and memory. What a file must not bring about, a connection or
-another program, ends the fork with code 99.
+`Warm` starts that process, which imports what the commands need, and computes nothing that
+starts threads. Each of its forks runs one command with a limit on time and memory. What a file must
+not bring about, a connection or another program, ends the fork with code 99.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ import traceback
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import numba
 import pytest
+from PIL import Image
 
 SECONDS = 60
 MEMORY = 3 * 2**30  # address space beyond that of the warm process, in bytes
 FORBIDDEN = 99
+DISK = 16  # MiB
+# Runs the words that follow a folder, in which they see a small file system of their own.
+SMALL_DISK = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+SMALL_DISK += [f'mount -t tmpfs -o size={DISK}m none "$0" && exec "$@"']
 # Audit events of Python: see its documentation's table.
 EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen")
 EVENTS += (
@@ -35,9 +41,17 @@ EVENTS += (
     "webbrowser.open",
 )
 COMMANDS = ("train", "predict", "reconstruct", "segment", "detect", "channels", "data", "convert")
-LIBRARIES = ("fastvim.data", "fastvim.tasks", "fastvim.models.heads.cascade")
-LIBRARIES += ("pandas", "pyarrow.parquet", "tifffile")
-LIBRARIES += ("numba", "fastvim.ops.cpu.conv", "fastvim.ops.cpu.selective_scan", "tensorboard")
+COMMANDS += ("models", "benchmark")
+# What the commands import when they come to it.
+LIBRARIES = ("fastvim.models.heads.cascade", "fastvim.tasks.subsets", "fastvim.benchmark")
+LIBRARIES += tuple(f"fastvim.inference.{work}" for work in ("classify", "segment", "detect"))
+LIBRARIES += ("fastvim.inference.reconstruct", "fastvim.inference.parts.run")
+LIBRARIES += tuple(f"fastvim.data.{kind}" for kind in ("images", "channels", "segmentation"))
+LIBRARIES += ("fastvim.data.detection", "fastvim.data.checks")
+LIBRARIES += ("fastvim.ops.cpu.conv", "fastvim.ops.cpu.selective_scan")
+LIBRARIES += ("pandas", "pyarrow.parquet", "pyarrow.pandas_compat", "tifffile", "s3fs", "attrs")
+LIBRARIES += ("torch.utils.tensorboard", "tensorboard.plugins.hparams.metadata", "timm.optim")
+LIBRARIES += ("matplotlib.backends.backend_agg",)
 
 
 class Ended(NamedTuple):
@@ -78,23 +92,36 @@ class Ended(NamedTuple):
 class Warm:
     """The warm process; a context manager.
 
+    It knows nothing of the user: its home and the folder of fetched weights are empty.
+
     Args:
         folder: for the commands' output.
-        paths: further entries of `sys.path`.
+
+    Attributes:
+        modules: a folder of `sys.path`, for modules of a test.
+        disk: a small file system, as this process sees it; None where the system forbids one.
     """
 
-    def __init__(self, folder: Path, *paths: Path) -> None:
-        self.folder = folder
-        places = [*map(str, paths), *filter(None, sys.path)]
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.modules = folder, folder / "modules"
+        for name in ("modules", "home", "weights", "disk"):
+            (folder / name).mkdir()
+        places = [str(self.modules), *filter(None, sys.path)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
         environment |= {"OMP_NUM_THREADS": "1", "TORCH_HOME": str(folder / "cache")}
+        environment |= {"HOME": str(folder / "home"), "FASTVIM_WEIGHTS": str(folder / "weights")}
+        mounted = [*SMALL_DISK, str(folder / "disk")]
+        has_disk = not subprocess.run([*mounted, "true"], capture_output=True).returncode
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [*(mounted if has_disk else []), sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
             text=True,
         )
+        # The mount is in a namespace of the process alone.
+        place = Path(f"/proc/{self._process.pid}/root{folder}/disk")
+        self.disk = place if has_disk else None
 
     def __enter__(self) -> Warm:
         return self
@@ -145,6 +172,8 @@ def _serve(tasks: IO[str]) -> None:
     """Fork for each line of JSON; answer with exit code, seconds and memory."""
     for name in (*(f"fastvim_cli.{command}" for command in COMMANDS), *LIBRARIES):
         importlib.import_module(name)
+    Image.init()
+    numba.njit(lambda: 0)()  # it loads most of itself at the first compilation
 
     for line in tasks:
         task = json.loads(line)

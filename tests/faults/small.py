@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from fastvim.weights.archive import check_archive
 
 EPOCHS = 2
+COMMANDS = ("predict", "reconstruct", "segment", "detect", "convert", "check")  # beside `fit`
 # Commands that write, with the file of weights that each reads.
 WRITERS = {
-    "predict": small_weights.write_classifier,
+    "predict": small_weights.write_small_classifier,
     "reconstruct": small_weights.write_autoencoder,
     "segment": small_weights.write_segmenter,
     "detect": small_weights.write_detector,
@@ -44,6 +45,7 @@ class Small:
         self.recipe.write_text(yaml.safe_dump(recipe(self.images)))
         for name, write in WRITERS.items():
             write(folder / f"{name}.safetensors")
+        self._unharmed: dict[str, tuple[float, dict[str, object]]] = {}
 
     def words(self, command: str) -> list[str]:
         """The words of a command, which writes into its working folder."""
@@ -56,6 +58,28 @@ class Small:
             return ["data", "check", "--config", str(self.recipe), "--out", "out"]
         pictures = str(self.images / "val" / "ant")
         return [command, "--model", weights, "--out", "out", pictures]
+
+    def unharmed(self, command: str) -> tuple[float, dict[str, object]]:
+        """The seconds that a command takes without a fault, and its result; run once."""
+        if command not in self._unharmed:
+            folder = fresh(self.folder / "unharmed" / command)
+            ended = self.warm.run(*self.words(command), cwd=folder)
+            assert ended.code == 0, ended
+            self._unharmed[command] = ended.seconds, result(command, folder)
+        return self._unharmed[command]
+
+    def ends_well(self, command: str, folder: Path) -> list[str]:
+        """Run a command to its end after a fault; what is not as without one."""
+        ended = self.warm.run(*self.words(command), cwd=folder)
+        if ended.code != 0:
+            return [f"code {ended.code}: {ended.stderr[-300:]}"]
+        problems = half_written(folder)
+        found, (_, expected) = result(command, folder), self.unharmed(command)
+        if found != expected:
+            every = expected.keys() | found
+            names = [name for name in every if expected.get(name) != found.get(name)]
+            problems.append(f"other results: {', '.join(sorted(names)[:5])}")
+        return problems + [f"{file.name} is left" for file in folder.rglob("*.part")]
 
 
 def recipe(images: Path) -> dict:

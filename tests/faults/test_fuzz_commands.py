@@ -21,17 +21,6 @@ def scene(tmp_path_factory) -> Scene:
     return Scene(tmp_path_factory.mktemp("scene") / "sound")
 
 
-@pytest.fixture(scope="session")
-def warm(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("warm")
-        for name in ("HOME", "FASTVIM_WEIGHTS"):  # nothing of the user, and nothing to fetch
-            (folder / name).mkdir()
-            patch.setenv(name, str(folder / name))
-        with Warm(folder) as process:
-            yield process
-
-
 def expect_an_end(warm: Warm, words: list[str], folder: Path) -> None:
     ended = warm.run(*words, cwd=folder)
     assert not ended.problems, f"fastvim {words}\n{ended}"

@@ -14,13 +14,13 @@ import pytest
 import small_weights
 import timm
 import torch
-from fuzzing import Warm, groups
+from fuzzing import groups
 from PIL import Image
 
 from fastvim.weights import METADATA_KEY, read, save
 
 DRAWS, IN_ALL_RUNS = 1000, 100
-TRAP = "trap"  # a module that leaves a file behind where it is imported
+TRAP = "snare"  # a module that leaves a file behind where it is imported
 
 # The command that uses each kind of weights.
 USES = {
@@ -58,7 +58,7 @@ NAMES += ["segmentation", "detection", "features", "heads", "window", "out_indic
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(warm, tmp_path_factory) -> Path:
     """A folder with weights of each kind, images and a trap."""
     folder = tmp_path_factory.mktemp("metadata")
     _write_classifier(folder / "classifier.safetensors")
@@ -68,7 +68,7 @@ def place(tmp_path_factory) -> Path:
     small_weights.write_detector(folder / "detector.safetensors")
     Image.linear_gradient("L").convert("RGB").resize((40, 40)).save(folder / "photo.png")
     np.save(folder / "cells.npy", np.zeros((8, 32, 32), dtype=np.uint8))
-    (folder / f"{TRAP}.py").write_text("open('ran', 'w')\n")
+    (warm.modules / f"{TRAP}.py").write_text("open('ran', 'w')\n")
     return folder
 
 
@@ -78,12 +78,6 @@ def _write_classifier(path: Path) -> None:
     told |= {"interpolation": "bicubic", "class_names": ["a", "b", "c"]}
     weights = timm.create_model(small_weights.TINY, **options).state_dict()
     save(path, weights, {"model": small_weights.TINY, "model_args": options, **told})
-
-
-@pytest.fixture(scope="module")
-def warm(place):
-    with Warm(place, place) as process:
-        yield process
 
 
 @pytest.mark.parametrize("seeds", groups(DRAWS, IN_ALL_RUNS))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from fuzzing import Warm, groups
+from fuzzing import groups
 from PIL import Image
 from small_weights import SMALL, TINY
 
@@ -59,7 +59,7 @@ def bombs() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(warm, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("yaml")
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -67,15 +67,9 @@ def place(tmp_path_factory) -> Path:
             for number in range(2):
                 pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "data" / split / name / f"{number}.png")
-    (folder / "trap.py").write_text(TRAP)
-    (folder / "own.py").write_text(OWN)
+    (warm.modules / "trap.py").write_text(TRAP)
+    (warm.modules / "own.py").write_text(OWN)
     return folder
-
-
-@pytest.fixture(scope="module")
-def warm(place):
-    with Warm(place, place) as process:
-        yield process
 
 
 def recipe() -> dict[str, Any]:

@@ -32,13 +32,14 @@ class SignalledData(ImageData):
     Args:
         name: of the signal.
         role: "train" or "val".
+        index: of the image before which it is lost.
         **options: of `ImageData`.
     """
 
-    def __init__(self, name: str, role: str = "train", **options: Any) -> None:
+    def __init__(self, name: str, role: str = "train", index: int = 30, **options: Any) -> None:
         super().__init__(**options)
-        self.number, self.role = int(signal.Signals[name]), role
+        self.number, self.role, self.index = int(signal.Signals[name]), role, index
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._datasets[self.role] = Signalled(self._datasets[self.role], 30, self.number)
+        self._datasets[self.role] = Signalled(self._datasets[self.role], self.index, self.number)
