@@ -14,7 +14,7 @@ help:
 	@echo "make nuclei       find them one by one, each with a box and a mask"
 	@echo "make test         install what the tests need and run them"
 	@echo "make test-slow    those that take seconds each: whole programs, processes, signals"
-	@echo "make test-faults  drawn faults: 600 sets of images, 1,000 command lines, 1,000 files and more"
+	@echo "make test-faults  drawn faults: 600 sets of images, 1,000 command lines, 1,000 files, 320 kills and more"
 	@echo "make test-cluster runs spread over processes and a Ray cluster on this machine, with kills"
 	@echo "make test-wheel   install the built wheel alone and run every command of it"
 	@echo "make lint         formatting, lint, types and the import contract"
