@@ -194,3 +194,14 @@ def test_names_in_the_text(name: str) -> None:
     assert set(re.findall(r"fastvim\[(\w+)\]", text)) <= set(EXTRAS)
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (page.parent / target).exists(), target
+
+
+def test_each_promise_has_its_test() -> None:
+    """A file, or a function in it."""
+    rows = re.findall(
+        r"^\| [^*|]+ \| (`tests/.*) \|$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) > 20
+    for named in (name for row in rows for name in re.findall(r"`([^`]+)`", row)):
+        file, _, function = named.partition("::")
+        assert f"def {function or 'test_'}" in (ROOT / file).read_text(), named
