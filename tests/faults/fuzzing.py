@@ -129,7 +129,8 @@ class Warm:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(SECONDS)
+        self._process.kill()  # all that it holds are imports, which take seconds to leave
+        self._process.wait()
 
     def run(self, *words: str | Path, cwd: Path | None = None, seconds: float = SECONDS) -> Ended:
         """Run `fastvim WORDS` in a fork.

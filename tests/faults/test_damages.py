@@ -23,9 +23,15 @@ from command_sets import Scene
 from fuzzing import groups
 from small import Small, fresh, half_written, result
 from tally import Tally
+from test_checkpoint_files import flip as flip_bit
+from test_checkpoint_files import places
+
+from fastvim.errors import UserError
+from fastvim.weights import read
 
 DRAWS, DRAWS_IN_ALL = 520, 16
 RESUMED, RESUMED_IN_ALL = 24, 0  # of the files of a training run
+FLIPS = 200
 
 
 def truncate(content: bytearray, rng: np.random.Generator) -> None:
@@ -188,6 +194,32 @@ def test_files_that_commands_read(seeds, small, kinds, unharmed, record_property
         if kind.checked and not ended.code and result("predict", folder) != unharmed(name):
             problems.append("other results, and nothing said")
         tally.count(f"{name} damaged", seed, [f"{damage.__name__}: {each}" for each in problems])
+    tally.record(record_property)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["training checkpoint", "model.safetensors", "weights of convert"])
+def test_bits_of_tensors(name, kinds, tmp_path, record_property):
+    """Every one that flips is noticed."""
+    tally, rng = Tally(), np.random.default_rng(0)
+    file = Path(shutil.copy(kinds[name].file, tmp_path))
+    if file.suffix == ".safetensors":
+        first = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        records = [(first, file.stat().st_size - first)]
+    else:
+        records = [(start, size) for record, start, size in places(file) if "/data/" in record]
+    bytes_of_tensors = np.concatenate([np.arange(start, start + size) for start, size in records])
+    for number, byte in enumerate(rng.choice(bytes_of_tensors, FLIPS, replace=False)):
+        bit = int(rng.integers(8))
+        flip_bit(file, int(byte), bit)
+        try:
+            read(file)
+            problems = [f"byte {byte}, bit {bit}: not noticed"]
+        except UserError as error:
+            problems = [] if f"{file.name} is damaged" in str(error) else [str(error)]
+        flip_bit(file, int(byte), bit)
+        tally.count(f"bit flipped in tensors of {name}", number, problems)
+    read(file)
     tally.record(record_property)
 
 
