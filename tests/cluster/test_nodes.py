@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -87,6 +88,21 @@ def test_a_peer_that_ends_or_hangs(write_recipe, number, rank):
     assert "last.ckpt holds step " in line
     assert line.endswith("start all again with --ckpt_path last")
     assert "Traceback" not in runs[1 - rank].text()
+
+
+@pytest.mark.cluster
+def test_a_peer_whose_main_thread_hangs(write_recipe):
+    """Its other thread lives on: it is told which one is behind, and the run ends."""
+    hang = {"class_path": "stops.HangAt", "init_args": {"batch": 5, "quiet": [2.0, 6.0]}}
+    config = write_recipe({"trainer.max_epochs": 1, "trainer.callbacks": [hang]})
+    runs = start(config, *NODES, processes=2, nodes=2)
+    assert [run.end() for run in runs] == [1, 1]
+    told, line = runs[0].errors()
+    behind = r"process 1 \(.*\) has not finished a step for {} s, and the others wait for it; "
+    assert re.fullmatch("fastvim: " + behind.format(2) + "the run ends after 6 s", told)
+    assert re.match("fastvim: error: " + behind.format(6), line)
+    assert line.endswith("last.ckpt holds step 2: start all again with --ckpt_path last")
+    assert runs[1].errors() == []
 
 
 def torchrun(configs: tuple[Path, Path], options: list[str], *words: str) -> tuple[list[int], str]:

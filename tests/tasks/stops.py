@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import lightning as L
@@ -129,3 +130,24 @@ class KillOnce(L.Callback):
         due = trainer.fit_loop.total_batch_idx + 1 >= self.batch
         if first and due and trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HangAt(L.Callback):
+    """Lets the last process of a run hang in a batch, and all lose their patience within seconds.
+
+    Args:
+        batch: after this number of training batches.
+        quiet: of `fastvim.tasks.cluster.watch.Watch`.
+    """
+
+    def __init__(self, batch: int, quiet: tuple[float, float]) -> None:
+        self.batch, self.quiet = batch, quiet
+
+    def on_train_start(self, *args) -> None:
+        for thread in threading.enumerate():
+            if thread.name == "fastvim-_judge":
+                thread._target.__self__._quiet = self.quiet
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == self.batch and trainer.global_rank == trainer.world_size - 1:
+            time.sleep(1000)
