@@ -26,6 +26,7 @@ def together(first: Path, second: Path) -> tuple[list[int], list[str]]:
     return codes, [line for run in runs for line in run.errors()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value", "line"),
     [

@@ -39,6 +39,7 @@ def step_of(config: Path) -> int:
     return last(config)["global_step"] if file.exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "validation", "step"),
     [
@@ -72,6 +73,7 @@ def test_nothing_is_lost(write_recipe, batch, validation, step):
     assert best[0]["global_step"] == best[1]["global_step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "both"),
     [
