@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvim.errors import OptionError, UserError
+from fastvim.tasks.checkpoint_fields import check_fields
 from fastvim.tasks.optim import count_steps
 from fastvim.weights import METADATA_KEY
 from fastvim.weights.fit import differences
@@ -34,6 +35,7 @@ def told_by(path: str) -> dict[str, Any]:
             f"{path} is no training checkpoint: a file of weights alone is given as "
             f"--model.checkpoint {path}, not as --ckpt_path"
         )
+    check_fields(file, content)
     told: dict[str, Any] = content.get(METADATA_KEY, {})
     return told
 
@@ -105,6 +107,12 @@ def go_on(task: Any, checkpoint: dict[str, Any]) -> None:
 
     Where weights were averaged and no longer are, `state_dict` has the averages.
     """
+    for name in ("optimizer_states", "lr_schedulers"):
+        if name not in checkpoint:
+            raise UserError(
+                f"the checkpoint has no {name}, as one of weights alone: a training cannot go on "
+                "from it (--model.checkpoint starts from its weights)"
+            )
     _adapt(task, checkpoint)
     _check_groups(task, checkpoint)
     if task.trainer.max_steps != -1:

@@ -228,7 +228,8 @@ class Task(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         told = checkpoint.get(METADATA_KEY, {})
-        self.origin = {key: told[key] for key in ORIGIN if key in told}
+        whole = all(key in told for key in ORIGIN)
+        self.origin = {key: told[key] for key in ORIGIN} if whole else {}
         trained, given = told.get("value_range"), getattr(self.data, "value_range", None)
         if "value_range" in told and list(trained or ()) != list(given or ()):
             _logger.warning("trained with value_range %s, now it is %s", trained, given)
