@@ -1,10 +1,11 @@
-"""What kills leave behind is removed, and what another process writes is not."""
+"""Files are written whole; what kills leave behind is removed, and what others write is not."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 from fastvim.storage import remove_parts, written
 
@@ -33,3 +34,26 @@ def test_parts_of_killed_writers_are_removed(tmp_path):
     done.set()
     process.join()
     assert (tmp_path / "writing").read_bytes() == b"whole"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flushed(descriptor: int) -> None:
+        done.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(("rename", path.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    with written(tmp_path / "weights.bin") as file:
+        file.write(b"content")
+    assert done == [
+        ("fsync", "weights.bin.part"),
+        ("rename", "weights.bin.part"),
+        ("fsync", tmp_path.name),
+    ]
