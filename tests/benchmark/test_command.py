@@ -58,6 +58,7 @@ def test_table_file_and_picture(capsys):
     assert set(run["engines"]) == {"add_norm", "conv_pool", "selective_scan", "expand_gate"}
 
 
+@pytest.mark.slow
 def test_models_may_follow_options(capsys):
     assert benchmark("--dtype", "bfloat16", "--size", "32", "--markdown", OURS, CONV) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -308,6 +308,7 @@ def test_tables_and_results_whose_names_are_no_text(tmp_path, capsys):
     assert main(["benchmark", "--from", target]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", "ü"])
 def test_a_locale_that_is_no_utf_8(name, own):
     """Recipes are UTF-8 there too; a folder that cannot be written there says so."""

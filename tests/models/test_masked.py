@@ -354,7 +354,7 @@ def test_initial_values(kind):
 # The compiler.
 
 
-@pytest.mark.parametrize("mirror", ["published", "exact"])
+@pytest.mark.parametrize("mirror", ["published", pytest.param("exact", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_compiles_whole(kind, mirror):
     torch._dynamo.reset()

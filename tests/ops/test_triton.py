@@ -110,7 +110,7 @@ def segments_of(path, pool, grid):
 
 @each_grid
 @each_walk
-@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("max", marks=pytest.mark.slow)])
 def test_conv_pool(path, pool, grid, pooling):
     segments = segments_of(path, pool, grid)
     check_conv_pool(segments, torch.float32, pooling)
