@@ -159,8 +159,7 @@ class Task(L.LightningModule):
         self.lr_scales, self.lr_by_epoch = lr_scales, lr_by_epoch
         self.betas, self.ema_decay = betas, ema_decay
         self.grad_checkpointing, self.capture = grad_checkpointing, capture
-        self.resuming = False
-        self.run = uuid.uuid4().hex
+        self.resuming, self.run = False, uuid.uuid4().hex
         self.origin: dict[str, str] = {}
         self.model: nn.Module | None = None
         self._captured: Callable[[Tensor], Any] | None = None
