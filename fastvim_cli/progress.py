@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MOST_FAILURES = 20  # that are named
 _LOG, _BAR = 60.0, 0.2  # seconds from one line to the next
-_LONG = 10.0  # seconds of a run, after which its end says how fast it was
+_MANY = 1000  # images of a run whose end says how fast it was
 
 
 class Progress:
@@ -62,9 +62,9 @@ class Progress:
         note(line)
 
     def end(self) -> None:
-        """Take the bar away; say how fast a long run was, and how many failures were not named."""
+        """Take the bar away; say how fast many images were, and how many failures have no line."""
         self._clear()
-        if time.monotonic() - self._began >= _LONG and self._spent:
+        if self._done >= _MANY and self._spent:
             note(f"{self._line()}{self._waited()}")
         if self.failures > MOST_FAILURES:
             note(f"… and {self.failures - MOST_FAILURES:,} more")

@@ -19,21 +19,21 @@ def clock(monkeypatch):
 
 def test_a_line_a_minute_and_one_at_the_end(clock, capsys):
     told = progress.Progress("classifying")
-    told.begin(images=400, done=100)
+    told.begin(images=4000, done=1000)
     for _ in range(3):
         clock[0] += 25
-        told.advance(50, Spent(seconds=25.0, waiting=5.0))
+        told.advance(500, Spent(seconds=25.0, waiting=5.0))
     told.end()
     assert capsys.readouterr().err.splitlines() == [
-        "classifying 250/400, 2.0 images/s, 75 s left",
-        "classifying 250/400, 2.0 images/s, 75 s left; waited for images 20 % of the time",
+        "classifying 2,500/4,000, 20.0 images/s, 75 s left",
+        "classifying 2,500/4,000, 20.0 images/s, 75 s left; waited for images 20 % of the time",
     ]
 
 
-def test_a_short_run_says_nothing(clock, capsys):
+def test_a_few_images_say_nothing(clock, capsys):
     told = progress.Progress("classifying")
     told.begin(images=5, done=0)
-    clock[0] += 2
+    clock[0] += 50
     told.advance(5, Spent(2.0, 1.0))
     told.end()
     assert capsys.readouterr().err == ""
