@@ -53,9 +53,9 @@ COMMANDS = {
     "reconstruct --checkpoint autoencoder.safetensors photo.png": "",
     f"reconstruct --model {WHOLE}/mae.ckpt photo.png --out published": "",
     "segment segmenter.safetensors photo.png --out segments": "",
-    f"segment {WHOLE}/segmentor.pth photo.png --out published": "",
+    f"segment {WHOLE}/segmentor.pth photo.png --out classes": "",
     "detect detector.safetensors photo.png --out detections": "",
-    f"detect {WHOLE}/detector.pth photo.png --out published": "",
+    f"detect {WHOLE}/detector.pth photo.png --out objects": "",
     f"benchmark {MODEL} --size 32 --batch 1 --warmup 1 --repeats 1 --out speed.json": "",
     "benchmark --from speed.json --markdown": "",
     "benchmark --from speed.json --plot speed.png": "train",
@@ -74,9 +74,9 @@ COMMANDS = {
 WRITTEN = (
     *("predictions/predictions.jsonl", "predictions/predictions.png", "by_name/predictions.png"),
     *("reconstructions/photo_reconstruction.png", "published/photo_reconstruction.png"),
-    *("segments/photo_classes.png", "segments/photo_overlay.png", "published/photo_overlay.png"),
+    *("segments/photo_classes.png", "segments/photo_overlay.png", "classes/photo_overlay.png"),
     *("detections/photo_detections.png", "detections/detections.json"),
-    *("published/photo_detections.png", "published/detections.json"),
+    *("objects/photo_detections.png", "objects/detections.json"),
 )
 # Without PYTHONPATH, or pip and the commands could find the repository there.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
