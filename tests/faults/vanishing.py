@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 
 from fastvim.data.images import ImageData
 
+GONE = ".gone"  # ending of what has vanished
+
 
 class Vanishing(Dataset):
     """A dataset that moves a file or folder away before the image of an index, once."""
@@ -23,9 +25,6 @@ class Vanishing(Dataset):
         if index == self.index and os.path.exists(self.path):
             os.rename(self.path, self.path + GONE)
         return self.dataset[index]
-
-
-GONE = ".gone"
 
 
 class VanishingData(ImageData):

@@ -11,7 +11,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 _LOOK = 0.2  # seconds between two looks at the processes
 _TELL = 30.0  # seconds of waiting, after which a line says so
@@ -49,12 +48,7 @@ class Gathering:
         threading.Thread(target=self._look, daemon=True, name="fastvim-gathering").start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._complete.set()
 
     def _look(self) -> None:
