@@ -19,6 +19,7 @@ from fastvim.extras import install
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 PARQUET = (".parquet", ".pq")
@@ -69,7 +70,7 @@ def read_table(
     try:
         if suffix in PARQUET:
             check_parquet(data, url)
-            table = pandas.read_parquet(BytesIO(data), engine="pyarrow")
+            table = decode_parquet(data).to_pandas(use_threads=False)
         else:
             head, rows = _cells(data.decode("utf-8-sig"), SEPARATORS[suffix], url)
             table = pandas.DataFrame(rows, columns=head, dtype=object)
@@ -81,6 +82,18 @@ def read_table(
     if table.empty:
         raise UserError(f"{url}: no rows")
     return table
+
+
+def decode_parquet(data: bytes) -> pyarrow.Table:
+    """The table that the content of a Parquet file holds, decoded by this thread alone.
+
+    `pyarrow.parquet.read_table` may leave Python objects to a thread of its own, which aborts a
+    process that ends meanwhile.
+    """
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(BytesIO(data), pre_buffer=False) as file:
+        return file.read(use_threads=False, use_pandas_metadata=True)
 
 
 def check_parquet(source: bytes | str, url: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -185,3 +187,24 @@ def test_a_list_of_values_nested_too_deep(tmp_path):
     (tmp_path / "list.jsonl").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"list\.jsonl: line 1: no JSON"):
         list(table_paths(str(tmp_path / "list.jsonl"), "list.jsonl"))
+
+
+ENDS_AT_ONCE = """
+import os, sys
+from pathlib import Path
+from fastvim.data.table import decode_parquet
+count = lambda: len(os.listdir("/proc/self/task"))
+from pyarrow import parquet
+data, before = Path(sys.argv[1]).read_bytes(), count()
+rows = decode_parquet(data).num_rows
+print(rows, count() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux")
+def test_decoding_leaves_no_thread_with_objects_of_python(tmp_path):
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"path": ["a.png", "b.png"]}), file)
+    command = [sys.executable, "-c", ENDS_AT_ONCE, str(file)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["2", "0"]

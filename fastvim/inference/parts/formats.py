@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
+from fastvim.data.table import decode_parquet
 from fastvim.errors import UserError, one_line
 from fastvim.extras import install
 from fastvim.inference.parts.work import Row
@@ -67,8 +68,8 @@ def decode(content: bytes, form: str, name: str) -> list[Row]:
     with _named(name):
         if form == "jsonl":
             return [json.loads(line) for line in content.splitlines()]
-        parquet = import_parquet(name)
-        return parquet.read_table(io.BytesIO(content), use_threads=False).to_pylist()
+        import_parquet(name)
+        return decode_parquet(content).to_pylist()
 
 
 def errors_in(file: IO[bytes], form: str, name: str) -> int:
