@@ -289,7 +289,7 @@ def vim_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> FastVim:
 def _create_channel(
     variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any
 ) -> FastVim:
-    sizes = {**_SMALL, "num_classes": 161, **defaults}
+    sizes = {**_SMALL, **defaults}
     return _create(variant, pretrained, sizes, FastChannelVim, _channel_filter, **kwargs)
 
 

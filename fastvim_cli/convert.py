@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 from fastvim_cli.arguments import Parser, at_least, local_path, number_where
 from fastvim_cli.console import say
@@ -21,10 +22,16 @@ def _parser() -> Parser:
         "taken whole. " + LICENCE,
     )
     parser.add_argument(
-        "source", metavar="IN", type=local_path, help="published .ckpt or .pth, or .safetensors"
+        "source",
+        metavar="IN",
+        type=os.path.expanduser,
+        help="published .ckpt or .pth, .safetensors, or a name of `fastvim models --pretrained`",
     )
     parser.add_argument(
-        "target", metavar="OUT", type=local_path, help=".safetensors (ours) or .ckpt (published)"
+        "target",
+        metavar="OUT",
+        type=local_path,
+        help=".safetensors (ours), .ckpt (published), or a folder for timm and transformers",
     )
     parser.add_argument("--model", metavar="NAME", help="name of the model (default: by its sizes)")
     parser.add_argument(

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from fastvim.errors import NotFiniteError, UserError, require_finite
-from fastvim.inference.inputs import class_names, image_settings, reader
+from fastvim.inference.inputs import reader
 from fastvim.inference.models import ImageWork, OpenedModel
 from fastvim.inference.parts.collect import json_line
 from fastvim.inference.parts.store import Store
 from fastvim.inference.parts.work import Item, Row
 from fastvim.pictures.predictions import Prediction, draw_predictions
 from fastvim.pictures.sheet import png
+from fastvim.weights.usage import class_names, image_settings
 
 if TYPE_CHECKING:
     import pyarrow

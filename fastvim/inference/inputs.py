@@ -1,4 +1,4 @@
-"""Image files that a trained model is given: read and prepared; names of its classes.
+"""Image files that a trained model is given: read and prepared.
 
 C, H, W: channels, height and width of an image
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
 from fastvim.data import channel_transforms
@@ -120,38 +119,6 @@ def with_stems(found: Iterable[Item]) -> Iterator[Item]:
         yield {**item, "stem": name}
 
 
-def image_settings(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
-    """How to prepare an image: as the weights' file says, else as timm's configuration does.
-
-    Converted weights say nothing about images: the size is then that of the model's options.
-
-    Args:
-        model: whose configuration has the defaults.
-        metadata: of the weights' file.
-
-    Returns:
-        The arguments of `fastvim.data.transforms.evaluation_transform`.
-    """
-    options = metadata.get("model_args", {})
-    told = {name: options[name] for name in ("img_size", "in_chans") if name in options}
-    told |= metadata
-    config = resolve_model_data_config(model)
-    channels, *size = config["input_size"]
-    default = {
-        "img_size": tuple(size),
-        "in_chans": channels,
-        "mean": config["mean"],
-        "std": config["std"],
-        "crop_pct": config["crop_pct"],
-        "interpolation": config["interpolation"],
-    }
-    settings = {key: told.get(key, value) for key, value in default.items()}
-    for key in ("mean", "std"):  # a single value serves every channel
-        values = tuple(settings[key])
-        settings[key] = values * settings["in_chans"] if len(values) == 1 else values
-    return settings
-
-
 def picture_reader(
     metadata: dict[str, Any],
     value_range: Sequence[float] | None = None,
@@ -176,7 +143,7 @@ def reader(
 
     Args:
         model: the classifier.
-        settings: of `image_settings`.
+        settings: of `fastvim.weights.usage.image_settings`.
         read_picture: opens an image file.
     """
     if isinstance(model, FastChannelVim):
@@ -188,20 +155,3 @@ def reader(
     prepare = evaluation_transform(**settings)
     read_picture = replace(read_picture, mode=IMAGE_MODES[settings["in_chans"]])
     return Pictures(read_picture, prepare), image_endings()
-
-
-def class_names(model: nn.Module, metadata: dict[str, Any]) -> list[str]:
-    """Names of a model's outputs: the file's, ImageNet's for 1000 of them, else their numbers.
-
-    Args:
-        model: a classifier.
-        metadata: of the weights' file.
-    """
-    count = int(getattr(model, "num_classes", 0))
-    names = metadata.get("class_names") or []
-    if len(names) == count:
-        return list(names)
-    if count == 1000:
-        info = ImageNetInfo()
-        return [info.index_to_description(i) for i in range(count)]
-    return [f"class {i}" for i in range(count)]

@@ -15,13 +15,14 @@ from torch import Tensor
 from fastvim import reconstruction
 from fastvim.data.transforms import IMAGE_MODES, evaluation_transform
 from fastvim.errors import NotFiniteError, require_finite
-from fastvim.inference.inputs import Pictures, image_settings, with_stems
+from fastvim.inference.inputs import Pictures, with_stems
 from fastvim.inference.models import ImageWork, OpenedModel
 from fastvim.inference.parts.store import Store
 from fastvim.inference.parts.work import Item, Row
 from fastvim.models import MaskedAutoencoder
 from fastvim.pictures.reconstruction import draw_reconstruction
 from fastvim.pictures.sheet import png
+from fastvim.weights.usage import image_settings
 
 if TYPE_CHECKING:
     import pyarrow

@@ -35,6 +35,7 @@ Source = Literal["residual", "mixer"]
 
 POOLINGS = ("mean", "max", "none")
 SCAN_PATHS = ("row", "column")
+_GREY = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601, as Pillow rounds it
 GLOBAL_POOLS = ("avg", "token", "last", "max_logit", "")
 
 
@@ -89,6 +90,7 @@ class FastVim(nn.Module):
         drop_rate: dropout before the head.
         pos_drop_rate: dropout after the position embedding.
         drop_path_rate: stochastic depth of the last block, linear from 0 at the first.
+        takes_rgb: with `in_chans=1`, images of three channels are RGB, and made grey as by Pillow.
         traversals: walks that the layers take in turn; None: those of `pooling`, `scan_path`,
             `alternate` and `class_token`.
 
@@ -121,6 +123,7 @@ class FastVim(nn.Module):
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        takes_rgb: bool = False,
         traversals: tuple[Traversal, ...] | None = None,
     ) -> None:
         super().__init__()
@@ -142,6 +145,7 @@ class FastVim(nn.Module):
         check(SHARE_BELOW_1, drop_rate=drop_rate, pos_drop_rate=pos_drop_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.takes_rgb = takes_rgb and in_chans == 1
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.scan_path = scan_path
         self.grad_checkpointing = False
@@ -244,6 +248,9 @@ class FastVim(nn.Module):
 
     def _embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The image's patches with their positions, and their grid."""
+        if self.takes_rgb and image.shape[1] == 3:
+            red, green, blue = (image * image.new_tensor(_GREY)[:, None, None]).split(1, dim=1)
+            image = red + green + blue
         tokens, grid = self.patch_embed(image)
         return tokens + self._cell_positions(grid), grid
 

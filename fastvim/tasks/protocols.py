@@ -62,10 +62,12 @@ class TrainedTask(Protocol):
         peak_lr: the learning rate at the end of the warm-up.
         ema_decay: of the averaged weights; None where there are none.
         checkpoint: weights that it starts from; None for random ones.
+        model: the network.
     """
 
     checkpoint: str | None
     ema_decay: float | None
+    model: Any
 
     @property
     def global_batch(self) -> int: ...

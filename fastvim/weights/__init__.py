@@ -13,6 +13,8 @@ A file takes one way into a model:
    may be missing, nothing left over.
 
 `published` finds a file by name: `table` says where it is, `fetch` brings it here.
+`usage` says how images are prepared for a model and what its outputs are called.
+`hub` writes a folder that timm, transformers and the Hugging Face hub load; `card` the model card.
 `classes` says which classes weights know.
 `load_model` goes all the way. `load_weights` starts from a model that exists: steps 1 and 4 alone.
 `convert` goes from file to file: steps 1 and 2, and back to published names and formats.

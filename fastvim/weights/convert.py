@@ -17,8 +17,10 @@ from fastvim.models.factory import create_model
 from fastvim.models.vision import FastVim
 from fastvim.weights import config_text, dense_names, names
 from fastvim.weights.build import build_model
-from fastvim.weights.files import PICKLED, Checkpoint, read, save, save_pickled
+from fastvim.weights.files import PICKLED, Checkpoint, save, save_pickled
 from fastvim.weights.fit import fit_state
+from fastvim.weights.hub import save_folder
+from fastvim.weights.published import find
 from fastvim.weights.resolve import UNTOLD, resolve, take_backbone
 
 _logger = logging.getLogger(__name__)
@@ -35,12 +37,16 @@ def convert(
 ) -> dict[str, Any]:
     """Translate a published file to ours (`.safetensors`), or ours to a published one (`.ckpt`).
 
+    A folder gets our file, and beside it what timm, transformers and the hub read
+    (`fastvim.weights.hub`).
+
     A segmentor or detector is translated whole. Back, it becomes a file of mmengine's tools, with
     the part of its configuration that this library reads; other models become Lightning's files.
 
     Args:
-        source: see `read`.
-        target: file to write; `.ckpt`, `.pth` and `.pt` mean published names.
+        source: file or name, see `find`.
+        target: file to write; `.ckpt`, `.pth` and `.pt` mean published names. A name without an
+            ending, or of a folder that is there, is a folder.
         ema: see `read`.
         model: timm name to write into our file; None finds the one of these sizes.
         model_args: options that leave no trace in published weights (`scan_path`, `pooling`,
@@ -56,15 +62,21 @@ def convert(
             a target of another suffix.
     """
     target = Path(target)
-    if target.suffix not in (".safetensors", *PICKLED):
-        raise UserError(f"{target}: expected a name in .safetensors (ours) or .ckpt (published)")
-    checkpoint = read(source, ema=ema)
+    to_folder = target.is_dir() or not target.suffix
+    if not to_folder and target.suffix not in (".safetensors", *PICKLED):
+        raise UserError(
+            f"{target}: expected a name in .safetensors (ours) or .ckpt (published), or a folder"
+        )
+    checkpoint = find(source, ema=ema)
     if backbone:
         checkpoint = take_backbone(checkpoint)
     state, metadata = resolve(checkpoint, model_args, model=model)
     if {"segmentation", "detection"} & metadata.keys():
         state = _whole(replace(checkpoint, state=state), metadata)
-    if target.suffix == ".safetensors":
+    if to_folder:
+        with torch.device("meta"):
+            save_folder(target, state, metadata, build_model(metadata))
+    elif target.suffix == ".safetensors":
         save(target, state, metadata)
     else:
         save_pickled(target, _published(target, state, metadata))

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from fastvim.errors import UserError
@@ -149,14 +149,9 @@ def save(
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     text = json.dumps(metadata)
     header = {"format": "pt", METADATA_KEY: text, CHECKSUM_KEY: _checksum(tensors, text)}
+    # `save_file` would put another file in the place of this one, for its owner alone.
     with written(path) as file:
-        try:
-            save_file(tensors, file.name, header)
-        except safetensors.SafetensorError as error:
-            if found := re.search(r"os error (\d+)", str(error)):
-                number = int(found[1])
-                raise OSError(number, os.strerror(number)) from error
-            raise
+        file.write(serialized(tensors, header))
 
 
 def _checksum(state: Mapping[str, Tensor], metadata: str) -> str:

@@ -43,6 +43,7 @@ Side = int | tuple[int, int]
 FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("model", "weights", "licence", "started_from", "published"), (str, None)),
     "class_names": (list[str] | None, None),
+    "metrics": (list[str], None),
     "category_ids": (list[int | str] | None, None),
     "img_size": (Side, SIDE),
     "in_chans": (int, SIZE),

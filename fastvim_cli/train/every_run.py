@@ -37,6 +37,11 @@ IMAGE_SETTINGS = (
     *("img_size", "in_chans", "mean", "std"),
     *("base_size", "eval_size", "crop_pct", "interpolation", "antialias", "value_range"),
 )
+# Of the trainer, those that the weights depend on.
+TRAINER_SETTINGS = (
+    *("max_epochs", "max_steps", "precision", "devices", "num_nodes"),
+    *("accumulate_grad_batches", "gradient_clip_val"),
+)
 
 
 def loggers(root: Path, chosen: Any) -> list[Logger]:
@@ -79,7 +84,7 @@ def callbacks(command: str, root: Path, config: Namespace, task: Task) -> list[C
         NameModules() if config.name_modules else Finite(),
         NoEmptyEpoch(),
         RunLog(get_console()),
-        ExportWeights(str(root / "model.safetensors"), images),
+        ExportWeights(root, images, _recipe(config)),
         LearningCurves(str(root / "curves.png")),  # after the weights, which need no picture
     ]
     if config.trainer.enable_checkpointing is not False:
@@ -92,6 +97,13 @@ def callbacks(command: str, root: Path, config: Namespace, task: Task) -> list[C
             checkpoint.retry = config.retry_checkpoints
         found += kept
     return found
+
+
+def _recipe(config: Namespace) -> dict[str, Any]:
+    """What of a configuration makes the weights."""
+    trainer = {name: config.trainer[name] for name in TRAINER_SETTINGS}
+    sections = {name: config[name].as_dict() for name in ("model", "data")}
+    return {"seed_everything": config.seed_everything, **sections, "trainer": trainer}
 
 
 @contextmanager

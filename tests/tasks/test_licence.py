@@ -46,6 +46,8 @@ def test_by_name_and_from_run_to_run(write_recipe, caplog) -> None:
     run = fit(write_recipe(ONE_EPOCH), f"--model.checkpoint={NAME}")
     assert origin(run / "model.safetensors") == ORIGIN
     assert origin(run / "checkpoints" / "last.ckpt") == ORIGIN
+    assert "license: cc-by-nc-sa-4.0\n" in (run / "README.md").read_text()
+    assert f"the training started from: `{NAME}`" in (run / "README.md").read_text()
     said = f"started from {NAME}: its licence CC-BY-NC-SA-4.0, not for commercial use, goes on"
     assert caplog.text.count(said) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import published_files as files
 import pytest
-import safetensors
 import timm
 import torch
 from PIL import Image
@@ -390,9 +390,9 @@ def test_a_full_disk_while_converting_leaves_nothing(serve, folder, monkeypatch)
     (folder / entry.file).write_bytes(files.write(entry))
 
     def full(*_) -> None:
-        raise safetensors.SafetensorError("No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fastvim.weights.files.save_file", full)
+    monkeypatch.setattr("fastvim.storage.os.fsync", full)
     with pytest.raises(MachineError, match="the disk is full"):
         fastvim.load_model(TINY)
     assert not [f for f in fetch.cache_folder().iterdir() if f.suffix != ".lock"]

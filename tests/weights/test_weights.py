@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -306,16 +307,24 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     assert_equal(read("~/weights.safetensors").state, model.state_dict())
 
 
+def test_saved_weights_are_for_all_who_may_read(tmp_path):
+    """And what is synchronised with the disk is the file that becomes theirs."""
+    path = tmp_path / "ours.safetensors"
+    (tmp_path / "other").touch()
+    save(path, {"a": torch.ones(2)}, {})
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "ours.safetensors"
     save(path, {"a": torch.ones(2, 3).T}, {"weights": "EMA", "class_names": ["é"]})
     before = path.read_bytes()
 
-    def fail(tensors, target, metadata):
-        Path(target).write_bytes(b"half a file")
+    def fail(descriptor):
+        assert os.fstat(descriptor).st_size > 0  # the file is written, but not on the disk
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastvim.weights.files.save_file", fail)
+    monkeypatch.setattr("fastvim.storage.os.fsync", fail)
     with pytest.raises(MachineError, match="disk full"):
         save(path, {"a": torch.zeros(3)}, {})
     assert path.read_bytes() == before

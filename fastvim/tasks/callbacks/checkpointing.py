@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
+from fastvim.tasks.callbacks.run_log import describe
 from fastvim.tasks.protocols import TrainedTask
 from fastvim.tasks.sharding import gather
-from fastvim.weights import METADATA_KEY, save
+from fastvim.weights import METADATA_KEY
+from fastvim.weights.hub import save_folder
 
 
 class ExportWeights(L.Callback):
-    """Writes `model.safetensors` at the end of training: the averaged weights if there are any.
+    """Writes the trained weights at the end of training: the averaged ones if there are any.
 
-    The metadata of this file and of every checkpoint says how to build the model and how to prepare
-    its images: prediction needs one file.
+    The metadata of `model.safetensors` and of every checkpoint says how to build the model and how
+    to prepare its images: prediction needs one file. The files beside it are those of
+    `fastvim.weights.hub`.
 
     Args:
-        path: of the file.
+        folder: gets the files.
         images: how images are prepared: `img_size`, `in_chans`, `mean`, `std`, `crop_pct`,
             `interpolation`.
+        recipe: configuration of the run, for the model card.
     """
 
-    def __init__(self, path: str, images: dict[str, Any]) -> None:
-        self._path = path
-        self._images = images
+    def __init__(self, folder: Path, images: dict[str, Any], recipe: dict[str, Any]) -> None:
+        self._folder, self._images, self._recipe = folder, images, recipe
+        self._metrics: list[str] = []  # of the last validation
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            metrics = trainer.callback_metrics.items()
+            self._metrics = [describe(n, float(m)) for n, m in metrics if n.startswith("val/")]
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._metrics = checkpoint.get(METADATA_KEY, {}).get("metrics", [])
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         assert isinstance(pl_module, TrainedTask)
-        checkpoint[METADATA_KEY] = {**pl_module.exported_metadata(), **self._images}
+        checkpoint[METADATA_KEY] = self._metadata(pl_module)
 
     def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         # Not earlier: only now are the averages in the module.
@@ -42,5 +57,8 @@ class ExportWeights(L.Callback):
         exported = gather(pl_module.exported_weights(), trainer.is_global_zero)
         if trainer.is_global_zero:
             weights = "only" if pl_module.ema_decay is None else "EMA"
-            metadata = {**pl_module.exported_metadata(), **self._images, "weights": weights}
-            save(self._path, exported, metadata)
+            metadata = {**self._metadata(pl_module), "weights": weights}
+            save_folder(self._folder, exported, metadata, pl_module.model, self._recipe)
+
+    def _metadata(self, task: TrainedTask) -> dict[str, Any]:
+        return {**task.exported_metadata(), **self._images, "metrics": self._metrics}
