@@ -1,6 +1,6 @@
 """The layers of the models: patch embedding, mixer, block."""
 
-from fastvim.layers.block import AddNorm, Block
+from fastvim.layers.block import AddNorm, Block, run_block
 from fastvim.layers.embed import ChannelPatchEmbed, PatchEmbed, resize_grid, sincos_grid
 from fastvim.layers.mixer import Mixer
 
@@ -11,5 +11,6 @@ __all__ = [
     "Mixer",
     "PatchEmbed",
     "resize_grid",
+    "run_block",
     "sincos_grid",
 ]

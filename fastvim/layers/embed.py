@@ -11,11 +11,21 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import lecun_normal_, trunc_normal_
-from torch import Tensor, nn
+from timm.models import register_notrace_module
+from torch import Tensor, fx, nn
 
 from fastvim.errors import UserError
+from fastvim.layers.hooks import is_bypassed
+
+# Nodes of their own in graphs that `torch.fx` traces: they look at sizes.
+fx.wrap("channel_index")
+fx.wrap("check_channels")
+fx.wrap("grid_of")
+fx.wrap("whole_patches")
+fx.wrap("resize_grid")
 
 
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Embed patches of images of any size by one convolution.
 
@@ -49,42 +59,29 @@ class PatchEmbed(nn.Module):
         Raises:
             UserError: the image is smaller than a patch.
         """
-        if height < self.patch_size or width < self.patch_size:
-            raise UserError(
-                f"image of {height} x {width} pixels: smaller than a patch, "
-                f"{self.patch_size} x {self.patch_size}"
-            )
-        down, across = (-(-(side - self.patch_size) // self.stride) for side in (height, width))
-        return down + 1, across + 1
+        return grid_of(height, width, self.patch_size, self.stride)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, C, H, W) image to (B, L, d) row-major tokens and their grid.
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) image to (B, L, d) tokens, in row-major order of the image's `grid_size`.
 
         The image is zero-padded at the bottom and right to sides of patch + k · stride pixels.
 
         Raises:
             UserError: wrong number of channels, or an image smaller than a patch.
         """
-        if image.ndim != 4 or image.shape[1] != self.in_chans:
-            raise UserError(
-                f"image {tuple(image.shape)}: expected (batch, {self.in_chans}, height, width)"
-            )
+        check_channels(image, self.in_chans, self.in_chans)
         height, width = image.shape[-2:]
         grid = self.grid_size(height, width)
-        bottom, right = (
-            self.patch_size + (count - 1) * self.stride - side
-            for count, side in zip(grid, (height, width), strict=True)
-        )
-        if bottom or right:
-            image = F.pad(image, (0, right, 0, bottom))
-        if self.stride != self.patch_size:
-            return self.proj(image).flatten(2).mT, grid
+        image = whole_patches(image, grid, self.patch_size, self.stride)
+        if self.stride != self.patch_size or not is_bypassed(self.proj, nn.Conv2d, image):
+            return self.proj(image).flatten(2).mT
         # Without overlap the convolution is a matrix product: several times as fast on GPUs.
         patches = image.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias), grid
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
+@register_notrace_module
 class ChannelPatchEmbed(PatchEmbed):
     """Embed the patches of each channel by a shared projection, plus a learned channel vector.
 
@@ -104,10 +101,8 @@ class ChannelPatchEmbed(PatchEmbed):
         """The projection as PyTorch's convolutions: uniform in ±1 / patch_size, with its bias."""
         self.proj.reset_parameters()
 
-    def forward(
-        self, image: Tensor, channels: Sequence[int] | Tensor | None = None
-    ) -> tuple[Tensor, tuple[int, int]]:
-        """(B, c, H, W) image to tokens (B, L, c, d), cells in row-major order, and the grid.
+    def forward(self, image: Tensor, channels: Sequence[int] | Tensor | None = None) -> Tensor:
+        """(B, c, H, W) image to tokens (B, L, c, d), cells in row-major order.
 
         Args:
             image: c channels, at most C.
@@ -118,32 +113,60 @@ class ChannelPatchEmbed(PatchEmbed):
             UserError: more channels than C, an unknown or repeated index, or an image smaller than
                 a patch.
         """
-        if image.ndim != 4 or not 1 <= image.shape[1] <= self.known_chans:
-            raise UserError(
-                f"image {tuple(image.shape)}: expected (batch, 1 to {self.known_chans} channels, "
-                "height, width)"
-            )
+        check_channels(image, 1, self.known_chans)
         count = image.shape[1]
-        if channels is None:
+        if channels is None and is_bypassed(self.channel_embed, nn.Embedding, image):
             vectors = self.channel_embed.weight[:count]
         else:
-            vectors = self.channel_embed(self._index(channels, count))
-        cells, grid = super().forward(image.flatten(0, 1)[:, None])
-        return cells.unflatten(0, (-1, count)).transpose(1, 2) + vectors, grid
+            device = self.channel_embed.weight.device
+            vectors = self.channel_embed(channel_index(channels, count, self.known_chans, device))
+        cells = super().forward(image.flatten(0, 1)[:, None])
+        return cells.unflatten(0, (-1, count)).transpose(1, 2) + vectors
 
-    def _index(self, channels: Sequence[int] | Tensor, count: int) -> Tensor:
-        device = self.channel_embed.weight.device
-        if isinstance(channels, Tensor):
-            return channels.to(device)
-        valid = len(set(channels)) == len(channels) and all(
-            0 <= channel < self.known_chans for channel in channels
+
+def channel_index(
+    channels: Sequence[int] | Tensor | None, count: int, known: int, device: torch.device
+) -> Tensor:
+    """(c,) int64, what `ChannelPatchEmbed` is told of an image's channels."""
+    if channels is None:
+        return torch.arange(count, device=device)
+    if isinstance(channels, Tensor):
+        return channels.to(device)
+    valid = len(set(channels)) == len(channels) and all(
+        0 <= channel < known for channel in channels
+    )
+    if len(channels) != count or not valid:
+        raise UserError(
+            f"channels={list(channels)} of an image with {count}: expected as many different "
+            f"numbers from 0 to {known - 1}"
         )
-        if len(channels) != count or not valid:
-            raise UserError(
-                f"channels={list(channels)} of an image with {count}: expected as many different "
-                f"numbers from 0 to {self.known_chans - 1}"
-            )
-        return torch.tensor(channels, device=device)
+    return torch.tensor(channels, device=device)
+
+
+def check_channels(image: Tensor, least: int, most: int) -> None:
+    """Raise UserError for what is no batch of images with that many channels."""
+    if image.ndim != 4 or not least <= image.shape[1] <= most:
+        count = f"{least}" if least == most else f"{least} to {most} channels"
+        raise UserError(f"image {tuple(image.shape)}: expected (batch, {count}, height, width)")
+
+
+def grid_of(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
+    """`PatchEmbed.grid_size`."""
+    if height < patch_size or width < patch_size:
+        raise UserError(
+            f"image of {height} x {width} pixels: smaller than a patch, {patch_size} x {patch_size}"
+        )
+    down, across = (-(-(side - patch_size) // stride) for side in (height, width))
+    return down + 1, across + 1
+
+
+def whole_patches(image: Tensor, grid: tuple[int, int], patch_size: int, stride: int) -> Tensor:
+    """Zero-pad an image at the bottom and right to all pixels of a grid of patches."""
+    bottom, right = (
+        patch_size + (count - 1) * stride - side
+        for count, side in zip(grid, image.shape[-2:], strict=True)
+    )
+    return F.pad(image, (0, right, 0, bottom)) if bottom or right else image
 
 
 def resize_grid(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

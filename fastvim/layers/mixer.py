@@ -9,10 +9,17 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
+from fastvim.layers.hooks import is_bypassed
 from fastvim.ops import Segments, conv_pool, expand_gate, selective_scan
 from fastvim.ops.traversal import Pooling
+
+fx.wrap("conv_pool")
+fx.wrap("selective_scan")
+fx.wrap("expand_gate")
+fx.wrap("expand")
 
 
 class Mixer(nn.Module):
@@ -111,13 +118,18 @@ class Mixer(nn.Module):
             pool_scale=self.pool_scale,
         )
         y = selective_scan(pooled, self.x_proj, self.dt_proj, self.dt_bias, self.A_log)
-        gated = expand_gate(
-            skip,
-            z,
-            y,
-            segments,
-            None if self.norm is None else self.norm.weight,
-            None if self.norm is None else self.norm.bias,
-        )
+        if self.norm is None:
+            gated = expand_gate(skip, z, y, segments)
+        elif is_bypassed(self.norm, nn.LayerNorm, skip):
+            gated = expand_gate(skip, z, y, segments, self.norm.weight, self.norm.bias)
+        else:
+            gated = self.norm(expand(skip, y, segments)) * F.silu(z)
         out = self.out_proj(gated)
         return out if self.gamma is None else out * self.gamma
+
+
+def expand(skip: Tensor, y: Tensor, segments: Segments) -> Tensor:
+    """The part of `expand_gate` before its norm: (B, L, E), in `skip`'s dtype."""
+    dtype = torch.promote_types(skip.dtype, torch.float32)
+    scanned = segments.from_path(segments.broadcast(y.to(dtype)).mean(0))
+    return (skip.to(dtype) + scanned).to(skip.dtype)

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastvim.errors import UserError
 from fastvim.layers import ChannelPatchEmbed
-from fastvim.models.vision import FastVim, grid_traversals
+from fastvim.models.vision import FastVim, grid_traversals, walk_over
 from fastvim.ops import Segments, Traversal
 from fastvim.options import Range, check, check_choice
+
+fx.wrap("walk_over")
 
 TOKEN_ORDERS = ("channel_first", "spatial_first")
 
@@ -131,14 +133,15 @@ class FastChannelVim(FastVim):
         self, image: Tensor, channels: Sequence[int] | Tensor | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
         """The patches of every channel with their positions, (B, H·W·c, d), and their grid."""
-        tokens, grid = self.patch_embed(image, channels)
+        height, width = image.shape[-2:]
+        tokens, grid = self.patch_embed(image, channels), self.patch_embed.grid_size(height, width)
         return (tokens + self._cell_positions(grid)[:, :, None]).flatten(1, 2), grid
 
     def _walks(self, num_tokens: int, grid: tuple[int, int]) -> list[Segments]:
         if self.cls_token is not None:
             return super()._walks(num_tokens, grid)
         sizes = {"h": grid[0], "w": grid[1], "c": num_tokens // (grid[0] * grid[1])}
-        return [traversal.over(sizes) for traversal in self.traversals]
+        return [walk_over(traversal, sizes) for traversal in self.traversals]
 
     def forward_features(self, x: Tensor, channels: Sequence[int] | Tensor | None = None) -> Tensor:
         """Images to tokens after the last norm.

@@ -8,11 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastvim.layers import sincos_grid
-from fastvim.models.vision import FastVim
+from fastvim.models.vision import FastVim, walk_over
 from fastvim.ops.traversal import Mirror
+
+# Nodes of their own in graphs that `torch.fx` traces: they look at sizes.
+fx.wrap("fixed_or_stored")
+fx.wrap("walk_over")
 
 
 class FastMaskVim(FastVim):
@@ -61,9 +65,8 @@ class FastMaskVim(FastVim):
         self.pos_embed.requires_grad_(False).copy_(positions)
 
     def _cell_positions(self, grid: tuple[int, int]) -> Tensor:
-        if grid == self.grid_size:
-            return super()._cell_positions(grid)
-        return sincos_grid(grid, self.embed_dim, self.pos_embed.device, self.pos_embed.dtype)
+        # The stored ones may be those of a trained model.
+        return fixed_or_stored(super()._cell_positions(self.grid_size), self.grid_size, grid)
 
     def forward_features(
         self, x: Tensor, ids_keep: Tensor | None = None, mirror: Mirror = "published"
@@ -87,7 +90,7 @@ class FastMaskVim(FastVim):
         if self.cls_token is not None:
             return self._encode(tokens, self._walks(tokens.shape[1], grid))
         sizes = {"h": grid[0], "w": grid[1]}
-        walks = [traversal.over(sizes, ids_keep, mirror) for traversal in self.traversals]
+        walks = [walk_over(traversal, sizes, ids_keep, mirror) for traversal in self.traversals]
         return self._encode(tokens, walks)
 
 
@@ -98,3 +101,10 @@ def fixed_positions(grid: tuple[int, int], dim: int, class_at: int | None) -> Te
         before, after = positions.tensor_split([class_at], dim=1)
         positions = torch.cat([before, positions.new_zeros(1, 1, dim), after], dim=1)
     return positions
+
+
+def fixed_or_stored(stored: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, H·W, d) of a grid: the stored ones, or sin-cos ones of another."""
+    if new == grid:
+        return stored
+    return sincos_grid(new, stored.shape[2], stored.device, stored.dtype)

@@ -13,17 +13,23 @@ from typing import Any, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import checkpoint
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastvim.errors import UserError
-from fastvim.layers import AddNorm, Block, Mixer, sincos_grid
-from fastvim.models.mask_vim import FastMaskVim, fixed_positions
-from fastvim.models.vision import FastVim
+from fastvim.layers import AddNorm, Block, Mixer, run_block
+from fastvim.models.mask_vim import FastMaskVim, fixed_or_stored, fixed_positions
+from fastvim.models.vision import FastVim, no_scripting, walk_over
 from fastvim.ops import Traversal
 from fastvim.ops.reference import NormKind
 from fastvim.ops.traversal import Mirror
 from fastvim.options import COUNT, SHARE_BELOW_1, SIZE, SMALL_SIZE, check, check_choice
+
+# Nodes of their own in graphs that `torch.fx` traces: they look at sizes.
+fx.wrap("draw_kept")
+fx.wrap("fixed_or_stored")
+fx.wrap("mask_of")
+fx.wrap("patches_of")
+fx.wrap("walk_over")
 
 
 class MaskedOutput(NamedTuple):
@@ -169,6 +175,9 @@ class MaskedAutoencoder(nn.Module):
             "blocks": [(r"^encoder\.blocks\.(\d+)", None)],
         }
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise no_scripting(self)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
@@ -188,11 +197,7 @@ class MaskedAutoencoder(nn.Module):
 
         As the encoder does, zeros are added at the bottom and right up to whole patches.
         """
-        p = self.encoder.patch_embed.patch_size
-        height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % p, 0, -height % p))
-        cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, H, p, W, p)
-        return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return patches_of(images, self.encoder.patch_embed.patch_size)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, L, p·p·C) patches of a grid (H, W) to images (B, C, H·p, W·p).
@@ -235,18 +240,7 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             UserError: a ratio outside [0, 1) or one that keeps nothing, noise of another shape.
         """
-        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
-        check(SHARE_BELOW_1, mask_ratio=ratio)
-        count = int(tokens * (1 - ratio))
-        if count == 0:
-            raise UserError(f"mask_ratio={ratio} keeps none of {tokens} patches")
-        if noise is None:
-            source = device if generator is None else generator.device
-            noise = torch.rand(batch, tokens, generator=generator, device=source)
-        if noise.shape != (batch, tokens):
-            raise UserError(f"noise {tuple(noise.shape)}: expected ({batch}, {tokens})")
-        ids_keep = noise.argsort(dim=1, stable=True)[:, :count]
-        return ids_keep.sort(dim=1).values.to(device)
+        return draw_kept(batch, tokens, self.mask_ratio, mask_ratio, noise, generator, device)
 
     # Forward.
 
@@ -264,28 +258,27 @@ class MaskedAutoencoder(nn.Module):
             middle = ids_keep.shape[1] // 2
             before, token, after = tokens.tensor_split([middle, middle + 1], dim=1)
             tokens = torch.cat([before, after], dim=1)
-        blank = self.mask_token.to(tokens.dtype).expand(len(tokens), cells, -1)
+        blank = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], cells, -1)
         tokens = blank.scatter(1, ids_keep[:, :, None].expand_as(tokens), tokens)
         if self.encoder.cls_token is not None:
             tokens = torch.cat([tokens, token], dim=1)
 
         hidden, residual = tokens + self._decoder_positions(grid), None
-        walk = Traversal("l").over({"l": tokens.shape[1]})
+        walk = walk_over(Traversal("l"), {"l": tokens.shape[1]})
         for block in self.decoder_blocks:
-            if self.grad_checkpointing:
-                hidden, residual = checkpoint(block, hidden, residual, walk)
-            else:
-                hidden, residual = block(hidden, residual, walk)
-        prediction: Tensor = self.decoder_pred(self.decoder_norm(hidden, residual)[0])
+            hidden, residual = run_block(
+                block, hidden, residual, walk, following=None, recompute=self.grad_checkpointing
+            )
+        prediction: Tensor = self.decoder_pred(self.decoder_norm.add(hidden, residual)[0])
         return prediction[:, :cells]
 
     def _decoder_positions(self, grid: tuple[int, int]) -> Tensor:
-        stored = self.decoder_pos_embed
-        if grid == self.encoder.grid_size:
-            return stored
-        positions = sincos_grid(grid, stored.shape[2], stored.device, stored.dtype)
-        count = self.encoder.grid_size[0] * self.encoder.grid_size[1]
-        return torch.cat([positions, stored[:, count:]], dim=1)
+        stored, own = self.decoder_pos_embed, self.encoder.grid_size
+        count = own[0] * own[1]
+        cells = fixed_or_stored(stored[:, :count], own, grid)
+        if self.encoder.cls_token is None:
+            return cells
+        return torch.cat([cells, stored[:, count:]], dim=1)
 
     def forward_loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error over the pixels of masked patches; 0 where nothing is masked.
@@ -324,8 +317,9 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             UserError: see `random_mask`; images of other channels or smaller than a patch.
         """
-        grid = self.encoder.patch_embed.grid_size(*images.shape[-2:])
-        batch, cells = len(images), grid[0] * grid[1]
+        height, width = images.shape[-2:]
+        grid = self.encoder.patch_embed.grid_size(height, width)
+        batch, cells = images.shape[0], grid[0] * grid[1]
         ids_keep = self.random_mask(
             batch,
             cells,
@@ -336,9 +330,47 @@ class MaskedAutoencoder(nn.Module):
         )
         latent = self.forward_encoder(images, ids_keep)
         prediction = self.forward_decoder(latent, ids_keep, grid)
-        mask = torch.ones(batch, cells, device=images.device).scatter(1, ids_keep, 0.0)
+        mask = mask_of(ids_keep, cells)
         loss = self.forward_loss(images, prediction, mask)
         return MaskedOutput(loss, prediction, mask, latent, ids_keep)
+
+
+def patches_of(images: Tensor, p: int) -> Tensor:
+    """`MaskedAutoencoder.patchify`."""
+    height, width = images.shape[-2:]
+    images = F.pad(images, (0, -width % p, 0, -height % p))
+    cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, H, p, W, p)
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def draw_kept(
+    batch: int,
+    tokens: int,
+    usual_ratio: float,
+    mask_ratio: float | None,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> Tensor:
+    """`MaskedAutoencoder.random_mask`."""
+    ratio = usual_ratio if mask_ratio is None else mask_ratio
+    check(SHARE_BELOW_1, mask_ratio=ratio)
+    count = int(tokens * (1 - ratio))
+    if count == 0:
+        raise UserError(f"mask_ratio={ratio} keeps none of {tokens} patches")
+    if noise is None:
+        source = device if generator is None else generator.device
+        noise = torch.rand(batch, tokens, generator=generator, device=source)
+    if noise.shape != (batch, tokens):
+        raise UserError(f"noise {tuple(noise.shape)}: expected ({batch}, {tokens})")
+    ids_keep = noise.argsort(dim=1, stable=True)[:, :count]
+    return ids_keep.sort(dim=1).values.to(device)
+
+
+def mask_of(ids_keep: Tensor, cells: int) -> Tensor:
+    """(B, n) kept cells to (B, L) float, 1 where a cell is masked."""
+    ones = torch.ones(len(ids_keep), cells, device=ids_keep.device)
+    return ones.scatter(1, ids_keep, 0.0)
 
 
 def encoder_of(model: nn.Module) -> FastVim:

@@ -9,14 +9,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastvim.errors import UserError
-from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid
+from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid, run_block
 from fastvim.ops import Segments, Traversal
 from fastvim.ops.reference import NormKind
+from fastvim.ops.traversal import Mirror
 from fastvim.options import (
     CLASSES,
     COUNT,
@@ -30,6 +30,11 @@ from fastvim.options import (
     check_choice,
     check_given,
 )
+
+# Nodes of their own in graphs that `torch.fx` traces: they look at sizes.
+fx.wrap("grey_of")
+fx.wrap("resize_grid")
+fx.wrap("walk_over")
 
 Source = Literal["residual", "mixer"]
 
@@ -59,6 +64,24 @@ def grid_traversals(
     if pooling == "none":
         return (Traversal(walks[0][0]),)
     return tuple(Traversal(path, pool) for path, pool in (walks if alternate else walks[:1]))
+
+
+def grey_of(image: Tensor) -> Tensor:
+    """Grey images (B, 1, H, W) of RGB ones (B, 3, H, W); others as they are."""
+    if image.shape[1] != 3:
+        return image
+    red, green, blue = (image * image.new_tensor(_GREY)[:, None, None]).split(1, dim=1)
+    return red + green + blue
+
+
+def walk_over(
+    traversal: Traversal,
+    sizes: dict[str, int],
+    ids_keep: Tensor | None = None,
+    mirror: Mirror = "published",
+) -> Segments:
+    """`Traversal.over`."""
+    return traversal.over(sizes, ids_keep, mirror)
 
 
 class FastVim(nn.Module):
@@ -206,6 +229,9 @@ class FastVim(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None)],
         }
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise no_scripting(self)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
@@ -248,10 +274,10 @@ class FastVim(nn.Module):
 
     def _embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The image's patches with their positions, and their grid."""
-        if self.takes_rgb and image.shape[1] == 3:
-            red, green, blue = (image * image.new_tensor(_GREY)[:, None, None]).split(1, dim=1)
-            image = red + green + blue
-        tokens, grid = self.patch_embed(image)
+        if self.takes_rgb:
+            image = grey_of(image)
+        height, width = image.shape[-2:]
+        tokens, grid = self.patch_embed(image), self.patch_embed.grid_size(height, width)
         return tokens + self._cell_positions(grid), grid
 
     def _begin(self, tokens: Tensor) -> Tensor:
@@ -262,23 +288,34 @@ class FastVim(nn.Module):
                 middle = (self.pos_embed.shape[1] - 1) // 2
                 token = token + self.pos_embed[:, middle : middle + 1]
             before, after = tokens.tensor_split([tokens.shape[1] // 2], dim=1)
-            tokens = torch.cat([before, token.expand(len(tokens), -1, -1), after], dim=1)
+            tokens = torch.cat([before, token.expand(tokens.shape[0], -1, -1), after], dim=1)
         return self.pos_drop(tokens)
 
     def _walks(self, num_tokens: int, grid: tuple[int, int]) -> list[Segments]:
         """The segments of each walk over this grid; layers take the walks in turn."""
         if self.cls_token is not None:  # one line of tokens, not a grid
-            return [traversal.over({"l": num_tokens}) for traversal in self.traversals]
-        return [traversal.over({"h": grid[0], "w": grid[1]}) for traversal in self.traversals]
+            return [walk_over(traversal, {"l": num_tokens}) for traversal in self.traversals]
+        return [walk_over(traversal, {"h": grid[0], "w": grid[1]}) for traversal in self.traversals]
 
     def _run_block(
-        self, i: int, hidden: Tensor, residual: Tensor | None, walks: list[Segments]
+        self,
+        i: int,
+        hidden: Tensor,
+        residual: Tensor | None,
+        walks: list[Segments],
+        pairs: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Block i: its mixer's output, and the residual stream before that output is added."""
-        walk = walks[i % len(walks)]
-        if self.grad_checkpointing:
-            return checkpoint(self.blocks[i], hidden, residual, walk)
-        return self.blocks[i](hidden, residual, walk)
+        """Block i; see `fastvim.layers.run_block`."""
+        last = i + 1 == len(self.blocks)
+        return run_block(
+            self.blocks[i],
+            hidden,
+            residual,
+            walks[i % len(walks)],
+            following=self.norm if last else self.blocks[i + 1].norm,
+            recompute=self.grad_checkpointing,
+            pairs=pairs,
+        )
 
     def _encode(self, tokens: Tensor, walks: list[Segments]) -> Tensor:
         """All blocks, and the last norm."""
@@ -296,7 +333,7 @@ class FastVim(nn.Module):
     def _finish(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
         if self.norm is None:
             return hidden if residual is None else residual + hidden
-        return self.norm(hidden, residual)[0]
+        return self.norm.add(hidden, residual)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, L, d) tokens to logits (B, num_classes), or to the features before the head."""
@@ -357,11 +394,11 @@ class FastVim(nn.Module):
         count = last + 1 if stop_early else len(self.blocks)
         features = []
         for i in range(count):
-            hidden, residual = self._run_block(i, hidden, residual, walks)
+            hidden, residual = self._run_block(i, hidden, residual, walks, source == "mixer")
             if i in take:
                 feature = hidden if source == "mixer" else residual + hidden
-                if norm:
-                    feature = self._finish(feature, None)
+                if norm and self.norm is not None:
+                    feature = self.norm(feature)
                 features.append(self._format(feature, grid, output_fmt, return_prefix_tokens))
         if intermediates_only:
             return features
@@ -390,6 +427,13 @@ class FastVim(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
+
+
+def no_scripting(model: nn.Module) -> UserError:
+    """What `torch.jit.script` is told, which reads a part of Python alone."""
+    return UserError(
+        f"{type(model).__name__} cannot be scripted: torch.export and torch.jit.trace take it"
+    )
 
 
 def _like(parameter: Tensor) -> dict[str, Any]:

@@ -181,14 +181,15 @@ def test_features_only(name, out_indices, blocks, engine):
 
 
 def residual_streams(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The residual stream after each block, as the next norm receives it."""
+    """The residual stream after each block, as a hook on the block receives it."""
     streams = []
-    norms = [*(block.norm for block in model.blocks), model.norm]
-    hooks = [n.register_forward_hook(lambda *a: streams.append(a[2][1])) for n in norms]
+    hooks = [
+        block.register_forward_hook(lambda *seen: streams.append(seen[2])) for block in model.blocks
+    ]
     model(x)
     for hook in hooks:
         hook.remove()
-    return streams[1:]
+    return streams
 
 
 @every_model

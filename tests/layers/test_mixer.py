@@ -124,9 +124,9 @@ def test_dropped_samples_keep_their_residual():
     norm = AddNorm(8, drop_path=0.5).train()
     torch.manual_seed(0)
     hidden, residual = torch.ones(64, 3, 8), torch.zeros(64, 3, 8)
-    total = norm(hidden, residual)[1][:, 0, 0]
+    total = norm.add(hidden, residual)[1][:, 0, 0]
     assert set(total.tolist()) == {0.0, 2.0}  # dropped, or kept and scaled
-    assert torch.equal(norm.eval()(hidden, residual)[1], hidden)
+    assert torch.equal(norm.eval().add(hidden, residual)[1], hidden)
 
 
 def test_no_decay_vectors_are_the_ones_stored_per_direction():
