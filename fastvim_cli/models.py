@@ -1,41 +1,67 @@
-"""`fastvim models`: what can be built, and what computes it on this machine."""
+"""`fastvim models`: what can be built, what it costs, and what computes it on this machine."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
 
-from fastvim_cli.arguments import Parser
+from fastvim_cli.arguments import MOST_SIDE, Parser, at_least
 from fastvim_cli.console import table
 
-if TYPE_CHECKING:
-    from fastvim.models import FastVim
+DTYPES = ("float32", "float16", "bfloat16", "amp")
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="fastvim models", description="List the models of this library.")
+    parser = Parser(
+        prog="fastvim models",
+        description="List the models of this library, or count what one of them costs: "
+        "multiply-adds of products, convolutions and scans; elements that these and the four "
+        "operations write; memory of tensors on a GPU. Nothing is run.",
+    )
+    sizes = parser.add_argument_group("of NAME")
+    sizes.add_argument(
+        "--size", nargs="+", metavar="PIXELS", help="a side, or height and width (default: its own)"
+    )
+    count = at_least(1, MOST_SIDE)
+    sizes.add_argument("--batch", type=count, metavar="N", help="images (default: 1)")
+    sizes.add_argument("--channels", type=count, metavar="N", help="of images of a channel model")
+    sizes.add_argument(
+        "--dtype", choices=DTYPES, help="amp: products alone in bfloat16 (default: float32)"
+    )
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--engines", action="store_true", help="list instead which engine serves each operation"
-    )
-    instead.add_argument(
-        "--pretrained", action="store_true", help="list instead the published weights"
-    )
+    instead.add_argument("name", metavar="NAME", nargs="?", help="count what this model costs")
+    instead.add_argument("--engines", action="store_true", help="list the engine of each operation")
+    instead.add_argument("--pretrained", action="store_true", help="list the published weights")
     return parser
 
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim models --help`."""
-    arguments = _parser().parse_args(argv)
-    if arguments.engines:
+    arguments = (parser := _parser()).parse_args(argv)
+    given = [n for n in ("size", "batch", "channels", "dtype") if getattr(arguments, n) is not None]
+    if arguments.name is None and given:
+        parser.error(f"--{given[0]}: expected the NAME of a model as well")
+    if arguments.name is not None:
+        print(_costs(arguments))
+    elif arguments.engines:
         print(_engines())
     else:
         print(_pretrained() if arguments.pretrained else _models())
+
+
+def _costs(arguments: argparse.Namespace) -> str:
+    from fastvim.benchmark.cases import parse_size
+    from fastvim.benchmark.profile import describe
+
+    name, size = arguments.name, arguments.size and parse_size("x".join(arguments.size))
+    options = (arguments.batch or 1, size, arguments.dtype or "float32", arguments.channels)
+    return table((name, ""), describe(name, *options), left=(name, ""))
 
 
 def _models() -> str:
     import timm
     import torch
 
+    from fastvim.benchmark.profile import image_size
     from fastvim.models import create_model
     from fastvim.models.masked import encoder_of
     from fastvim.registry import default_cfgs
@@ -48,7 +74,7 @@ def _models() -> str:
         rows.append(
             (
                 name,
-                str(_side(backbone)),
+                str(image_size(backbone)[0]),
                 str(backbone.in_chans),
                 str(backbone.patch_embed.patch_size),
                 str(backbone.embed_dim),
@@ -57,12 +83,6 @@ def _models() -> str:
             )
         )
     return table(("model", "image", "channels", "patch", "width", "blocks", "parameters"), rows)
-
-
-def _side(backbone: FastVim) -> int:
-    """Pixels of a side of the images that the position embedding is made for."""
-    patches = backbone.patch_embed
-    return (backbone.grid_size[0] - 1) * patches.stride + patches.patch_size
 
 
 def _pretrained() -> str:

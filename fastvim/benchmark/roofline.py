@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastvim.benchmark.profile import layers_of
 from fastvim.benchmark.timing import measure
 from fastvim.cudagraph import WARMUP, record, warm_up
-from fastvim.layers import Block
-from fastvim.models import FastChannelVim, FastVim
+from fastvim.models import FastVim
 
 COPIED_BYTES = 2**30
 # Products in one graph, so that the gaps between replays do not count.
@@ -47,13 +47,8 @@ class Blocks:
     @classmethod
     def of(cls, model: FastVim, batch: int, size: tuple[int, int]) -> Blocks:
         """The blocks of a model, for a batch of images of `size`."""
-        height, width = model.patch_embed.grid_size(*size)
-        channels = model.in_chans if isinstance(model, FastChannelVim) else 1
-        tokens = height * width * channels + int(model.cls_token is not None)
-        block = model.blocks[0]
-        assert isinstance(block, Block)
-        inner = block.mixer.D.shape[1]
-        return cls(len(model.blocks), batch * tokens, model.embed_dim, inner)
+        layers = layers_of(model, batch, size, model.in_chans)
+        return cls(len(layers), layers[0].tokens, layers[0].dim, layers[0].inner)
 
     def bytes_moved(self, element: int) -> int:
         """Bytes that one block reads and writes, without its two large products.
