@@ -39,6 +39,7 @@ class Engine:
         function: the implementation, as "module:function".
         masked: the implementation for traversals over masked grids; "": the reference serves.
         dtypes: the dtypes it serves; the reference serves the others.
+        on_request: serves only where `use_engine` names it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Engine:
     function: str
     masked: str = ""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    on_request: bool = False
 
     def serves(self, device: str, dtype: torch.dtype, masked: bool) -> bool:
         """Whether it can compute for such tensors."""
@@ -56,6 +58,7 @@ class Engine:
 
 _numba = functools.partial(Engine, "numba", "numba", "cpu")
 _triton = functools.partial(Engine, "triton", "triton", "cuda")
+_exported = functools.partial(Engine, package="torch", device="cpu", on_request=True)
 
 # By op, in order of preference. PyTorch's own add_norm and expand_gate are fast enough on CPUs.
 ENGINES: dict[str, tuple[Engine, ...]] = {
@@ -70,6 +73,8 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
     "selective_scan": (
         _numba("fastvim.ops.cpu.selective_scan:selective_scan_numba"),
         _triton("fastvim.ops.triton.selective_scan:selective_scan_triton"),
+        _exported("scan", function="fastvim.ops.recurrence:selective_scan_operator"),
+        _exported("loop", function="fastvim.ops.recurrence:selective_scan_loop"),
     ),
     "expand_gate": (
         _triton(
@@ -121,7 +126,8 @@ def _candidates(
     return tuple(
         engine
         for engine in engines
-        if chosen in (None, engine.name) and engine.serves(device, dtype, masked)
+        if chosen == engine.name or (chosen is None and not engine.on_request)
+        if engine.serves(device, dtype, masked)
     )
 
 
@@ -170,7 +176,8 @@ def use_engine(name: str) -> Iterator[None]:
     The choice holds for the whole process, not for one thread.
 
     Args:
-        name: "reference", or the name of an engine, such as "numba".
+        name: "reference", or the name of an engine, such as "numba"; for exported programs "scan"
+            and "loop" (`fastvim.ops.recurrence`), which serve nothing unless they are named.
 
     Raises:
         ValueError: unknown engine, or one whose package is not installed.

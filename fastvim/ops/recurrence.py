@@ -1,0 +1,88 @@
+"""The scan as one operator of torch, for programs that are exported: nothing is unrolled.
+
+`fastvim.use_engine("scan")` serves `selective_scan` by torch's `scan` operator, which ONNX has as
+`Scan`; `"loop"` by `while_loop`, which torch's compilers can lower. Both take any number of steps.
+They are for `torch.export`: without a compiler each step is a call from Python.
+
+B  batch, S  segments, E  inner width, N  state size, R  rank of the step size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.scan import scan_op
+from torch._higher_order_ops.while_loop import while_loop
+
+from fastvim.ops.reference import compute_dtype
+
+# From the state (2, B, N, E), A (2, 1, N, E), and Δ, Δu (S, 2, B, 1, E), B, C (S, 2, B, N, 1) of
+# all steps to y (S, 2, B, E). The state's last axis is E: the longer one is contiguous.
+_Run = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+
+
+def selective_scan_operator(
+    u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
+) -> Tensor:
+    """`fastvim.ops.selective_scan` by torch's `scan`."""
+    return _recurrence(u, x_proj, dt_proj, dt_bias, A_log, _by_scan)
+
+
+def selective_scan_loop(
+    u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
+) -> Tensor:
+    """`fastvim.ops.selective_scan` by torch's `while_loop`."""
+    return _recurrence(u, x_proj, dt_proj, dt_bias, A_log, _by_loop)
+
+
+def _recurrence(
+    u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, run: _Run
+) -> Tensor:
+    dtype, rank, (batch, steps) = compute_dtype(u), dt_proj.shape[2], u.shape[1:3]
+    states = A_log.shape[-1]
+    # Direction 1 is flipped once, before anything is made of it: both then run forwards.
+    x = torch.stack([u[0], u[1].flip(1)]).to(dtype).transpose(1, 2).flatten(1, 2)  # (2, S·B, E)
+    dt, B, C = torch.bmm(x, x_proj.to(dtype).mT).split([rank, states, states], dim=-1)
+    delta = F.softplus(torch.baddbmm(dt_bias.to(dtype)[:, None], dt, dt_proj.to(dtype).mT))
+    A = -A_log.to(dtype).exp().mT.contiguous()[:, None]
+    each = [delta[:, :, None], (delta * x)[:, :, None], B[..., None], C[..., None]]
+    each = [t.unflatten(1, (steps, batch)).transpose(0, 1).contiguous() for t in each]
+    y = run(x.new_zeros(2, batch, states, x.shape[-1]), A, each).movedim(0, 2)
+    return torch.stack([y[0], y[1].flip(1)]).to(u.dtype)
+
+
+def _step(
+    h: Tensor, A: Tensor, delta: Tensor, v: Tensor, B: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The next state, and y (2, B, E)."""
+    h = torch.exp(delta * A) * h + v * B
+    return h, (C * h).sum(-2)
+
+
+def _by_scan(h: Tensor, A: Tensor, each: list[Tensor]) -> Tensor:
+    def step(h: Tensor, A: Tensor, *now: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, y = _step(h, A, *now)
+        return h, A.clone(), y
+
+    # A is carried on from step to step: OpenVINO's Scan sees nothing from outside.
+    y: Tensor = scan_op(step, [h, A], each, [])[2]
+    return y
+
+
+def _by_loop(h: Tensor, A: Tensor, each: list[Tensor]) -> Tensor:
+    steps = each[0].shape[0]
+    numbers = torch.arange(steps, device=h.device)[:, None, None, None]
+
+    def go(i: Tensor, h: Tensor, y: Tensor) -> Tensor:
+        return i < each[0].shape[0]
+
+    def step(i: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, now = _step(h, A, *[t.index_select(0, i.view(1))[0] for t in each])
+        return i + 1, h, torch.where(numbers == i, now, y)
+
+    first = torch.zeros([], dtype=torch.int64, device=h.device)
+    y: Tensor = while_loop(go, step, (first, h, h.new_zeros(steps, *h.shape[:2], h.shape[3])))[2]
+    return y
