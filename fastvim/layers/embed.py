@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fastvim.errors import UserError
 from fastvim.layers.hooks import is_bypassed
@@ -76,7 +77,8 @@ class PatchEmbed(nn.Module):
         if self.stride != self.patch_size or not is_bypassed(self.proj, nn.Conv2d, image):
             return self.proj(image).flatten(2).mT
         # Without overlap the convolution is a matrix product: several times as fast on GPUs.
-        patches = image.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+        side = self.patch_size
+        patches = image.unflatten(3, (grid[1], side)).unflatten(2, (grid[0], side))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
@@ -166,12 +168,23 @@ def whole_patches(image: Tensor, grid: tuple[int, int], patch_size: int, stride:
         patch_size + (count - 1) * stride - side
         for count, side in zip(grid, image.shape[-2:], strict=True)
     )
-    return F.pad(image, (0, right, 0, bottom)) if bottom or right else image
+    if same_grid((bottom, right), (0, 0)):
+        return image
+    return F.pad(image, (0, right, 0, bottom))
+
+
+def same_grid(old: tuple[int, int], new: tuple[int, int]) -> bool:
+    """Whether two grids have the same sizes.
+
+    False where the sizes are symbols of a compiler, so that its graph serves every size. What it
+    does for another grid has to give the same for this one.
+    """
+    return all(statically_known_true(a == b) for a, b in zip(old, new, strict=True))
 
 
 def resize_grid(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resize a position embedding (1, H·W, d) bicubically from one grid to another."""
-    if old == new:
+    if same_grid(old, new):
         return embedding
     grid = embedding.mT.unflatten(2, old)
     resized = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)

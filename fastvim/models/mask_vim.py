@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastvim.layers import sincos_grid
+from fastvim.layers import resize_grid, same_grid, sincos_grid
 from fastvim.models.vision import FastVim, walk_over
 from fastvim.ops.traversal import Mirror
 
@@ -105,6 +105,12 @@ def fixed_positions(grid: tuple[int, int], dim: int, class_at: int | None) -> Te
 
 def fixed_or_stored(stored: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Position embeddings (1, H·W, d) of a grid: the stored ones, or sin-cos ones of another."""
-    if new == grid:
+    if same_grid(grid, new):
         return stored
-    return sincos_grid(new, stored.shape[2], stored.device, stored.dtype)
+    positions = sincos_grid(new, stored.shape[2], stored.device, stored.dtype)
+    if not torch.compiler.is_compiling():
+        return positions
+    # A graph of every size chooses when it runs. Resizing to the same grid changes nothing.
+    height, width = (torch.scalar_tensor(side, device=stored.device) for side in new)
+    stays = (height == grid[0]) & (width == grid[1])
+    return torch.where(stays, resize_grid(stored, grid, new), positions)

@@ -369,7 +369,7 @@ def draw_kept(
 
 def mask_of(ids_keep: Tensor, cells: int) -> Tensor:
     """(B, n) kept cells to (B, L) float, 1 where a cell is masked."""
-    ones = torch.ones(len(ids_keep), cells, device=ids_keep.device)
+    ones = torch.ones(ids_keep.shape[0], cells, device=ids_keep.device)
     return ones.scatter(1, ids_keep, 0.0)
 
 

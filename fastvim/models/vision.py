@@ -340,7 +340,7 @@ class FastVim(nn.Module):
         if self.global_pool == "avg":
             x = x.mean(dim=1)
         elif self.global_pool == "token":
-            x = x[:, (x.shape[1] - 1) // 2]
+            x = x.select(1, (x.shape[1] - 1) // 2)  # an index by [] would be fixed in a graph
         elif self.global_pool == "last":
             x = x[:, -1]
         x = self.head_drop(x)

@@ -62,12 +62,10 @@ class Traversal:
         axes = self.path.split()
         if set(axes) != set(grid):
             raise ValueError(f"grid axes {list(grid)} do not match the path {self.path!r}")
-        names = list(grid)
-        memory_strides = {a: prod([grid[b] for b in names[i + 1 :]]) for i, a in enumerate(names)}
         pooled = self.pool.split()
         walk = Segments(
             sizes=tuple(grid[a] for a in axes),
-            strides=tuple(memory_strides[a] for a in axes),
+            by_memory=tuple(axes.index(a) for a in grid),
             pooled=tuple(a in pooled for a in axes),
         )
         return walk if ids_keep is None else walk.keep(ids_keep, mirror)
@@ -110,14 +108,15 @@ class Segments:
     """A traversal of a given grid: what the ops need to know of the token order.
 
     Attributes:
-        sizes: size of each axis, in path order (slowest first).
-        strides: tokens between neighbours along each axis in memory, in path order.
+        sizes: size of each axis, in path order (slowest first). They may be symbols of a compiler:
+            nothing here asks how they compare.
+        by_memory: path axes from the slowest in memory to the fastest.
         pooled: whether each axis is pooled, in path order.
         masked: tables of the cells that a mask leaves. None: every cell is present.
     """
 
     sizes: tuple[int, ...]
-    strides: tuple[int, ...]
+    by_memory: tuple[int, ...]
     pooled: tuple[bool, ...]
     masked: MaskedPath | None = None
 
@@ -144,6 +143,15 @@ class Segments:
         return prod([n for n, pool in zip(self.sizes, self.pooled, strict=True) if pool])
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Tokens between neighbours along each axis in memory, in path order."""
+        strides, step = [0] * len(self.sizes), 1
+        for axis in reversed(self.by_memory):
+            strides[axis] = step
+            step *= self.sizes[axis]
+        return tuple(strides)
+
+    @property
     def segment_strides(self) -> tuple[int, ...]:
         """Segments between neighbours along each axis, in path order; 0 along pooled axes.
 
@@ -156,20 +164,14 @@ class Segments:
         return tuple(reversed(strides))
 
     @property
-    def _by_memory(self) -> list[int]:
-        """Path axes sorted from the slowest in memory to the fastest."""
-        # An axis of size 1 shares its stride with a neighbour; their order does not matter.
-        return sorted(range(len(self.sizes)), key=lambda axis: -self.strides[axis])
-
-    @property
     def in_memory_order(self) -> bool:
         """Whether the path follows the tokens' order in memory."""
-        return self.masked is None and self._by_memory == list(range(len(self.sizes)))
+        return self.masked is None and self.by_memory == tuple(range(len(self.sizes)))
 
     def flatten(self) -> tuple[int, ...]:
         """An unmasked walk as integers, the form in which torch's registered ops take it."""
         assert self.masked is None
-        return (*self.sizes, *self.strides, *map(int, self.pooled))
+        return (*self.sizes, *self.by_memory, *map(int, self.pooled))
 
     @staticmethod
     def unflatten(walk: Sequence[int]) -> Segments:
@@ -219,9 +221,8 @@ class Segments:
             return x.gather(1, self.masked.order[:, :, None].expand_as(x))
         if self.in_memory_order:
             return x
-        by_memory = self._by_memory
-        grid: Tensor = x.unflatten(1, [self.sizes[axis] for axis in by_memory])
-        axes = [1 + by_memory.index(axis) for axis in range(len(self.sizes))]
+        grid: Tensor = x.unflatten(1, [self.sizes[axis] for axis in self.by_memory])
+        axes = [1 + self.by_memory.index(axis) for axis in range(len(self.sizes))]
         return grid.permute(0, *axes, -1).flatten(1, -2)
 
     def from_path(self, x: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ class Segments:
             return x.gather(1, self.masked.ids_restore[:, :, None].expand_as(x))
         if self.in_memory_order:
             return x
-        axes = [1 + axis for axis in self._by_memory]
+        axes = [1 + axis for axis in self.by_memory]
         grid: Tensor = x.unflatten(1, self.sizes)
         return grid.permute(0, *axes, -1).flatten(1, -2)
 
@@ -257,7 +258,8 @@ class Segments:
         axes = [2 + axis for axis, pooled in enumerate(self.pooled) if pooled]
         grid: Tensor = x.unflatten(2, self.sizes)
         values = grid.mean(axes) if pooling == "mean" else grid.amax(axes)
-        return values.reshape(*x.shape[:2], self.num_segments, x.shape[-1])
+        # By way of one axis: torch.export would ask how the merged axes' sizes compare.
+        return values.flatten().view(*x.shape[:2], self.num_segments, x.shape[-1])
 
     def broadcast(self, y: Tensor) -> Tensor:
         """Copy (2, B, S, E), one value per segment, to its tokens in path order, (2, B, n, E)."""

@@ -68,9 +68,9 @@ def test_registration_of_moves(grad):
 
 SCHEMAS = {
     "add_norm": lambda t: (*t, True, 1e-5),
-    "conv_pool": lambda t: (*t, [5, 3, 1, 5, 0, 1], "mean", 0.5, torch.float32),
+    "conv_pool": lambda t: (*t, [5, 3, 1, 0, 0, 1], "mean", 0.5, torch.float32),
     "selective_scan": lambda t: tuple(t),
-    "expand_gate": lambda t: (*t[:3], [5, 3, 1, 5, 0, 1], *t[3:], 1e-5),
+    "expand_gate": lambda t: (*t[:3], [5, 3, 1, 0, 0, 1], *t[3:], 1e-5),
 }
 
 

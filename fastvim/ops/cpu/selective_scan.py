@@ -5,14 +5,17 @@ G  2 x batch sequences (directions outer), S  steps, E  inner width, N  state si
 
 from __future__ import annotations
 
+from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvim.ops.cpu.kernels import CHUNK, LOG2_E, scan_backward, scan_forward
+from fastvim.ops.cpu.kernels import CHUNK, scan_backward, scan_forward
 from fastvim.ops.cpu.threads import blocks_of, parallel
 from fastvim.ops.reference import select, without_autocast
+
+LOG2_E = 1 / log(2)
 
 
 @torch.library.custom_op("fastvim::scan_cpu", mutates_args=())
@@ -79,7 +82,7 @@ def selective_scan_numba(
     """`fastvim.ops.selective_scan` for CPU tensors of at most 32 bits."""
     dtype = torch.float32
     # Rates to base 2, channels last: the kernel's inner loop computes 2**(Δ · rate) over channels.
-    rate = (-float(LOG2_E) * A_log.to(dtype).exp()).mT.contiguous()
+    rate = (-LOG2_E * A_log.to(dtype).exp()).mT.contiguous()
     delta, B, C = select(u, x_proj, dt_proj, dt_bias, dtype)
     sequences = [t.to(dtype).flatten(0, 1).contiguous() for t in (u, delta, B, C)]
     save = torch.is_grad_enabled()

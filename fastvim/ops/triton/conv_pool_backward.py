@@ -192,7 +192,7 @@ def _plan(x: Tensor, segments: Segments, pool_scale: float) -> tuple[Launch, int
     scattered = segments.pools and not pools_rows(pooled)
     (_, s1, s2), (k0, k1, k2) = (1, 1, 1), (0, 0, 0)
     if scattered:  # runs follow the rows of the path, whichever axes are pooled
-        own = Segments(tuple(sizes), tuple(strides), tuple(pooled))
+        own = Segments(tuple(sizes), tuple(range(len(sizes))), tuple(pooled))
         (_, s1, s2), (k0, k1, k2) = pad_axes(sizes, 1), pad_axes(own.segment_strides, 0)
         sizes, strides, _ = collapse(replace(segments, pooled=(False,) * len(segments.sizes)))
     (_, n1, n2), (m0, m1, m2) = pad_axes(sizes, 1), pad_axes(strides, 0)

@@ -284,4 +284,4 @@ def expand_gate_masked(
 
 def _line(x: Tensor) -> Segments:
     """The walk over tokens (B, n, E) in memory order, without pooling."""
-    return Segments((x.shape[1],), (1,), (False,))
+    return Segments((x.shape[1],), (0,), (False,))
