@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Idle OpenMP threads that spin would take the cores from the workers that load images.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install test test-slow test-cluster test-faults test-wheel lint quickstart mae channels cells nuclei clean
+.PHONY: help install test test-slow test-clients test-cluster test-faults test-wheel lint quickstart mae channels cells nuclei clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a small FastVim on handwritten digits"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-slow    those that take seconds each: whole programs, processes, signals"
 	@echo "make test-faults  drawn faults: 600 sets of images, 1,000 command lines, 1,000 files, 320 kills and more"
 	@echo "make test-cluster runs spread over processes and a Ray cluster on this machine, with kills"
+	@echo "make test-clients what other libraries make of the models: segmentation_models_pytorch, transformers and more"
 	@echo "make test-wheel   install the built wheel alone and run every command of it"
 	@echo "make lint         formatting, lint, types and the import contract"
 	@echo "make install      the environment alone: everything, editable, in .venv"
@@ -46,6 +47,11 @@ test-cluster: install
 	$(BIN)/python -m pytest tests/inference/test_over_ray.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster or not cluster" tests/cluster tests/tasks/test_sharded.py
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python measurements/parts.py
+
+# What `make install` leaves out: libraries that take the models.
+test-clients: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[clients]"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m clients
 
 # In an environment of its own, which it makes and removes.
 test-wheel:

@@ -6,17 +6,17 @@ import logging
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from fastvim.building import build, published_cfg
 from fastvim.constants import JUMPCP_MEAN, JUMPCP_STD
-from fastvim.errors import OptionError, UserError, first_few
+from fastvim.errors import UserError
 from fastvim.models.channel import FastChannelVim
 from fastvim.models.masked import MaskedAutoencoder
 from fastvim.models.vision import FastVim
 from fastvim.weights.fit import checkpoint_filter_fn
-from fastvim.weights.published import published_file
-from fastvim.weights.table import ENTRIES, Entry, find_entry
+from fastvim.weights.table import ENTRIES
 
 _logger = logging.getLogger(__name__)
 _CHANNELS = "patch_embed.channel_embed.weight"
@@ -47,25 +47,12 @@ def _channel_cfg() -> dict[str, Any]:
         crop_pct=1.0,
         mean=tuple(value / 255 for value in JUMPCP_MEAN),
         std=tuple(value / 255 for value in JUMPCP_STD),
-        first_conv=None,  # one input channel, however many the image has
+        first_conv=(),  # timm shall not adapt its weights: one channel, however many images have
     )
 
 
 def _mae_cfg() -> dict[str, Any]:
-    return _cfg(num_classes=-1, first_conv="encoder.patch_embed.proj", classifier=None)
-
-
-def _published(entry: Entry) -> dict[str, Any]:
-    """What timm shall know of published weights beside the model's own configuration."""
-    images = entry.images
-    found = {
-        "url": entry.url,
-        "license": entry.licence.lower(),
-        "input_size": (images["in_chans"], images["img_size"], images["img_size"]),
-    }
-    if "num_classes" in entry.model_args:
-        found["num_classes"] = entry.model_args["num_classes"]
-    return found
+    return _cfg(num_classes=0, first_conv="encoder.patch_embed.proj", classifier=None)
 
 
 _VIM_PAPER = {"paper_ids": "arXiv:2401.09417"}
@@ -97,7 +84,7 @@ _CFGS = {
     "mae_vim_large_patch16_224": _mae_cfg(),
 }
 _TAGGED = {
-    entry.name: {**_CFGS[entry.backbone], **_published(entry)}
+    entry.name: {**_CFGS[entry.backbone], **published_cfg(entry)}
     for entry in ENTRIES.values()
     if not entry.head
 }
@@ -116,100 +103,16 @@ _MAE_VIM = {"pooling": "none", "class_token": True}
 _VIM = {**_MAE_VIM, "global_pool": "token"}
 
 
-def _build(
-    model: type[nn.Module],
-    variant: str,
-    pretrained: bool,
-    defaults: dict[str, Any],
-    given: dict[str, Any],
-    **building: Any,
-) -> Any:
-    """As timm builds it. A tag of the table chooses options; published weights are converted.
-
-    Args:
-        model: the class.
-        variant: registered name.
-        pretrained: load weights; without a tag or a source of weights, those of the first tag.
-        defaults: the variant's options; a tag's come over them.
-        given: the caller's options, over both, beside what `timm.create_model` passes on.
-        **building: more for `build_model_with_cfg`.
-    """
-    cfg = given.pop("pretrained_cfg", None)
-    overlay = dict(given.pop("pretrained_cfg_overlay", None) or {})
-    entry = _chosen(variant, pretrained and not _has_source(overlay), cfg)
-    fetched = pretrained and entry is not None and not _has_source(overlay)
-    if entry is None:
-        cfg = cfg or {**_CFGS[variant], "architecture": variant}
-    else:
-        defaults = {**defaults, **entry.model_args}
-        cfg = cfg or entry.tag
-        overlay = {**_published(entry), **overlay}
-        if fetched:
-            overlay["file"] = str(published_file(entry.name))
-    try:
-        built: Any = build_model_with_cfg(
-            model,
-            variant,
-            pretrained,
-            pretrained_cfg=cfg,
-            pretrained_cfg_overlay=overlay,
-            **building,
-            **{**defaults, **given},
-        )
-    except RuntimeError as error:
-        if entry is None or "loading state_dict" not in str(error):
-            raise
-        problems = [line.strip() for line in str(error).splitlines()[1:]]
-        what = f"the weights of {entry.name} do not fit these options"
-        raise UserError(f"{what}: {first_few(problems, 2)}") from error
-    if fetched:  # the address and the tag stay, the place on this machine does not
-        for each in (built, getattr(built, "model", None)):  # with features_only, and inside
-            if each is not None:
-                each.pretrained_cfg.pop("file", None)
-    return built
-
-
-def _chosen(variant: str, fetch: bool, cfg: Any) -> Entry | None:
-    """The published weights whose options are meant; None without a tag of the table.
-
-    Args:
-        variant: registered name.
-        fetch: the weights of the first tag are meant where no tag and no source is named.
-        cfg: tag, timm's configuration, or None.
-    """
-    if isinstance(cfg, str):
-        return find_entry(f"{variant}.{cfg}")
-    if cfg:
-        if not isinstance(cfg, dict | PretrainedCfg):
-            raise OptionError("pretrained_cfg", cfg, "a tag, or a configuration of timm")
-        told = cfg if isinstance(cfg, dict) else cfg.to_dict()
-        entry = ENTRIES.get(f"{variant}.{told.get('tag')}")
-        known = entry is not None and told.get("url") == entry.url
-        return entry if known and not told.get("file") else None
-    return find_entry(variant) if fetch else None
-
-
-def _has_source(overlay: dict[str, Any]) -> bool:
-    return any(overlay.get(key) for key in ("url", "file", "state_dict", "hf_hub_id"))
-
-
 def _create(
     variant: str,
     pretrained: bool,
     defaults: dict[str, Any],
-    model: type[FastVim] = FastVim,
+    model: type[nn.Module] = FastVim,
     filter_fn: Any = checkpoint_filter_fn,
     **given: Any,
-) -> FastVim:
-    return _build(
-        model,
-        variant,
-        pretrained,
-        defaults,
-        given,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-    )
+) -> Any:
+    cfg = _CFGS[variant]
+    return build(model, variant, pretrained, cfg, defaults, given, pretrained_filter_fn=filter_fn)
 
 
 @register_model
@@ -334,16 +237,8 @@ def channelvim_small_patch8_224(pretrained: bool = False, **kwargs: Any) -> Fast
 def _mae(
     variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any
 ) -> MaskedAutoencoder:
-    if kwargs.pop("features_only", False):
-        raise UserError(f"{variant} has no features_only: load its encoder into {variant[4:]}")
-    return _build(
-        MaskedAutoencoder,
-        variant,
-        pretrained,
-        defaults,
-        kwargs,
-        pretrained_filter_fn=checkpoint_filter_fn,
-    )
+    model = MaskedAutoencoder
+    return _create(variant, pretrained, defaults, model, **kwargs)
 
 
 @register_model

@@ -100,8 +100,13 @@ class ChannelPatchEmbed(PatchEmbed):
         trunc_normal_(self.channel_embed.weight, std=0.02)
 
     def reset_parameters(self) -> None:
-        """The projection as PyTorch's convolutions: uniform in ±1 / patch_size, with its bias."""
+        """The projection as PyTorch's convolutions: uniform in ±1 / patch_size, with its bias.
+
+        Channel vectors truncated normal, 0.02.
+        """
         self.proj.reset_parameters()
+        if hasattr(self, "channel_embed"):  # not yet when the base class is built
+            trunc_normal_(self.channel_embed.weight, std=0.02)
 
     def forward(self, image: Tensor, channels: Sequence[int] | Tensor | None = None) -> Tensor:
         """(B, c, H, W) image to tokens (B, L, c, d), cells in row-major order.
@@ -179,6 +184,8 @@ def same_grid(old: tuple[int, int], new: tuple[int, int]) -> bool:
     False where the sizes are symbols of a compiler, so that its graph serves every size. What it
     does for another grid has to give the same for this one.
     """
+    if torch.jit.is_tracing():  # sizes are tensors, and a trace holds one of them
+        return old == new
     return all(statically_known_true(a == b) for a, b in zip(old, new, strict=True))
 
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from fastvim.models.channel import FastChannelVim, sample_channels
 from fastvim.models.factory import create_model
 from fastvim.models.feature_maps import FeatureMaps
+from fastvim.models.feature_pyramid import FeaturePyramid
 from fastvim.models.heads.sliding import sliding_window
 from fastvim.models.heads.upernet import UPerNet
 from fastvim.models.mask_vim import FastMaskVim
-from fastvim.models.masked import MaskedAutoencoder, MaskedOutput
+from fastvim.models.masked import MaskedAutoencoder
+from fastvim.models.masking import MaskedOutput
 from fastvim.models.vision import FastVim
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ __all__ = [
     "FastMaskVim",
     "FastVim",
     "FeatureMaps",
+    "FeaturePyramid",
     "MaskedAutoencoder",
     "MaskedOutput",
     "UPerNet",

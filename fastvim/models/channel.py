@@ -15,7 +15,9 @@ from torch import Tensor, fx, nn
 
 from fastvim.errors import UserError
 from fastvim.layers import ChannelPatchEmbed
-from fastvim.models.vision import FastVim, grid_traversals, walk_over
+from fastvim.models.parts import on_device
+from fastvim.models.vision import FastVim
+from fastvim.models.walks import grid_traversals, walk_over
 from fastvim.ops import Segments, Traversal
 from fastvim.options import Range, check, check_choice
 
@@ -119,10 +121,13 @@ class FastChannelVim(FastVim):
         )
         self.token_order = token_order
         # Drawn after all of a FastVim's weights: the order decides which weights a seed gives.
-        self.patch_embed = ChannelPatchEmbed(in_chans, self.embed_dim, patch_size)
-        cells = self.grid_size[0] * self.grid_size[1]
-        self.pos_embed = nn.Parameter(torch.empty(1, cells, self.embed_dim))
-        trunc_normal_(self.pos_embed, std=0.02)
+        with on_device(options.get("device")):
+            self.patch_embed = ChannelPatchEmbed(in_chans, self.embed_dim, patch_size)
+            cells = self.grid_size[0] * self.grid_size[1]
+            self.pos_embed = nn.Parameter(torch.empty(1, cells, self.embed_dim))
+            trunc_normal_(self.pos_embed, std=0.02)
+        if options.get("dtype") is not None:
+            self.to(options["dtype"])
 
     @property
     def positions_class(self) -> bool:
@@ -133,8 +138,7 @@ class FastChannelVim(FastVim):
         self, image: Tensor, channels: Sequence[int] | Tensor | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
         """The patches of every channel with their positions, (B, H·W·c, d), and their grid."""
-        height, width = image.shape[-2:]
-        tokens, grid = self.patch_embed(image, channels), self.patch_embed.grid_size(height, width)
+        tokens, grid = self.patch_embed(image, channels), self._grid(image)
         return (tokens + self._cell_positions(grid)[:, :, None]).flatten(1, 2), grid
 
     def _walks(self, num_tokens: int, grid: tuple[int, int]) -> list[Segments]:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastvim.models.vision import FastVim, Source
+from fastvim.models.intermediates import Source
+from fastvim.models.vision import FastVim
 
 
 class FeatureMaps(nn.Module):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastvim.layers import resize_grid, same_grid, sincos_grid
-from fastvim.models.vision import FastVim, walk_over
+from fastvim.models.vision import FastVim
+from fastvim.models.walks import walk_over
 from fastvim.ops.traversal import Mirror
 
 # Nodes of their own in graphs that `torch.fx` traces: they look at sizes.
@@ -51,12 +52,12 @@ class FastMaskVim(FastVim):
             **options,
         )
 
-    def init_weights(self) -> None:
+    def _init_embeddings(self) -> None:
         """As `FastVim`'s, but for the patches and the fixed position embedding.
 
         The patches' weight is Xavier uniform as a matrix, their bias as PyTorch's.
         """
-        super().init_weights()
+        super()._init_embeddings()
         self.patch_embed.proj.reset_parameters()
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.detach().flatten(1))
         cells = self.grid_size[0] * self.grid_size[1]

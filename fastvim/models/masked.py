@@ -8,17 +8,19 @@ Registration: `fastvim.registry`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, fx, nn
 
-from fastvim.errors import UserError
+from fastvim.errors import OptionError, UserError
 from fastvim.layers import AddNorm, Block, Mixer, run_block
 from fastvim.models.mask_vim import FastMaskVim, fixed_or_stored, fixed_positions
-from fastvim.models.vision import FastVim, no_scripting, walk_over
+from fastvim.models.masking import MaskedOutput, draw_kept, mask_of, patches_of
+from fastvim.models.parts import no_scripting, on_device, reset_layers
+from fastvim.models.vision import FastVim
+from fastvim.models.walks import walk_over
 from fastvim.ops import Traversal
 from fastvim.ops.reference import NormKind
 from fastvim.ops.traversal import Mirror
@@ -30,24 +32,6 @@ fx.wrap("fixed_or_stored")
 fx.wrap("mask_of")
 fx.wrap("patches_of")
 fx.wrap("walk_over")
-
-
-class MaskedOutput(NamedTuple):
-    """What a masked autoencoder gives.
-
-    Attributes:
-        loss: scalar, the mean squared error of the masked patches.
-        prediction: (B, L, p·p·C) pixels of every patch, normalised if `norm_pix_loss` is set.
-        mask: (B, L) float, 1 where a patch was masked.
-        latent: (B, n, d) tokens of the encoder after its last norm; with the class token, n + 1.
-        ids_keep: (B, n) indices of the cells that the encoder saw.
-    """
-
-    loss: Tensor
-    prediction: Tensor
-    mask: Tensor
-    latent: Tensor
-    ids_keep: Tensor
 
 
 class MaskedAutoencoder(nn.Module):
@@ -79,6 +63,8 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: normalise each target patch by its own mean and standard deviation.
         mirror: how the backward direction of a masked FastVim layer pools: "published", or
             "exact", the true mirror image of the forward direction (`ops.Traversal`).
+        num_classes: 0, as timm's models without a head take it.
+        device, dtype: of the weights; see `FastVim`.
 
     Raises:
         UserError: an option outside its choices, or two that contradict each other.
@@ -106,6 +92,9 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
         mirror: Mirror = "published",
+        num_classes: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice(get_args(Mirror), mirror=mirror)
@@ -113,6 +102,7 @@ class MaskedAutoencoder(nn.Module):
         check(SIZE, decoder_embed_dim=decoder_embed_dim)
         check(SMALL_SIZE, decoder_depth=decoder_depth)
         check(SHARE_BELOW_1, mask_ratio=mask_ratio)
+        self.reset_classifier(num_classes)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.mirror: Mirror = mirror
@@ -124,35 +114,52 @@ class MaskedAutoencoder(nn.Module):
             "expand": expand,
             "norm_after_ssm": norm_after_ssm,
         }
-        self.encoder = FastMaskVim(
-            img_size,
-            patch_size,
-            in_chans,
-            embed_dim,
-            depth=depth,
-            pooling=pooling,
-            alternate=alternate,
-            class_token=class_token,
-            norm=norm,
-            dt_rank=dt_rank,
-            drop_path_rate=drop_path_rate,
-            **mixer,
-        )
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
-        grid = self.encoder.grid_size
-        end = grid[0] * grid[1] if class_token else None
-        positions = fixed_positions(grid, decoder_embed_dim, class_at=end)
-        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(
-            Block(
-                AddNorm(decoder_embed_dim, norm),
-                Mixer(decoder_embed_dim, depth=depth, **mixer),
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        with on_device(device):
+            self.encoder = FastMaskVim(
+                img_size,
+                patch_size,
+                in_chans,
+                embed_dim,
+                depth=depth,
+                pooling=pooling,
+                alternate=alternate,
+                class_token=class_token,
+                norm=norm,
+                dt_rank=dt_rank,
+                drop_path_rate=drop_path_rate,
+                **mixer,
             )
-            for _ in range(decoder_depth)
-        )
-        self.decoder_norm = AddNorm(decoder_embed_dim, norm)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+            self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+            self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+            cells = self.encoder.grid_size[0] * self.encoder.grid_size[1]
+            positions = torch.empty(1, cells + int(class_token), decoder_embed_dim)
+            self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+            self.decoder_blocks = nn.ModuleList(
+                Block(
+                    AddNorm(decoder_embed_dim, norm),
+                    Mixer(decoder_embed_dim, depth=depth, **mixer),
+                )
+                for _ in range(decoder_depth)
+            )
+            self.decoder_norm = AddNorm(decoder_embed_dim, norm)
+            self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+            self._init_decoder()
+        if dtype is not None:
+            self.to(dtype)
+
+    def init_weights(self) -> None:
+        """Draw all weights anew, as the constructor does; after `to_empty`, for instance."""
+        reset_layers(self)
+        self.encoder.init_weights()
+        self._init_decoder()
+
+    def _init_decoder(self) -> None:
+        """Draw what the decoder has beside its blocks, and compute its fixed positions."""
+        grid, width = self.encoder.grid_size, self.mask_token.shape[2]
+        end = grid[0] * grid[1] if self.encoder.cls_token is not None else None
+        self.decoder_pos_embed.copy_(fixed_positions(grid, width, class_at=end))
         trunc_normal_(self.mask_token, std=0.02)
         for linear in (self.decoder_embed, self.decoder_pred):
             nn.init.xavier_uniform_(linear.weight)
@@ -189,6 +196,48 @@ class MaskedAutoencoder(nn.Module):
         `checkpoint_filter_fn` fits them to a classifier of another image size.
         """
         return self.encoder.state_dict()
+
+    # What timm asks of a model without a head: the encoder's features of whole images.
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The blocks of the encoder."""
+        return [
+            {**info, "module": f"encoder.{info['module']}"} for info in self.encoder.feature_info
+        ]
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Store the positions of another image size, (height, width) or a side."""
+        check(COUNT, img_size=img_size)
+        grid = self.encoder.patch_embed.grid_size(*to_2tuple(img_size))
+        self.decoder_pos_embed = nn.Parameter(self._decoder_positions(grid), requires_grad=False)
+        self.encoder.set_input_size(img_size)
+
+    def get_classifier(self) -> nn.Module:
+        """The encoder's head, an identity."""
+        return self.encoder.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Nothing for 0 classes; a masked autoencoder has no head."""
+        if num_classes != 0:
+            raise OptionError("num_classes", num_classes, "0: a masked autoencoder has no head")
+        self.num_classes = 0
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, height, width) images, nothing masked, to the encoder's tokens, (B, L, d)."""
+        return self.encoder.forward_features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The encoder's tokens (B, L, d) to their mean, (B, d)."""
+        return x.mean(dim=1)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """Features of the encoder's blocks; see `FastVim.forward_intermediates`."""
+        return self.encoder.forward_intermediates(x, *args, **options)
+
+    def prune_intermediate_layers(self, *args: Any, **options: Any) -> list[int]:
+        """Remove blocks of the encoder; see `FastVim.prune_intermediate_layers`."""
+        return self.encoder.prune_intermediate_layers(*args, **options)
 
     # Patches and masks.
 
@@ -333,44 +382,6 @@ class MaskedAutoencoder(nn.Module):
         mask = mask_of(ids_keep, cells)
         loss = self.forward_loss(images, prediction, mask)
         return MaskedOutput(loss, prediction, mask, latent, ids_keep)
-
-
-def patches_of(images: Tensor, p: int) -> Tensor:
-    """`MaskedAutoencoder.patchify`."""
-    height, width = images.shape[-2:]
-    images = F.pad(images, (0, -width % p, 0, -height % p))
-    cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, H, p, W, p)
-    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def draw_kept(
-    batch: int,
-    tokens: int,
-    usual_ratio: float,
-    mask_ratio: float | None,
-    noise: Tensor | None,
-    generator: torch.Generator | None,
-    device: torch.device | None,
-) -> Tensor:
-    """`MaskedAutoencoder.random_mask`."""
-    ratio = usual_ratio if mask_ratio is None else mask_ratio
-    check(SHARE_BELOW_1, mask_ratio=ratio)
-    count = int(tokens * (1 - ratio))
-    if count == 0:
-        raise UserError(f"mask_ratio={ratio} keeps none of {tokens} patches")
-    if noise is None:
-        source = device if generator is None else generator.device
-        noise = torch.rand(batch, tokens, generator=generator, device=source)
-    if noise.shape != (batch, tokens):
-        raise UserError(f"noise {tuple(noise.shape)}: expected ({batch}, {tokens})")
-    ids_keep = noise.argsort(dim=1, stable=True)[:, :count]
-    return ids_keep.sort(dim=1).values.to(device)
-
-
-def mask_of(ids_keep: Tensor, cells: int) -> Tensor:
-    """(B, n) kept cells to (B, L) float, 1 where a cell is masked."""
-    ones = torch.ones(ids_keep.shape[0], cells, device=ids_keep.device)
-    return ones.scatter(1, ids_keep, 0.0)
 
 
 def encoder_of(model: nn.Module) -> FastVim:

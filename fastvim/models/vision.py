@@ -5,18 +5,26 @@ B  batch, L  tokens (with the class token, where there is one), d  model width
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models._features import feature_take_indices
 from torch import Tensor, fx, nn
 
 from fastvim.errors import UserError
 from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid, run_block
+from fastvim.models.intermediates import Intermediates
+from fastvim.models.parts import (
+    grey_of,
+    no_scripting,
+    on_device,
+    require_size,
+    resample_patches,
+    reset_layers,
+)
+from fastvim.models.walks import POOLINGS, SCAN_PATHS, grid_traversals, walk_over
 from fastvim.ops import Segments, Traversal
 from fastvim.ops.reference import NormKind
-from fastvim.ops.traversal import Mirror
 from fastvim.options import (
     CLASSES,
     COUNT,
@@ -33,58 +41,14 @@ from fastvim.options import (
 
 # Nodes of their own in graphs that `torch.fx` traces: they look at sizes.
 fx.wrap("grey_of")
+fx.wrap("require_size")
 fx.wrap("resize_grid")
 fx.wrap("walk_over")
 
-Source = Literal["residual", "mixer"]
-
-POOLINGS = ("mean", "max", "none")
-SCAN_PATHS = ("row", "column")
-_GREY = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601, as Pillow rounds it
-GLOBAL_POOLS = ("avg", "token", "last", "max_logit", "")
+GLOBAL_POOLS = ("avg", "max", "avgmax", "token", "last", "max_logit", "")
 
 
-def grid_traversals(
-    pooling: str, scan_path: str, alternate: bool, class_token: bool = False
-) -> tuple[Traversal, ...]:
-    """The walks that the layers take in turn (the first two of them: FastVim, section 3.2).
-
-    Raises:
-        UserError: a class token among tokens that are pooled or walked by columns.
-    """
-    if class_token and pooling != "none":
-        raise UserError("class_token=True needs pooling='none': it has no row and no column")
-    if class_token and scan_path != "row":
-        raise UserError("class_token=True needs scan_path='row': its sequence is not a grid")
-    if class_token:
-        return (Traversal("l"),)
-    walks = [("h w", "w"), ("w h", "h")]
-    if scan_path == "column":
-        walks.reverse()
-    if pooling == "none":
-        return (Traversal(walks[0][0]),)
-    return tuple(Traversal(path, pool) for path, pool in (walks if alternate else walks[:1]))
-
-
-def grey_of(image: Tensor) -> Tensor:
-    """Grey images (B, 1, H, W) of RGB ones (B, 3, H, W); others as they are."""
-    if image.shape[1] != 3:
-        return image
-    red, green, blue = (image * image.new_tensor(_GREY)[:, None, None]).split(1, dim=1)
-    return red + green + blue
-
-
-def walk_over(
-    traversal: Traversal,
-    sizes: dict[str, int],
-    ids_keep: Tensor | None = None,
-    mirror: Mirror = "published",
-) -> Segments:
-    """`Traversal.over`."""
-    return traversal.over(sizes, ids_keep, mirror)
-
-
-class FastVim(nn.Module):
+class FastVim(Intermediates):
     """Fast Vision Mamba (arXiv 2502.00594), and Vision Mamba as the case that pools nothing.
 
     Takes images (B, in_chans, H, W) of any height and width from one patch up: they are padded to
@@ -96,8 +60,9 @@ class FastVim(nn.Module):
         patch_stride: pixels between patches; None for `patch_size`.
         in_chans: channels of the image.
         num_classes: outputs of the head; 0 for pooled features.
-        global_pool: read-out. "avg" over tokens, the class "token", the "last" token, the maximum
-            over tokens of per-token logits ("max_logit"), or "" for all tokens.
+        global_pool: read-out. "avg" or "max" over tokens, the mean of both ("avgmax"), the class
+            "token", the "last" token, the maximum over tokens of per-token logits ("max_logit"), or
+            "" for all tokens.
         embed_dim: model width d.
         depth: number of blocks.
         pooling: how the tokens of a row or column become one scan step, "mean" or "max"; "none"
@@ -114,8 +79,11 @@ class FastVim(nn.Module):
         pos_drop_rate: dropout after the position embedding.
         drop_path_rate: stochastic depth of the last block, linear from 0 at the first.
         takes_rgb: with `in_chans=1`, images of three channels are RGB, and made grey as by Pillow.
+        dynamic_img_size: take images of any size; False refuses other sizes than `img_size`.
         traversals: walks that the layers take in turn; None: those of `pooling`, `scan_path`,
             `alternate` and `class_token`.
+        device: of the weights; None: PyTorch's default one.
+        dtype: of the weights, which are drawn in PyTorch's default one and rounded.
 
     Raises:
         UserError: an option outside its choices, or two that contradict each other.
@@ -147,7 +115,10 @@ class FastVim(nn.Module):
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         takes_rgb: bool = False,
+        dynamic_img_size: bool = True,
         traversals: tuple[Traversal, ...] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice(POOLINGS, pooling=pooling)
@@ -168,51 +139,71 @@ class FastVim(nn.Module):
         check(SHARE_BELOW_1, drop_rate=drop_rate, pos_drop_rate=pos_drop_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.img_size = to_2tuple(img_size)
+        self.dynamic_img_size = dynamic_img_size
         self.takes_rgb = takes_rgb and in_chans == 1
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.scan_path = scan_path
         self.grad_checkpointing = False
         self.traversals = traversals or grid_traversals(pooling, scan_path, alternate, class_token)
 
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_stride)
-        self.grid_size = self.patch_embed.grid_size(*to_2tuple(img_size))
-        cells = self.grid_size[0] * self.grid_size[1]
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, cells + int(class_token), embed_dim))
-        self.pos_drop = nn.Dropout(pos_drop_rate)
+        with on_device(device):
+            self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_stride)
+            self.grid_size = self.patch_embed.grid_size(*self.img_size)
+            cells = self.grid_size[0] * self.grid_size[1]
+            self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+            self.pos_embed = nn.Parameter(torch.empty(1, cells + int(class_token), embed_dim))
+            self.pos_drop = nn.Dropout(pos_drop_rate)
 
-        mixer: dict[str, Any] = {
-            "depth": depth,
-            "d_state": d_state,
-            "d_conv": d_conv,
-            "expand": expand,
-            "dt_rank": dt_rank,
-            "pooling": "max" if pooling == "max" else "mean",
-            "pool_scale": pool_scale,
-            "norm_after_ssm": norm_after_ssm,
-            "init_layer_scale": init_layer_scale,
-        }
-        # A block's first step adds the output of the block before: its rate is that block's.
-        rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
-        self.blocks = nn.ModuleList(
-            Block(AddNorm(embed_dim, norm, rate), Mixer(embed_dim, **mixer))
-            for rate in rates[:depth]
-        )
-        self.norm: AddNorm | None = AddNorm(embed_dim, norm, drop_path_rate)
-        reduction = self.patch_embed.stride
-        self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction}
-            for i in range(depth)
-        ]
-        self.head_drop = nn.Dropout(drop_rate)
-        self.reset_classifier(num_classes, global_pool)
-        self.init_weights()
+            mixer: dict[str, Any] = {
+                "depth": depth,
+                "d_state": d_state,
+                "d_conv": d_conv,
+                "expand": expand,
+                "dt_rank": dt_rank,
+                "pooling": "max" if pooling == "max" else "mean",
+                "pool_scale": pool_scale,
+                "norm_after_ssm": norm_after_ssm,
+                "init_layer_scale": init_layer_scale,
+            }
+            # A block's first step adds the output of the block before: its rate is that block's.
+            rates = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()]
+            self.blocks = nn.ModuleList(
+                Block(AddNorm(embed_dim, norm, rate), Mixer(embed_dim, **mixer))
+                for rate in rates[:depth]
+            )
+            self.norm = AddNorm(embed_dim, norm, drop_path_rate)
+            self.head_drop = nn.Dropout(drop_rate)
+            self.reset_classifier(num_classes, global_pool)
+            self._init_embeddings()
+        if dtype is not None:
+            self.to(dtype)
 
     def init_weights(self) -> None:
-        """Draw the embeddings that belong to no layer; the constructor calls this last."""
+        """Draw all weights anew, as the constructor does; after `to_empty`, for instance."""
+        reset_layers(self)
+        self._init_head()
+        self._init_embeddings()
+
+    def _init_embeddings(self) -> None:
+        """Draw the embeddings that belong to no layer."""
         trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """What timm's feature extractors ask of each block."""
+        reduction = self.patch_embed.stride
+        return [
+            {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": reduction}
+            for i in range(len(self.blocks))
+        ]
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a learned token stands in the middle of the sequence."""
+        return self.cls_token is not None
 
     # Training and transfer, as timm asks for them.
 
@@ -236,6 +227,37 @@ class FastVim(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Store the positions of another image size, and resample patches of another size.
+
+        Args:
+            img_size: side, or (height, width); None keeps it.
+            patch_size: side; None keeps it. The projection is resampled as FlexiViT's.
+
+        Raises:
+            UserError: a size that is none, patches that are not square, or that overlap.
+        """
+        before = self.grid_size
+        if patch_size is not None:
+            resample_patches(self.patch_embed, patch_size)
+        if img_size is not None:
+            check(COUNT, img_size=img_size)
+            self.img_size = to_2tuple(img_size)
+        grid = self.patch_embed.grid_size(*self.img_size)
+        if grid != before:
+            positions = self._cell_positions(grid).detach()
+            if self.positions_class:
+                middle = (self.pos_embed.shape[1] - 1) // 2
+                token = self.pos_embed.detach()[:, middle : middle + 1]
+                cells = positions.tensor_split([positions.shape[1] // 2], dim=1)
+                positions = torch.cat([cells[0], token, cells[1]], dim=1)
+            self.pos_embed = nn.Parameter(positions.clone(), self.pos_embed.requires_grad)
+            self.grid_size = grid
+
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
@@ -253,6 +275,9 @@ class FastVim(nn.Module):
             if num_classes > 0
             else nn.Identity()
         )
+        self._init_head()
+
+    def _init_head(self) -> None:
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
@@ -272,12 +297,17 @@ class FastVim(nn.Module):
             position = torch.cat([position[:, :middle], position[:, middle + 1 :]], dim=1)
         return resize_grid(position, self.grid_size, grid)
 
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        height, width = image.shape[-2:]
+        if not self.dynamic_img_size:
+            require_size(height, width, self.img_size)
+        return self.patch_embed.grid_size(height, width)
+
     def _embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The image's patches with their positions, and their grid."""
         if self.takes_rgb:
             image = grey_of(image)
-        height, width = image.shape[-2:]
-        tokens, grid = self.patch_embed(image), self.patch_embed.grid_size(height, width)
+        tokens, grid = self.patch_embed(image), self._grid(image)
         return tokens + self._cell_positions(grid), grid
 
     def _begin(self, tokens: Tensor) -> Tensor:
@@ -339,6 +369,10 @@ class FastVim(nn.Module):
         """(B, L, d) tokens to logits (B, num_classes), or to the features before the head."""
         if self.global_pool == "avg":
             x = x.mean(dim=1)
+        elif self.global_pool == "max":
+            x = x.amax(dim=1)
+        elif self.global_pool == "avgmax":
+            x = (x.mean(dim=1) + x.amax(dim=1)) / 2
         elif self.global_pool == "token":
             x = x.select(1, (x.shape[1] - 1) // 2)  # an index by [] would be fixed in a graph
         elif self.global_pool == "last":
@@ -352,88 +386,6 @@ class FastVim(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) images to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        source: Source = "residual",
-    ) -> Any:
-        """Features of several blocks.
-
-        Args:
-            x: (B, in_chans, H, W).
-            indices: blocks to take; the last n for an int, all for None.
-            return_prefix_tokens: pair each feature with its class token, (B, 1, d).
-            norm: apply the last norm to each feature.
-            stop_early: leave out the blocks after the last index.
-            output_fmt: "NCHW" maps or "NLC" tokens, without the class token.
-            intermediates_only: leave out the first return value.
-            source: the "residual" stream after the block (in training, without drop path on the
-                block's output), or the output of its "mixer" alone.
-
-        Returns:
-            The tokens after the last norm, and the list of features.
-
-        Raises:
-            UserError: an unknown format or source.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise UserError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NLC'")
-        check_choice(get_args(Source), source=source)
-        take, last = feature_take_indices(len(self.blocks), indices)
-        tokens, grid = self._embed(x)
-        tokens = self._begin(tokens)
-        walks = self._walks(tokens.shape[1], grid)
-        hidden, residual = tokens, None
-        count = last + 1 if stop_early else len(self.blocks)
-        features = []
-        for i in range(count):
-            hidden, residual = self._run_block(i, hidden, residual, walks, source == "mixer")
-            if i in take:
-                feature = hidden if source == "mixer" else residual + hidden
-                if norm and self.norm is not None:
-                    feature = self.norm(feature)
-                features.append(self._format(feature, grid, output_fmt, return_prefix_tokens))
-        if intermediates_only:
-            return features
-        return self._finish(hidden, residual), features
-
-    def _format(
-        self, x: Tensor, grid: tuple[int, int], output_fmt: str, with_prefix: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        prefix = x[:, :0]
-        if self.cls_token is not None:
-            middle = (x.shape[1] - 1) // 2
-            prefix = x[:, middle : middle + 1]
-            x = torch.cat([x[:, :middle], x[:, middle + 1 :]], dim=1)
-        if output_fmt == "NCHW":
-            x = x.mT.unflatten(2, grid).contiguous()
-        return (x, prefix) if with_prefix else x
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the features of `indices` do not need; returns the blocks' positions."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = None
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-
-def no_scripting(model: nn.Module) -> UserError:
-    """What `torch.jit.script` is told, which reads a part of Python alone."""
-    return UserError(
-        f"{type(model).__name__} cannot be scripted: torch.export and torch.jit.trace take it"
-    )
 
 
 def _like(parameter: Tensor) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastvim.errors import NotFiniteError, OptionError
 from fastvim.models import CascadeMaskRCNN, FastVim
 from fastvim.models.heads.cascade import build_detector
 from fastvim.models.heads.results import coco_results
-from fastvim.models.vision import Source
+from fastvim.models.intermediates import Source
 from fastvim.options import (
     COUNT,
     COUNT_OR_0,

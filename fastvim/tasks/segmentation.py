@@ -17,7 +17,7 @@ from fastvim.labels import IGNORE_INDEX
 from fastvim.models import FastVim, FeatureMaps
 from fastvim.models.heads.sliding import multi_scale_flip, sliding_window
 from fastvim.models.heads.upernet import UPerNet
-from fastvim.models.vision import Source
+from fastvim.models.intermediates import Source
 from fastvim.options import (
     COUNT,
     NOT_NEGATIVE,

@@ -18,7 +18,7 @@ import timm
 
 from fastvim.errors import OptionError, UserError, nearest
 from fastvim.models.factory import check_options, is_ours
-from fastvim.models.vision import Source
+from fastvim.models.intermediates import Source
 from fastvim.options import (
     CLASSES,
     COUNT,
@@ -96,6 +96,7 @@ _REQUIRED = {
 }
 # What `timm.create_model` takes for itself, which says where weights come from.
 _OF_TIMM = {*inspect.signature(timm.create_model).parameters, "features_only", "out_indices"}
+_OF_TIMM |= {"device", "dtype"}  # of the machine that it was built on
 
 
 def parse(path: Path, text: str) -> dict[str, Any]:

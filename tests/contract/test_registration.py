@@ -42,7 +42,7 @@ def test_default_cfg(name):
     assert model.patch_embed.grid_size(height, width) == model.grid_size
     assert f"_{height}" in name
     if has_channels(name):
-        assert cfg.first_conv is None  # else timm would adapt its weights to `in_chans`
+        assert cfg.first_conv == ()  # else timm would adapt its weights to `in_chans`
     else:
         assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
     assert model.get_submodule(cfg.classifier) is model.get_classifier()
@@ -62,6 +62,7 @@ def test_default_cfg_of_autoencoders(name):
     assert model.encoder.patch_embed.grid_size(*cfg.input_size[1:]) == model.encoder.grid_size
     assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
     assert cfg.classifier is None
+    assert cfg.num_classes == model.num_classes == 0
     assert resolve_model_data_config(model)["input_size"] == cfg.input_size == (3, 224, 224)
 
 

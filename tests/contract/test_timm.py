@@ -125,6 +125,10 @@ def test_reset_classifier(name):
     with torch.no_grad():
         tokens = model.forward_features(x)
         torch.testing.assert_close(model(x), model.head(tokens.mean(1)))
+        model.reset_classifier(7, global_pool="max")
+        torch.testing.assert_close(model(x), model.head(tokens.amax(1)))
+        model.reset_classifier(7, global_pool="avgmax")
+        torch.testing.assert_close(model(x), model.head((tokens.mean(1) + tokens.amax(1)) / 2))
         model.reset_classifier(7, global_pool="last")
         torch.testing.assert_close(model(x), model.head(tokens[:, -1]))
         model.reset_classifier(7, global_pool="max_logit")
@@ -162,9 +166,9 @@ def test_other_channels(name, in_chans, engine):
     ("out_indices", "blocks"),
     [(None, [1, 2, 3]), (2, [2, 3]), ((0, 2), [0, 2]), ((1,), [1]), ((-2, -1), [2, 3])],
 )
-def test_features_only(name, out_indices, blocks, engine):
+def test_features_of_blocks(name, out_indices, blocks, engine):
     chosen = {} if out_indices is None else {"out_indices": out_indices}
-    model = create(name, features_only=True, **chosen)
+    model = create(name, features_only=True, feature_cls="getter", **chosen)
     x = image(name, 2, 4)
     with torch.no_grad():
         maps = model(x)

@@ -126,7 +126,7 @@ def test_initial_values(name):
         ({"pooling": "sum"}, ("pooling 'sum'", "'mean'", "'max'", "'none'")),
         ({"scan_path": "diagonal"}, ("scan_path 'diagonal'", "'row'", "'column'")),
         ({"norm": "batch"}, ("norm 'batch'", "'rms'", "'layer'")),
-        ({"global_pool": "max"}, ("global_pool 'max'", "'avg'", "'last'", "'max_logit'")),
+        ({"global_pool": "map"}, ("global_pool 'map'", "'avg'", "'last'", "'max_logit'")),
         ({"global_pool": "token"}, ("global_pool='token'", "class_token=True")),
         ({"class_token": True}, ("class_token=True", "pooling='none'")),
         ({"class_token": True, "pooling": "max"}, ("class_token=True", "pooling='none'")),
@@ -158,9 +158,11 @@ def test_a_column_order_means_nothing_to_a_class_token():
         ("fastvim_tiny_patch16_224", {"drop_path": 0.1}, ("'drop_path'", "drop_path_rate")),
         ("vim_tiny_patch16_224", {"embed_dims": 8}, ("'embed_dims'", "embed_dim")),
         ("vim_tiny_patch16_224", {"zzz": 8}, ("'zzz'",)),
-        ("mae_fastvim_tiny_patch16_224", {"num_classes": 5}, ("'num_classes'",)),
+        ("mae_fastvim_tiny_patch16_224", {"num_classes": 5}, ("num_classes 5", "no head")),
         ("mae_vim_tiny_patch16_224", {"decoder_dim": 8}, ("'decoder_dim'", "decoder_embed_dim")),
-        ("mae_vim_tiny_patch16_224", {"features_only": True}, ("features_only", "vim_tiny_")),
+        ("vim_tiny_patch16_224", {"device": "gpu"}, ("device 'gpu'", "'cuda'")),
+        ("vim_tiny_patch16_224", {"global_pool": "map"}, ("'map'", "'avgmax'")),
+        ("vim_tiny_patch16_224", {"output_stride": 16}, ("output_stride=16", "features_only")),
     ],
 )
 def test_mistyped_models_and_options(name, options, named):

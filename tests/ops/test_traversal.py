@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import walk
 
-from fastvim.models.vision import grid_traversals
+from fastvim.models.walks import grid_traversals
 from fastvim.ops import Traversal
 
 few = settings(max_examples=25, deadline=None, derandomize=True)

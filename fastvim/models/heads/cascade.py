@@ -25,7 +25,8 @@ from fastvim.models.heads.proposals import ProposalNetwork
 from fastvim.models.heads.pyramid import SimpleFeaturePyramid
 from fastvim.models.heads.regions import Size, full_precision
 from fastvim.models.heads.results import paste_probabilities
-from fastvim.models.vision import FastVim, Source
+from fastvim.models.intermediates import Source
+from fastvim.models.vision import FastVim
 from fastvim.options import COUNT, check
 
 GREY = 114 / 255  # of the padding, before normalising
