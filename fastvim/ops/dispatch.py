@@ -60,23 +60,32 @@ _numba = functools.partial(Engine, "numba", "numba", "cpu")
 _triton = functools.partial(Engine, "triton", "triton", "cuda")
 _exported = functools.partial(Engine, package="torch", device="cpu", on_request=True)
 
-# By op, in order of preference. PyTorch's own add_norm and expand_gate are fast enough on CPUs.
+# By op, in order of preference.
 ENGINES: dict[str, tuple[Engine, ...]] = {
-    "add_norm": (_triton("fastvim.ops.triton.norm:add_norm_triton"),),
+    "add_norm": (
+        _numba("fastvim.ops.cpu.norm:add_norm_cpu"),
+        _triton("fastvim.ops.triton.norm:add_norm_triton"),
+    ),
     "conv_pool": (
-        _numba("fastvim.ops.cpu.conv:conv_pool_numba", "fastvim.ops.cpu.conv:conv_pool_numba"),
+        _numba(
+            "fastvim.ops.cpu.conv_pool:conv_pool_cpu", "fastvim.ops.cpu.conv_pool:conv_pool_cpu"
+        ),
         _triton(
             "fastvim.ops.triton.conv_pool:conv_pool_triton",
             "fastvim.ops.triton.masked:conv_pool_masked",
         ),
     ),
     "selective_scan": (
-        _numba("fastvim.ops.cpu.selective_scan:selective_scan_numba"),
+        _numba("fastvim.ops.cpu.selective_scan:selective_scan_cpu"),
         _triton("fastvim.ops.triton.selective_scan:selective_scan_triton"),
         _exported("scan", function="fastvim.ops.recurrence:selective_scan_operator"),
         _exported("loop", function="fastvim.ops.recurrence:selective_scan_loop"),
     ),
     "expand_gate": (
+        _numba(
+            "fastvim.ops.cpu.expand_gate:expand_gate_cpu",
+            "fastvim.ops.cpu.expand_gate:expand_gate_cpu",
+        ),
         _triton(
             "fastvim.ops.triton.expand_gate:expand_gate_triton",
             "fastvim.ops.triton.masked:expand_gate_masked",

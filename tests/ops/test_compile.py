@@ -11,9 +11,8 @@ from inputs import ENGINES, cases, normal, run_with_gradients
 from fastvim.layers import Mixer
 from fastvim.models import create_model
 from fastvim.ops import Traversal, use_engine
-from fastvim.ops.cpu import conv
-from fastvim.ops.cpu import selective_scan as scan
-from fastvim.ops.cpu.threads import parallel
+from fastvim.ops.cpu import conv_pool, selective_scan
+from fastvim.ops.dispatch import OPS
 
 MODELS = ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224"]
 
@@ -75,8 +74,9 @@ def test_a_compiled_op_follows_the_choice_of_engine(op, monkeypatch):
     function, inputs = cases()[op]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     launched = []
-    for module in (conv, scan):
-        monkeypatch.setattr(module, "parallel", lambda *a: (launched.append(1), parallel(*a)))
+    for module in (conv_pool, selective_scan):
+        run = module.run
+        monkeypatch.setattr(module, "run", lambda *a, run=run: (launched.append(1), run(*a)))
     for engine in (*ENGINES, *ENGINES):
         launched.clear()
         with use_engine(engine):
@@ -96,5 +96,5 @@ def test_export(name, engine):
     graphs = [m.graph for m in program.graph_module.modules() if hasattr(m, "graph")]
     called = {str(node.target) for graph in graphs for node in graph.nodes}
     kernels = {target for target in called if target.startswith("fastvim.")}
-    own = {"fastvim.scan_cpu.default", "fastvim.conv_silu_cpu.default"}
+    own = {f"fastvim.{op}_cpu.default" for op in OPS}
     assert kernels == (own if engine == "numba" else set())

@@ -17,6 +17,7 @@ from inputs import (
     cases,
     conv_inputs,
     error,
+    gate_inputs,
     normal,
     outputs_of,
     probe_backward,
@@ -27,11 +28,14 @@ from inputs import (
 from torch.library import opcheck
 from torch.utils.data import DataLoader, Dataset
 
-import fastvim.ops.cpu.conv
-import fastvim.ops.cpu.selective_scan  # noqa: F401  registers the kernels
-from fastvim.ops import Traversal, conv_pool, selective_scan
+from fastvim.ops import Traversal, add_norm, conv_pool, expand_gate, selective_scan
+from fastvim.ops.cpu import threads as cpu_threads
+from fastvim.ops.dispatch import ENGINES as SERVED
+from fastvim.ops.dispatch import OPS, resolve
 
-SERVED = ["conv_pool", "selective_scan"]
+for engines in SERVED.values():
+    resolve(engines[0].function)  # registers the ops
+
 # Lengths 1, 7, 63, 196 and 197, with channels that fill part of a block of 64, all of it, or run
 # into a second and a third; steps below, at and across the chunk of 16 of the scan's backward pass.
 SCANS = [(1, 72), (7, 130), (15, 64), (16, 72), (17, 130), (32, 6), (63, 72), (196, 6), (197, 72)]
@@ -62,14 +66,38 @@ def test_errors_of_the_scan(steps, width, dtype):
 
 
 @pytest.mark.parametrize(("steps", "width"), SCANS)
-def test_errors_of_the_registered_scan(steps, width):
-    """Gradients of u, B, C and the step sizes, before the projections mix them."""
-    u, delta, *rest = scan_op_inputs(6, steps, width)
-    inputs = [u, 0.05 * delta, *rest]  # small steps: the state outlives a chunk
-    exact = run_with_gradients(recurrence, inputs, torch.float64)
-    plain = run_with_gradients(recurrence, inputs, torch.float32)
-    kernel = run_with_gradients(registered_scan, inputs, torch.float32)
-    assert_errors_at_most_twice(kernel, plain, exact)
+def test_errors_of_a_scan_of_small_steps(steps, width):
+    """The state outlives a chunk."""
+    u, x_proj, dt_proj, dt_bias, A_log = scan_inputs(3, steps, width)
+    inputs = (u, x_proj, dt_proj, dt_bias - 3, A_log)
+    assert_as_exact_as_plain_pytorch(selective_scan, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("grid", "width"), GRIDS)
+@pytest.mark.parametrize(("path", "pool"), WALKS)
+@pytest.mark.parametrize("norm", [True, False])
+def test_errors_of_the_gate(path, pool, grid, width, norm, dtype):
+    height, across = grid
+    segments = Traversal(path, pool).over({"h": height, "w": across})
+    inputs = gate_inputs(3, height * across, segments.num_segments, width, norm)
+    assert_as_exact_as_plain_pytorch(
+        lambda s, z, y, *n: expand_gate(s, z, y, segments, *n),
+        inputs if norm else inputs[:3],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 72), (15, 6), (70, 130)])
+def test_errors_of_the_norm(rows, width, kind, dtype):
+    hidden, residual = normal(2, rows, width), normal(2, rows, width, seed=1)
+    weight, bias = 1 + normal(width, scale=0.2, seed=2), normal(width, seed=3)
+    for inputs in ((hidden, residual, weight, bias), (hidden, residual, weight)):
+        assert_as_exact_as_plain_pytorch(lambda *a: add_norm(*a, kind=kind), inputs, dtype)
+    first = (hidden, weight, bias)
+    assert_as_exact_as_plain_pytorch(lambda h, *n: add_norm(h, None, *n, kind=kind), first, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,6 +123,34 @@ def test_errors_under_a_mask(dtype):
         assert_as_exact_as_plain_pytorch(
             lambda *a, p=pooling: conv_pool(*a, segments, pooling=p), conv_inputs(2, 5, 72), dtype
         )
+    assert_as_exact_as_plain_pytorch(
+        lambda s, z, y, *n: expand_gate(s, z, y, segments, *n), gate_inputs(2, 5, 4, 72), dtype
+    )
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3, 7])
+def test_errors_of_other_windows(taps):
+    segments = Traversal("w h", "h").over({"h": 5, "w": 9})
+    inputs = conv_inputs(2, 45, 72, taps)
+    function = lambda *a: conv_pool(*a, segments)  # noqa: E731
+    assert_as_exact_as_plain_pytorch(function, inputs, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("path", "pool"),
+    [("h w c", "w"), ("w h c", "h c"), ("h w c", "h w"), ("c h w", "w"), ("c w h", "h")],
+)
+def test_errors_over_channels(path, pool):
+    """Where a segment comes again, and where it does not."""
+    segments = Traversal(path, pool).over({"h": 5, "w": 9, "c": 4})
+    assert_as_exact_as_plain_pytorch(
+        lambda *a: conv_pool(*a, segments), conv_inputs(2, 180, 72), torch.float32
+    )
+    assert_as_exact_as_plain_pytorch(
+        lambda s, z, y, *n: expand_gate(s, z, y, segments, *n),
+        gate_inputs(2, 180, segments.num_segments, 72),
+        torch.float32,
+    )
 
 
 @pytest.fixture
@@ -112,6 +168,8 @@ def threads():
         # A weight of dt, of B and of C: 6 channels, 3 rows of dt and 4 of each other.
         *(("selective_scan", "x_proj", 6 * row + 1) for row in (1, 4, 9)),
         *(("conv_pool", name, 7) for name in ("x", "weight", "bias", "D")),
+        *(("expand_gate", name, 7) for name in ("skip", "z", "y")),
+        *(("add_norm", name, 7) for name in ("hidden", "residual")),
     ],
 )
 def test_nan_spreads_as_in_the_reference(op, name, place):
@@ -123,20 +181,6 @@ def test_nan_spreads_as_in_the_reference(op, name, place):
     outputs = expected[: -len(inputs)]
     assert any(out.isnan().any() for out in outputs)
     assert not all(out.isnan().all() for out in outputs)
-    for tensor, reference in zip(actual, expected, strict=True):
-        assert torch.equal(tensor.isnan(), reference.isnan())
-
-
-@pytest.mark.parametrize("number", range(5), ids=["u", "delta", "rate", "B", "C"])
-@pytest.mark.parametrize("steps", [5, 40])
-def test_nan_spreads_as_in_the_recurrence(steps, number):
-    """A NaN in Δ, B or C alone; one in u or x_proj reaches all three."""
-    inputs = scan_op_inputs(4, steps, 6)
-    inputs[number].view(-1)[7] = float("nan")
-    expected = run_with_gradients(recurrence, inputs, torch.float32)
-    actual = run_with_gradients(registered_scan, inputs, torch.float32)
-    assert expected[0].isnan().any()
-    assert not expected[0].isnan().all()
     for tensor, reference in zip(actual, expected, strict=True):
         assert torch.equal(tensor.isnan(), reference.isnan())
 
@@ -165,14 +209,30 @@ def test_a_convolution_of_large_numbers(value):
         torch.testing.assert_close(tensor, reference, atol=1e-30, rtol=1e-4)
 
 
-def kernels(sequences: int = 4, steps: int = 40, width: int = 130) -> list[torch.Tensor]:
-    """All outputs of the registered kernels."""
-    inputs = scan_op_inputs(sequences, steps, width)
-    y, starts = torch.ops.fastvim.scan_cpu(*inputs, True)
-    results = [y, starts, *torch.ops.fastvim.scan_cpu_backward(*inputs, starts, y)]
-    inputs = conv_op_inputs(sequences, steps, width)
-    out = torch.ops.fastvim.conv_silu_cpu(*inputs)
-    return [*results, out, *torch.ops.fastvim.conv_silu_cpu_backward(*inputs, out)]
+def kernels(sequences: int = 4, length: int = 150, width: int = 130) -> list[torch.Tensor]:
+    """All outputs of the registered ops, and the gradients that theirs give."""
+    ops, walk = torch.ops.fastvim, (length, 1, 0)
+    x, weight, bias, D = to(conv_inputs(sequences, length, width), torch.float32)
+    skip, z, y, *norm = to(gate_inputs(sequences, length, length, width), torch.float32)
+    rows = to((normal(sequences, length, width), normal(sequences, length, width)), torch.float32)
+    scan = to(scan_inputs(sequences, length, width), torch.float32)
+    conv = (x, weight, bias, D, walk, None, None, 1.0)
+    gate = (skip, z, y, walk, None, None, *norm, 1e-5)
+    norms = (*rows, *norm, True, 1e-5)
+    outputs = {
+        "conv_pool": ops.conv_pool_cpu(*conv),
+        "scan": (ops.selective_scan_cpu(*scan),),
+        "gate": (ops.expand_gate_cpu(*gate),),
+        "norm": ops.add_norm_cpu(*norms),
+    }
+    total = outputs["norm"][1]
+    gradients = (
+        ops.conv_pool_cpu_backward(*conv, *outputs["conv_pool"]),
+        ops.selective_scan_cpu_backward(*scan, *outputs["scan"]),
+        ops.expand_gate_cpu_backward(*gate, *outputs["gate"]),
+        ops.add_norm_cpu_backward(total, norm[0], *outputs["norm"], True, 1e-5),
+    )
+    return [tensor for group in (*outputs.values(), *gradients) for tensor in group]
 
 
 def assert_identical(first, second) -> None:
@@ -188,7 +248,15 @@ def test_kernels_give_the_same_bits_whatever_the_threads(threads):
         assert_identical(kernels(), alone)
 
 
-@pytest.mark.parametrize("op", SERVED)
+def test_plain_threads_give_the_same_bits(threads, monkeypatch):
+    """Where torch's own threads are not those of GNU's OpenMP."""
+    threads(2)
+    expected = kernels()
+    monkeypatch.setattr(cpu_threads, "_openmp", lambda: None)
+    assert_identical(kernels(), expected)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_two_runs_give_the_same_bits(op, threads):
     threads(2)
     function, inputs = cases(batch=5)[op]
@@ -208,40 +276,6 @@ def test_several_python_threads_at_once(threads):
         assert_identical(run, expected)
 
 
-def scan_op_inputs(sequences: int, steps: int, width: int, states: int = 4, grad: bool = False):
-    """u, delta, rate, B, C for the registered op."""
-    shapes = ((sequences, steps, width),) * 2 + ((2, states, width),)
-    shapes += ((sequences, steps, states),) * 2
-    tensors = [normal(*shape, seed=i).float() for i, shape in enumerate(shapes)]
-    tensors[1], tensors[2] = tensors[1].abs(), -tensors[2].abs()
-    return [t.requires_grad_(grad) for t in tensors]
-
-
-def registered_scan(*inputs: torch.Tensor) -> torch.Tensor:
-    return torch.ops.fastvim.scan_cpu(*inputs, True)[0]
-
-
-def recurrence(u, delta, rate, B, C):
-    """The registered scan in plain PyTorch."""
-    directions = []
-    sequences = zip(*(t.chunk(2) for t in (u, delta, B, C)), strict=True)
-    for direction, (u_own, delta_own, B_own, C_own) in enumerate(sequences):
-        steps = list(range(u.shape[1]))
-        h, y = 0, {}
-        for s in steps if direction == 0 else reversed(steps):
-            decay = torch.exp2(delta_own[:, s, None] * rate[direction])
-            h = decay * h + (delta_own * u_own)[:, s, None] * B_own[:, s, :, None]
-            y[s] = (h * C_own[:, s, :, None]).sum(1)
-        directions.append(torch.stack([y[s] for s in steps], dim=1))
-    return torch.cat(directions)
-
-
-def conv_op_inputs(sequences: int, tokens: int, width: int, taps: int = 4, grad: bool = False):
-    """x, taps, bias for the registered op."""
-    x, weight, bias, _ = to(conv_inputs(sequences, tokens, width, taps), torch.float32)
-    return to((x, weight.mT.contiguous(), bias), torch.float32, grad)
-
-
 class Sums(Dataset):
     """Sums of the kernels' outputs, computed in the process that asks for them."""
 
@@ -250,8 +284,12 @@ class Sums(Dataset):
 
     def __getitem__(self, index: int) -> float:
         torch.set_num_threads(2)  # data workers start with one
-        # Summed by numpy: torch's own parallel loops do not survive a fork.
-        return float(sum(np.sum(result.numpy()) for result in kernels(4, 20 + index)))
+        # Few values, and no products: torch's own parallel loops do not survive a fork.
+        conv, length = to(conv_inputs(4, 20 + index, 72), torch.float32), 20 + index
+        walk = ((length, 1, 0), None, None)
+        pooled, skip = torch.ops.fastvim.conv_pool_cpu(*conv, *walk, 1.0)
+        gated = torch.ops.fastvim.expand_gate_cpu(skip, skip, pooled, *walk, None, None, 1e-5)
+        return float(np.sum(gated.numpy()))
 
 
 def test_in_a_forked_data_worker(threads):
@@ -262,28 +300,37 @@ def test_in_a_forked_data_worker(threads):
     assert [float(x) for x in loader] == here
 
 
-@pytest.mark.parametrize("sequences", [4, 0])
-@pytest.mark.parametrize("steps", [1, 16, 17])
-def test_registration_of_the_scan(steps, sequences):
-    inputs = scan_op_inputs(sequences, steps, 6)
-    opcheck(torch.ops.fastvim.scan_cpu.default, (*inputs, False))
-    y, starts = torch.ops.fastvim.scan_cpu(*inputs, True)
-    opcheck(torch.ops.fastvim.scan_cpu_backward.default, (*inputs, starts, y))
-    inputs = scan_op_inputs(sequences, steps, 6, grad=True)
-    opcheck(torch.ops.fastvim.scan_cpu.default, (*inputs, True))
+WALKED = ([5, 1, 0], None, None)
+REGISTERED = {
+    "add_norm": lambda a: (*a, True, 1e-5),
+    "conv_pool": lambda a: (*a, *WALKED, 0.5),
+    "selective_scan": tuple,
+    "expand_gate": lambda a: (*a[:3], *WALKED, *a[3:], 1e-5),
+}
 
 
 @pytest.mark.parametrize("sequences", [4, 0])
-@pytest.mark.parametrize("taps", [1, 4])
-def test_registration_of_the_convolution(taps, sequences):
-    inputs = conv_op_inputs(sequences, 5, 6, taps)
-    out = torch.ops.fastvim.conv_silu_cpu(*inputs)
-    opcheck(torch.ops.fastvim.conv_silu_cpu_backward.default, (*inputs, out))
-    inputs = conv_op_inputs(sequences, 5, 6, taps, grad=True)
-    opcheck(torch.ops.fastvim.conv_silu_cpu.default, tuple(inputs))
+@pytest.mark.parametrize("op", OPS)
+def test_registration(op, sequences):
+    inputs = {
+        "add_norm": (normal(sequences, 5, 6), normal(sequences, 5, 6), normal(6), normal(6)),
+        "conv_pool": conv_inputs(sequences, 5),
+        "selective_scan": scan_inputs(sequences, 5, 6),
+        "expand_gate": gate_inputs(sequences, 5, 5),
+    }[op]
+    registered = getattr(torch.ops.fastvim, f"{op}_cpu").default
+    arguments = REGISTERED[op](to(inputs, torch.float32))
+    outputs = outputs_of(registered(*arguments))
+    opcheck(registered, REGISTERED[op](to(inputs, torch.float32, grad=True)))
+    backward = getattr(torch.ops.fastvim, f"{op}_cpu_backward").default
+    if op == "add_norm":
+        arguments = (outputs[1], arguments[2], *outputs, True, 1e-5)
+    else:
+        arguments = (*arguments, *outputs)
+    opcheck(backward, arguments)
 
 
-@pytest.mark.parametrize(("op", "wanted"), [(op, n) for op in SERVED for n in cases()[op][1]])
+@pytest.mark.parametrize(("op", "wanted"), [(op, n) for op in OPS for n in cases()[op][1]])
 def test_a_gradient_of_one_input_alone(op, wanted):
     function, inputs = cases()[op]
     expected = run_with_gradients(function, inputs.values(), torch.float32, "numba")
@@ -297,7 +344,7 @@ def test_a_gradient_of_one_input_alone(op, wanted):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("op", SERVED)
+@pytest.mark.parametrize("op", OPS)
 def test_without_gradients(op, context):
     function, inputs = cases()[op]
     expected = outputs_of(function(*inputs.values()))
@@ -306,7 +353,7 @@ def test_without_gradients(op, context):
     assert_identical(outputs, expected)
 
 
-@pytest.mark.parametrize("op", SERVED)
+@pytest.mark.parametrize("op", OPS)
 def test_storages_may_change_their_size(op):
     """Sharded training frees whole weights by it; `Tensor.numpy` would forbid it for good."""
     call, inputs = cases()[op]

@@ -89,8 +89,7 @@ def test_the_first_of_several_engines_serves_unless_one_is_chosen(calls, monkeyp
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_engine_names(op):
     for device in ("cpu", "mps"):
-        served = device == "cpu" and op in ("conv_pool", "selective_scan")
-        expected = "numba" if served else "reference"
+        expected = "numba" if device == "cpu" else "reference"
         assert engine_name(op, device) == expected
         with use_engine("numba"):
             assert engine_name(op, device) == expected

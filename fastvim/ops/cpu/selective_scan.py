@@ -1,90 +1,98 @@
-"""selective_scan on the CPU: one pass over the steps (the loops: `fastvim.ops.cpu.kernels`).
+"""selective_scan on the CPU: step sizes and the recurrence in one pass over the steps.
 
-G  2 x batch sequences (directions outer), S  steps, E  inner width, N  state size
+B  batch, S  steps, E  inner width, N  state size, R  rank of the step-size projection
 """
 
 from __future__ import annotations
 
-from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvim.ops.cpu.kernels import CHUNK, scan_backward, scan_forward
-from fastvim.ops.cpu.threads import blocks_of, parallel
-from fastvim.ops.reference import select, without_autocast
+from fastvim.ops.cpu.threads import blocks_of, run
+from fastvim.ops.reference import without_autocast
+from fastvim.ops.registered import Op
 
-LOG2_E = 1 / log(2)
+SHARE = 4  # images of a task, at most
 
 
-@torch.library.custom_op("fastvim::scan_cpu", mutates_args=())
-def _scan(
-    u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, save: bool
-) -> tuple[Tensor, Tensor]:
-    """u, delta (G, S, E), rate (2, N, E), B, C (G, S, N) to y and the states after each chunk."""
-    G, S, E = u.shape
+def _select(u: Tensor, x_proj: Tensor) -> Tensor:
+    """(2, B, S, E) to the values of dt, B and C, (2, B, S, R + 2N)."""
+    selected = torch.bmm(u.flatten(1, 2), x_proj.mT)
+    return selected.view(2, *u.shape[1:3], x_proj.shape[1])
+
+
+def _sizes(u: Tensor, dt_proj: Tensor, A_log: Tensor) -> tuple[tuple[int, ...], int]:
+    """What the kernels read first, and the number of tasks.
+
+    The parameters of a block of channels are prepared once for a share of the images.
+    """
+    _, B, S, E = u.shape
+    shares = -(-B // SHARE)
+    return (B, S, E, A_log.shape[2], dt_proj.shape[2], shares), 2 * blocks_of(E) * shares
+
+
+def _run(u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor) -> Tensor:
+    """All float32 and contiguous."""
     y = torch.empty_like(u)
-    starts = u.new_empty(G, S // CHUNK if save else 0, rate.shape[1], E)
-    parallel(scan_forward, G * blocks_of(E), u, delta, rate, B, C, y, starts)
-    return y, starts
+    sizes, tasks = _sizes(u, dt_proj, A_log)
+    run("forward:scan", tasks, sizes, (u, _select(u, x_proj), dt_proj, dt_bias, A_log, y))
+    return y
 
 
-@_scan.register_fake
-def _(
-    u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, save: bool
-) -> tuple[Tensor, Tensor]:
-    chunks = u.shape[1] // CHUNK if save else 0
-    return torch.empty_like(u), u.new_empty(u.shape[0], chunks, rate.shape[1], u.shape[2])
+def _fake(u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor) -> Tensor:
+    return u.new_empty(u.shape)
 
 
-@torch.library.custom_op("fastvim::scan_cpu_backward", mutates_args=())
-def _scan_backward(
-    u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, starts: Tensor, dy: Tensor
+def _run_backward(
+    u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    G, S, E = u.shape
-    N, blocks = rate.shape[1], blocks_of(u.shape[2])
-    du, ddelta = torch.empty_like(u), torch.empty_like(u)
-    drate, dB, dC = (u.new_empty(G, N, E), *u.new_empty(2, blocks, G, S, N))
-    sums = (du, ddelta, drate, dB, dC)
-    parallel(scan_backward, G * blocks, u, delta, rate, B, C, starts, dy.contiguous(), *sums)
-    return du, ddelta, drate.unflatten(0, (2, -1)).sum(1), dB.sum(0), dC.sum(0)
+    _, B, S, E = u.shape
+    N, R = A_log.shape[2], dt_proj.shape[2]
+    selected, dy = _select(u, x_proj), dy.contiguous()
+    sizes, tasks = _sizes(u, dt_proj, A_log)
+    shares = sizes[-1]
+    du, dselected = torch.empty_like(u), u.new_empty(blocks_of(E), 2, B, S, R + 2 * N)
+    sums = u.new_zeros(shares, 2, R + N + 1, E)  # of dt_proj, A_log and dt_bias
+    inputs = (u, selected, dt_proj, dt_bias, A_log)
+    run("backward:scan", tasks, sizes, (*inputs, dy, du, dselected, sums))
+    chosen, total = dselected.sum(0).flatten(1, 2), sums.sum(0)
+    du = torch.baddbmm(du.flatten(1, 2), chosen, x_proj).view(u.shape)
+    dx_proj = torch.bmm(chosen.mT, u.flatten(1, 2))
+    ddt_proj, dA_log = total[:, :R].mT.contiguous(), total[:, R : R + N].mT.contiguous()
+    return du, dx_proj, ddt_proj, total[:, -1].clone(), dA_log
 
 
-@_scan_backward.register_fake
-def _(
-    u: Tensor, delta: Tensor, rate: Tensor, B: Tensor, C: Tensor, starts: Tensor, dy: Tensor
+def _fake_backward(
+    u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(u),
-        torch.empty_like(u),
-        torch.empty_like(rate),
-        torch.empty_like(B),
-        torch.empty_like(C),
-    )
+    inputs = (u, x_proj, dt_proj, dt_bias, A_log)
+    return tuple(map(torch.empty_like, inputs))  # type: ignore[return-value]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], output[1])
+_backward_op = Op(
+    "fastvim::selective_scan_cpu_backward", _run_backward, _fake_backward, device="cpu"
+)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_scan_backward(*ctx.saved_tensors, dy), None)
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = _backward_op(*ctx.saved_tensors, dy)
+    return gradients
+
+
+_op = Op("fastvim::selective_scan_cpu", _run, _fake, _setup_context, _backward, device="cpu")
 
 
 @without_autocast
-def selective_scan_numba(
+def selective_scan_cpu(
     u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
 ) -> Tensor:
     """`fastvim.ops.selective_scan` for CPU tensors of at most 32 bits."""
-    dtype = torch.float32
-    # Rates to base 2, channels last: the kernel's inner loop computes 2**(Δ · rate) over channels.
-    rate = (-LOG2_E * A_log.to(dtype).exp()).mT.contiguous()
-    delta, B, C = select(u, x_proj, dt_proj, dt_bias, dtype)
-    sequences = [t.to(dtype).flatten(0, 1).contiguous() for t in (u, delta, B, C)]
-    save = torch.is_grad_enabled()
-    y: Tensor = _scan(sequences[0], sequences[1], rate, *sequences[2:], save)[0]
-    return y.view(u.shape).to(u.dtype)
+    inputs = [t.float().contiguous() for t in (u, x_proj, dt_proj, dt_bias, A_log)]
+    y: Tensor = _op(*inputs)
+    return y.to(u.dtype)

@@ -1,18 +1,48 @@
-"""Run the tasks of a CPU kernel on several threads."""
+"""Run a kernel of the CPU engine on as many threads as torch.
+
+The threads are those that torch's own operations run on, where these are of GNU's OpenMP: a second
+pool would compete with them for the cores. Elsewhere they are plain threads.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import itertools
 import os
+import struct
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from importlib import import_module
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastvim.ops.cpu.kernels import BLOCK
+BLOCK = 64  # channels of a task: a few of the widest vectors, and rows that fit the L1 cache
+WORDS = 32  # integers that a kernel gets
+_Words = ctypes.c_int64 * WORDS
+_forked = False
+
+
+def _fork() -> None:
+    """OpenMP's threads do not survive a fork, and it does not start others."""
+    global _forked
+    _forked = True
+    _pool.cache_clear()
+
+
+os.register_at_fork(after_in_child=_fork)
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """`GOMP_parallel` of the library that torch has loaded; None: it uses another one."""
+    for file in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
+        found = ctypes.CDLL(str(file)).GOMP_parallel
+        found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        found.restype = None
+        return found
+    return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -20,43 +50,49 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="fastvim")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
-def parallel(kernel: Any, tasks: int, *tensors: Tensor) -> None:
-    """Run kernel(first, last, *arrays) over slices of the tasks, on as many threads as torch.
-
-    The kernels release the GIL, so plain threads suffice. numba's threading layers may conflict
-    with torch's, and do not survive a fork.
-    """
-    arrays = [np.asarray(_Memory(tensor)) for tensor in tensors]
-    threads = max(1, min(torch.get_num_threads(), tasks))
-    if threads == 1:
-        kernel(0, tasks, *arrays)
-        return
-    bounds = [tasks * k // threads for k in range(threads + 1)]
-    slices = itertools.pairwise(bounds)
-    futures = [_pool(threads).submit(kernel, a, b, *arrays) for a, b in slices]
-    for future in futures:
-        future.result()
-
-
-class _Memory:
-    """The memory of a contiguous tensor, for numpy.
-
-    `Tensor.numpy` would forbid the storage to change its size for good. Sharded training frees the
-    storage of whole weights in that way.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": tuple(tensor.shape),
-            "typestr": np.dtype(str(tensor.dtype).removeprefix("torch.")).str,
-            "data": (tensor.data_ptr(), False),
-        }
+@functools.cache
+def _kernel(name: str) -> tuple[int, Callable[[int], None]]:
+    """Address of a kernel, "module:function", and the same for a call without the GIL."""
+    module, function = name.split(":")
+    vector = import_module("fastvim.ops.cpu.vector")
+    kernel = vector.compiled(getattr(import_module(f"fastvim.ops.cpu.{module}"), function))
+    return kernel.address, kernel.ctypes
 
 
 def blocks_of(channels: int) -> int:
     """Number of blocks that cover the channels."""
     return -(-channels // BLOCK)
+
+
+def bits_of(value: float) -> int:
+    """A number as the integer whose bits are those of its float32."""
+    bits: int = struct.unpack("i", struct.pack("f", value))[0]
+    return bits
+
+
+def run(name: str, tasks: int, sizes: Sequence[int], arrays: Sequence[Tensor | None]) -> None:
+    """Run a kernel until no task is left.
+
+    Args:
+        name: "module:function" of this package. The module is imported, and the function compiled,
+            at the first call.
+        tasks: how many there are; at most as many threads run. What a task computes depends on no
+            number of threads, so neither do the sums.
+        sizes: sizes and strides, as the kernel reads them.
+        arrays: the tensors whose addresses follow; None: 0.
+    """
+    address, call = _kernel(name)
+    addresses = [0 if array is None else array.data_ptr() for array in arrays]
+    data = _Words(0, *sizes, *addresses)  # the first one counts the tasks that were taken
+    words = ctypes.addressof(data)
+    threads = min(torch.get_num_threads(), tasks)
+    if threads <= 1:
+        call(words)
+        return
+    parallel = None if _forked else _openmp()
+    if parallel is not None:
+        parallel(address, words, threads, 0)
+        return
+    futures = [_pool(threads).submit(call, words) for _ in range(threads)]
+    for future in futures:
+        future.result()

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvim.ops.registered import is_traced
 from fastvim.ops.triton.common import INTERPRETED, exp, exp2, softplus
-from fastvim.ops.triton.launch import Launch, is_traced, multiprocessors
+from fastvim.ops.triton.launch import Launch, multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Each walk: lanes that share the states of a channel, channels of a program (one warp), and steps

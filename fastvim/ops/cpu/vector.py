@@ -1,0 +1,154 @@
+"""What the kernels of the CPU engine share: memory, tasks, and functions of vectors.
+
+The inner loops of a kernel run over `BLOCK` channels. LLVM turns them into the vector instructions
+of the machine at hand: nothing here depends on a set of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import float32, int32
+from numba.core import types
+from numba.extending import intrinsic
+
+from fastvim.ops.cpu.threads import WORDS
+
+LOG2_E = np.float32(1.4426950408889634)
+LN_2 = np.float32(0.6931471805599453)
+
+# Chebyshev fits: 2**f on [-1/2, 1/2] with a relative error of 3e-9, and log(1 + z) / s as a
+# function of s**2 <= 1/9, where s = z / (2 + z).
+C0, C1, C2, C3, C4, C5, C6 = (
+    np.float32(c)
+    for c in np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5])
+    .convert(kind=np.polynomial.Polynomial)
+    .coef
+)
+
+
+def _logarithm(t: Any) -> Any:
+    s = np.sqrt(np.maximum(t, 1e-30))
+    return 2 * np.arctanh(s) / s
+
+
+A0, A1, A2, A3, A4, A5 = (
+    np.float32(a)
+    for a in np.polynomial.Chebyshev.interpolate(_logarithm, 5, domain=[0, 1 / 9])
+    .convert(kind=np.polynomial.Polynomial)
+    .coef
+)
+
+# Sums may be reordered, for vectorisation. Values are not assumed to be finite.
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "fastmath": {"reassoc", "contract", "nsz"},
+    "error_model": "numpy",
+}
+inlined: Callable[..., Any] = numba.njit(**_OPTIONS)
+
+
+@functools.cache
+def _digest() -> str:
+    """Of all files that kernels are made of."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def compiled(function: Callable[[Any], None]) -> Any:
+    """A kernel as a function of C, from numba's cache where it is there.
+
+    That cache looks at a function's own file alone, so its name holds the digest of all files.
+    """
+    function.__qualname__ = f"{function.__name__}_{_digest()}"
+    return numba.cfunc(types.void(types.voidptr), cache=True, **_OPTIONS)(function)
+
+
+@intrinsic
+def as_float(typing_context: Any, bits: Any) -> Any:
+    """Reinterpret the bits of an int32 as a float32."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), build
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), build
+
+
+@intrinsic
+def next_task(typing_context: Any, data: Any) -> Any:
+    """The number of the next task, which no other thread gets: the first word counts them."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        counter = builder.bitcast(args[0], word.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(word, 1), "monotonic")
+
+    return types.int64(types.voidptr), build
+
+
+@inlined
+def words(data):
+    """The integers that `threads.run` gave: sizes, then addresses."""
+    return numba.carray(data, (WORDS,), np.int64)
+
+
+@inlined
+def floats(address, shape):
+    """A contiguous float32 array at an address."""
+    return numba.carray(_pointer(address), shape, np.float32)
+
+
+@inlined
+def integers(address, shape):
+    """A contiguous int64 array at an address."""
+    return numba.carray(_pointer(address), shape, np.int64)
+
+
+@inlined
+def exp2(x):
+    """2**x, floored at 2**-126 and at most 2**126. numba's own exp makes a call for each value."""
+    x = float32(-126.0) if x < float32(-126.0) else x
+    x = float32(126.0) if x > float32(126.0) else x
+    whole = np.floor(x + float32(0.5))
+    f = x - whole
+    p = C0 + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
+    return p * as_float((int32(whole) + int32(127)) << int32(23))
+
+
+@inlined
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return float32(1.0) / (float32(1.0) + exp2(-LOG2_E * x))
+
+
+@inlined
+def silu(x):
+    """x · sigmoid(x)."""
+    return x / (float32(1.0) + exp2(-LOG2_E * x))
+
+
+@inlined
+def softplus(x):
+    """log(1 + exp(x)), exact to rounding also where exp(x) is tiny."""
+    z = exp2(-LOG2_E * abs(x))
+    s = z / (float32(2.0) + z)
+    t = s * s
+    log = s * (A0 + t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * A5)))))
+    return (x if x > float32(0.0) else float32(0.0)) + log
