@@ -161,13 +161,13 @@ def test_graphs_of_fx_are_the_model(name, training):
         expected = output(model, x)
         torch.manual_seed(3)
         (actual,) = graph(x).values()
-        assert torch.equal(actual, expected)
+        torch.testing.assert_close(actual, expected)  # norms and gates are apart in the graph
     expected.square().sum().backward()
     gradients = gradients_of(model)
     model.zero_grad()
     actual.square().sum().backward()
     for key, gradient in gradients_of(graph).items():
-        assert torch.equal(gradient, gradients[key]), key
+        torch.testing.assert_close(gradient, gradients[key])
 
 
 @classifiers

@@ -211,7 +211,7 @@ def test_a_convolution_of_large_numbers(value):
 
 def kernels(sequences: int = 4, length: int = 150, width: int = 130) -> list[torch.Tensor]:
     """All outputs of the registered ops, and the gradients that theirs give."""
-    ops, walk = torch.ops.fastvim, (length, 1, 0)
+    ops, walk = torch.ops.fastvim, (length, 0, 0)
     x, weight, bias, D = to(conv_inputs(sequences, length, width), torch.float32)
     skip, z, y, *norm = to(gate_inputs(sequences, length, length, width), torch.float32)
     rows = to((normal(sequences, length, width), normal(sequences, length, width)), torch.float32)
@@ -286,7 +286,7 @@ class Sums(Dataset):
         torch.set_num_threads(2)  # data workers start with one
         # Few values, and no products: torch's own parallel loops do not survive a fork.
         conv, length = to(conv_inputs(4, 20 + index, 72), torch.float32), 20 + index
-        walk = ((length, 1, 0), None, None)
+        walk = ((length, 0, 0), None, None)
         pooled, skip = torch.ops.fastvim.conv_pool_cpu(*conv, *walk, 1.0)
         gated = torch.ops.fastvim.expand_gate_cpu(skip, skip, pooled, *walk, None, None, 1e-5)
         return float(np.sum(gated.numpy()))
@@ -300,7 +300,7 @@ def test_in_a_forked_data_worker(threads):
     assert [float(x) for x in loader] == here
 
 
-WALKED = ([5, 1, 0], None, None)
+WALKED = ([5, 0, 0], None, None)
 REGISTERED = {
     "add_norm": lambda a: (*a, True, 1e-5),
     "conv_pool": lambda a: (*a, *WALKED, 0.5),
