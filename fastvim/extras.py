@@ -9,6 +9,7 @@ EXTRAS = {
         *("tensorboard", "torchmetrics"),
     ),
     "microscopy": ("fsspec", "imagecodecs", "pandas", "pyarrow", "s3fs", "tifffile"),
+    "export": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "ray": ("ray",),
 }
 

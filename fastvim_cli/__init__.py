@@ -46,6 +46,7 @@ COMMANDS = {
     "channels": Command("evaluate channel models on subsets of the channels", "channels"),
     "data": Command("check a recipe's images; mean and deviation of their channels", "data"),
     "convert": Command("turn published weights into a safetensors file", "convert"),
+    "export": Command("write a model as ONNX or another program that runs alone", "export"),
     "benchmark": Command("time models, each checked for correctness first", "benchmark"),
     "models": Command("list the models and the engines that compute them", "models"),
 }

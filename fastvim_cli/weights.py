@@ -82,7 +82,7 @@ def first_word_as_model(arguments: argparse.Namespace) -> None:
     from fastvim.weights.files import PICKLED
 
     first, *images = arguments.images or [""]
-    if not first.endswith((".safetensors", *PICKLED)):
+    if not first.endswith((".safetensors", ".onnx", *PICKLED)):
         return
     if arguments.model is not None:
         raise UsageError(f"{first} and --model {arguments.model}: expected one model")

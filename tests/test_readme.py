@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ PARSED = {
     "fastvim fit": "trains for hours",
     "fastvim test": "needs such a training, or the published data",
     "fastvim benchmark": "measures for minutes",
+    "fastvim export": "translates a full-size model for a minute",
     "torchrun": "needs several machines",
 }
 
@@ -157,10 +159,8 @@ def test_parse(command: str, capsys: pytest.CaptureFixture) -> None:
         words = words[words.index("-m") :]
         assert words[1] == "fastvim_cli"
         words = ["fastvim", *words[2:]]
-    if words[1] == "benchmark":
-        from fastvim_cli.benchmark import _parser
-
-        _parser().parse_args(words[2:])
+    if words[1] in ("benchmark", "export"):
+        importlib.import_module(f"fastvim_cli.{words[1]}")._parser().parse_args(words[2:])
         return
     with pytest.raises(SystemExit) as ended:
         main([*words[1:], "--print_config"])

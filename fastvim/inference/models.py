@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 from fastvim.data.pixels import PictureReader
 from fastvim.errors import UserError
+from fastvim.inference.exported import open_exported
 from fastvim.inference.inputs import Arrays, Pictures, Seen, picture_reader
 from fastvim.inference.parts.work import Item
 from fastvim.models import (
@@ -23,6 +26,8 @@ from fastvim.models import (
     UPerNet,
 )
 from fastvim.weights import is_file_name, load_model
+
+PROGRAMS = (".onnx", ".pt2")  # exported ones
 
 
 @dataclass(frozen=True)
@@ -55,23 +60,50 @@ def load_for(
     Raises:
         UserError: weights of a model for another command, or without what is required.
     """
-    name, file = choice.name, choice.file
-    if name is not None and is_file_name(name):
-        name, file = None, name
-    try:
-        model, metadata = load_model(name, file, ema=choice.ema, **choice.options)
-    except TypeError as error:
-        if not choice.options:
-            raise
-        given = " ".join(f"{name}={json.dumps(value)}" for name, value in choice.options.items())
-        raise UserError(f"--model-arg {given}: a value of another type ({error})") from error
-    source = file or name
+    model, metadata = load(choice)
+    source = choice.file or choice.name
     kind, commands = _kind(model)
     if command not in commands:
         raise UserError(f"{source} is {kind}: see fastvim {commands[0]}")
     if missing := [key for key in required if key not in metadata]:
         raise UserError(f"{source} does not say {missing[0]}: expected weights of fastvim fit")
     return model, metadata
+
+
+def load(choice: ModelChoice) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of any kind, and the metadata of its weights.
+
+    Raises:
+        UserError: as `load_model`; a file of a program that is not run here.
+    """
+    name, file = choice.name, choice.file
+    if name is not None and (is_file_name(name) or name.endswith(PROGRAMS)):
+        name, file = None, name
+    try:
+        if file is not None and file.endswith(PROGRAMS):
+            model, metadata = _exported(name, file, choice)
+        else:
+            model, metadata = load_model(name, file, ema=choice.ema, **choice.options)
+    except TypeError as error:
+        if not choice.options:
+            raise
+        given = " ".join(f"{name}={json.dumps(value)}" for name, value in choice.options.items())
+        raise UserError(f"--model-arg {given}: a value of another type ({error})") from error
+    return model, metadata
+
+
+def _exported(name: str | None, file: str, choice: ModelChoice) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of an ONNX file; programs of torch are not run."""
+    if not file.endswith(".onnx"):
+        raise UserError(
+            f"{file}: a program of torch, which may hold code, is not run here; expected .onnx, or "
+            "load it in Python (torch.export.load)"
+        )
+    if choice.options or choice.ema is not None or name is not None:
+        raise UserError(
+            f"{file}: an exported file takes no other name, --model-arg, --ema or --raw"
+        )
+    return open_exported(Path(os.path.expanduser(file)))
 
 
 def _kind(model: nn.Module) -> tuple[str, tuple[str, ...]]:

@@ -193,9 +193,28 @@ def resize_grid(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -
     """Resize a position embedding (1, H·W, d) bicubically from one grid to another."""
     if same_grid(old, new):
         return embedding
-    grid = embedding.mT.unflatten(2, old)
-    resized = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)
+    grid = embedding.mT.unflatten(2, old).float()
+    if torch.compiler.is_exporting():
+        down, across = (_cubic(*sizes, grid.device) for sizes in zip(old, new, strict=True))
+        rows = torch.mm(grid.flatten(0, 2), across.mT).unflatten(0, (-1, old[0]))
+        resized = torch.bmm(down.expand(rows.shape[0], -1, -1), rows)[None]
+    else:
+        resized = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return resized.flatten(2).mT.to(embedding.dtype)
+
+
+def _cubic(old: int, new: int, device: torch.device) -> Tensor:
+    """The weights (new, old) of `F.interpolate`'s bicubic mode along one axis.
+
+    For exported programs: not every reader of ONNX has the mode (TensorRT lacks it).
+    """
+    a = -0.75
+    place = (torch.arange(new, device=device)[:, None] + 0.5) * old / new - 0.5
+    taps = place.floor() + torch.arange(-1, 3, device=device)
+    x = (place - taps).abs()
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    at = taps.clamp(0, old - 1)[:, :, None] == torch.arange(old, device=device)
+    return (torch.where(x <= 1, near, far)[:, :, None] * at).sum(1)
 
 
 def sincos_grid(

@@ -44,14 +44,19 @@ def _recurrence(
     dtype, rank, (batch, steps) = compute_dtype(u), dt_proj.shape[2], u.shape[1:3]
     states = A_log.shape[-1]
     # Direction 1 is flipped once, before anything is made of it: both then run forwards.
-    x = torch.stack([u[0], u[1].flip(1)]).to(dtype).transpose(1, 2).flatten(1, 2)  # (2, S·B, E)
+    x = torch.stack([u[0], u[1].flip(1)]).to(dtype).flatten(1, 2)  # (2, B·S, E)
     dt, B, C = torch.bmm(x, x_proj.to(dtype).mT).split([rank, states, states], dim=-1)
     delta = F.softplus(torch.baddbmm(dt_bias.to(dtype)[:, None], dt, dt_proj.to(dtype).mT))
     A = -A_log.to(dtype).exp().mT.contiguous()[:, None]
     each = [delta[:, :, None], (delta * x)[:, :, None], B[..., None], C[..., None]]
-    each = [t.unflatten(1, (steps, batch)).transpose(0, 1).contiguous() for t in each]
-    y = run(x.new_zeros(2, batch, states, x.shape[-1]), A, each).movedim(0, 2)
+    each = [_copied(t.unflatten(1, (batch, steps)).movedim(2, 0)) for t in each]
+    y = _copied(run(x.new_zeros(2, batch, states, x.shape[-1]), A, each).movedim(0, 2))
     return torch.stack([y[0], y[1].flip(1)]).to(u.dtype)
+
+
+def _copied(x: Tensor) -> Tensor:
+    """`x.contiguous()`, without a question that would tie a program to one kind of size."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _step(

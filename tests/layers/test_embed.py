@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastvim import UserError
 from fastvim.layers import PatchEmbed, resize_grid
+from fastvim.layers.embed import _cubic
 
 
 def embed(patch: int = 4, stride: int | None = None, in_chans: int = 3, dim: int = 8) -> PatchEmbed:
@@ -124,3 +125,13 @@ def test_resize_keeps_the_dtype(dtype):
 def test_a_constant_embedding_stays_constant():
     resized = resize_grid(torch.full((1, 9, 2), 0.7), (3, 3), (7, 2))
     torch.testing.assert_close(resized, torch.full((1, 14, 2), 0.7))
+
+
+@pytest.mark.parametrize("sizes", [(14, 5), (14, 14), (3, 40), (1, 6), (9, 1)])
+def test_the_cubic_weights_of_exported_programs(sizes):
+    old, new = sizes
+    row = torch.randn(1, 1, 1, old, dtype=torch.float64)
+    expected = F.interpolate(row, size=(1, new), mode="bicubic", align_corners=False)
+    weights = _cubic(old, new, row.device)
+    torch.testing.assert_close(row.float() @ weights.mT, expected.float())
+    assert torch.equal(_cubic(new, new, row.device), torch.eye(new))
