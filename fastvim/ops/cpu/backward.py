@@ -83,29 +83,28 @@ def conv_pool(data):
                     for e in range(width):
                         grad[e] = scale * pools[e]
                         upstream[e] = skipped[e]
-                    own = before <= i and i < before + count
                     for e in range(BLOCK):
                         share = sigmoid(out[e])
                         value = out[e] * share
-                        grad[e] = (grad[e] + skips[d, e] * upstream[e]) * (
-                            share + value * (float32(1.0) - share)
-                        )
-                        if own:
-                            part[d, K, e] += grad[e]
-                            part[d, K + 1, e] += float32(0.5) * upstream[e] * value
-                    if own:
-                        first, step = (i, 1) if d == 0 else (i + H, -1)
-                        for k in range(K):
-                            for e in range(BLOCK):
-                                part[d, k, e] += grad[e] * rows[first + k * step, e]
+                        slope = share + value * (float32(1.0) - share)
+                        grad[e] = (grad[e] + skips[d, e] * upstream[e]) * slope
+                        out[e] = value
+                    if i < before or i >= before + count:
+                        continue
+                    first, step = (i, 1) if d == 0 else (i + H, -1)
+                    for e in range(BLOCK):
+                        part[d, K, e] += grad[e]
+                        part[d, K + 1, e] += float32(0.5) * upstream[e] * out[e]
+                    for k in range(K):
+                        for e in range(BLOCK):
+                            part[d, k, e] += grad[e] * rows[first + k * step, e]
             for i in range(count):
-                out[:] = float32(0.0)
+                for e in range(BLOCK):
+                    out[e] = float32(0.0)
                 for k in range(K):
                     for e in range(BLOCK):
-                        out[e] += (
-                            taps[0, k, e] * grads[0, i + H - k, e]
-                            + taps[1, k, e] * grads[1, i + k, e]
-                        )
+                        out[e] += taps[0, k, e] * grads[0, i + H - k, e]
+                        out[e] += taps[1, k, e] * grads[1, i + k, e]
                 target = dx[b, order[begin + i], e0 : e0 + width]
                 for e in range(width):
                     target[e] = out[e]

@@ -70,23 +70,25 @@ def load_taps(weight, bias, D, e0, width, taps, start, skips):
 
 
 @inlined
+def window(rows, first, step, taps, start, d, e):
+    """Four taps of a channel, from row `first` on."""
+    return (
+        start[d, e]
+        + taps[d, 0, e] * rows[first, e]
+        + taps[d, 1, e] * rows[first + step, e]
+        + taps[d, 2, e] * rows[first + 2 * step, e]
+        + taps[d, 3, e] * rows[first + 3 * step, e]
+    )
+
+
+@inlined
 def convolve(rows, i, taps, start, d, out):
     """The window at row i, which ends (d = 0) or begins (d = 1) there, into `out`."""
     K = taps.shape[1]
     first, step = (i, 1) if d == 0 else (i + K - 1, -1)
-    if K == 4:
-        for e in range(BLOCK):
-            out[e] = (
-                start[d, e]
-                + taps[d, 0, e] * rows[first, e]
-                + taps[d, 1, e] * rows[first + step, e]
-                + taps[d, 2, e] * rows[first + 2 * step, e]
-                + taps[d, 3, e] * rows[first + 3 * step, e]
-            )
-        return
     for e in range(BLOCK):
-        out[e] = start[d, e]
-    for k in range(K):
+        out[e] = window(rows, first, step, taps, start, d, e) if K == 4 else start[d, e]
+    for k in range(0 if K == 4 else K):
         for e in range(BLOCK):
             out[e] += taps[d, k, e] * rows[first + k * step, e]
 
@@ -120,13 +122,21 @@ def conv_pool(data):
             count = min(ROWS, end - begin)
             load_rows(x, begin - K + 1, count + 2 * (K - 1), L, order, rows)
             for i in range(count):
-                convolve(rows, i, taps, start, 0, out[0])
-                convolve(rows, i + K - 1, taps, start, 1, out[1])
-                for e in range(BLOCK):
-                    ahead, back = silu(out[0, e]), silu(out[1, e])
-                    sums[0, e] += ahead
-                    sums[1, e] += back
-                    out[0, e] = skips[0, e] * ahead + skips[1, e] * back
+                if K == 4:
+                    for e in range(BLOCK):
+                        ahead = silu(window(rows, i, 1, taps, start, 0, e))
+                        back = silu(window(rows, i + 2 * (K - 1), -1, taps, start, 1, e))
+                        sums[0, e] += ahead
+                        sums[1, e] += back
+                        out[0, e] = skips[0, e] * ahead + skips[1, e] * back
+                else:
+                    convolve(rows, i, taps, start, 0, out[0])
+                    convolve(rows, i + K - 1, taps, start, 1, out[1])
+                    for e in range(BLOCK):
+                        ahead, back = silu(out[0, e]), silu(out[1, e])
+                        sums[0, e] += ahead
+                        sums[1, e] += back
+                        out[0, e] = skips[0, e] * ahead + skips[1, e] * back
                 target = skip[b, order[begin + i], e0 : e0 + width]
                 for e in range(width):
                     target[e] = out[0, e]
