@@ -46,11 +46,6 @@ class AddNorm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    @property
-    def drops(self) -> bool:
-        """Whether samples may be dropped now."""
-        return self.training and isinstance(self.drop_path, DropPath)
-
     def forward(self, stream: Tensor) -> Tensor:
         """(B, L, d) residual stream to its norm, in the same dtype."""
         return add_norm(stream, None, self.weight, self.bias, kind=self.kind, eps=self.eps)[0]
@@ -58,9 +53,6 @@ class AddNorm(nn.Module):
     def add(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of `residual + drop_path(hidden)`, in `hidden`'s dtype, and that sum."""
         hidden = self.drop_path(hidden)
-        if not is_bypassed(self, AddNorm, hidden):
-            stream = join(hidden, residual)
-            return self(stream).to(hidden.dtype), stream
         return add_norm(hidden, residual, self.weight, self.bias, kind=self.kind, eps=self.eps)
 
 
@@ -93,7 +85,7 @@ class Block(nn.Module):
         """
         if joined is not None:
             return join(self.mixer(self.norm(hidden).to(joined), segments), hidden)
-        normed, residual = self.norm.add(hidden, residual)
+        normed, residual = add_and_norm(self.norm, hidden, residual)
         return self.mixer(normed, segments), residual
 
 
@@ -101,6 +93,18 @@ def join(hidden: Tensor, residual: Tensor | None) -> Tensor:
     """The residual stream with a mixer's output, in float32 (float64 for float64)."""
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     return hidden if residual is None else residual + hidden
+
+
+def add_and_norm(norm: nn.Module, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`AddNorm.add`, or a call of the norm with the sum: of one with hooks, or of another class."""
+    if is_bypassed(norm, AddNorm, hidden):
+        return norm.add(hidden, residual)  # type: ignore[operator]
+    stream = join(_dropped(norm, hidden), residual)
+    return norm(stream).to(hidden.dtype), stream
+
+
+def _dropped(norm: nn.Module, hidden: Tensor) -> Tensor:
+    return norm.drop_path(hidden) if isinstance(norm, AddNorm) else hidden
 
 
 def run_block(
@@ -122,7 +126,7 @@ def run_block(
         hidden: (B, L, d), the previous mixer's output.
         residual: (B, L, d), the stream that it has not joined yet; None: `hidden` is it.
         segments: the walk over the tokens.
-        following: the `AddNorm` after the block, which may drop its output; None: nothing does.
+        following: the norm after the block, which may drop the block's output; None: there is none.
         recompute: compute the block again in the backward pass and keep no activations.
         pairs: always the fused form, where a caller needs the mixer's output itself.
 
@@ -134,8 +138,9 @@ def run_block(
     if fused:
         return call(hidden, residual, segments)
     assert isinstance(block, Block)
-    stream = join(block.norm.drop_path(hidden), residual)
+    stream = join(_dropped(block.norm, hidden), residual)
     after = call(stream, None, segments, hidden.dtype)
-    if following is not None and following.drops:
+    drops = isinstance(following, AddNorm) and isinstance(following.drop_path, DropPath)
+    if drops and following.training:
         return (after - stream).to(hidden.dtype), stream
     return torch.zeros_like(hidden), after

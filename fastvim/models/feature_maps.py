@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastvim.models.intermediates import Source
+from fastvim.models.parts import reset_layers
 from fastvim.models.vision import FastVim
 
 
@@ -36,6 +37,11 @@ class FeatureMaps(nn.Module):
         self.norms = nn.ModuleList(
             nn.LayerNorm(backbone.embed_dim, eps=1e-5) for _ in self.out_indices
         )
+
+    def init_weights(self) -> None:
+        """Draw all weights anew, as the constructor does; after `to_empty`, for instance."""
+        self.backbone.init_weights()
+        reset_layers(self.norms)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, C, height, width) image to one (B, d, H, W) map per index."""

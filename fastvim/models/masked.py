@@ -15,7 +15,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, fx, nn
 
 from fastvim.errors import OptionError, UserError
-from fastvim.layers import AddNorm, Block, Mixer, run_block
+from fastvim.layers import AddNorm, Block, Mixer, add_and_norm, run_block
 from fastvim.models.mask_vim import FastMaskVim, fixed_or_stored, fixed_positions
 from fastvim.models.masking import MaskedOutput, draw_kept, mask_of, patches_of
 from fastvim.models.parts import no_scripting, on_device, reset_layers
@@ -318,7 +318,7 @@ class MaskedAutoencoder(nn.Module):
             hidden, residual = run_block(
                 block, hidden, residual, walk, following=None, recompute=self.grad_checkpointing
             )
-        prediction: Tensor = self.decoder_pred(self.decoder_norm.add(hidden, residual)[0])
+        prediction: Tensor = self.decoder_pred(add_and_norm(self.decoder_norm, hidden, residual)[0])
         return prediction[:, :cells]
 
     def _decoder_positions(self, grid: tuple[int, int]) -> Tensor:

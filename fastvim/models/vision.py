@@ -12,7 +12,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, fx, nn
 
 from fastvim.errors import UserError
-from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, resize_grid, run_block
+from fastvim.layers import AddNorm, Block, Mixer, PatchEmbed, add_and_norm, resize_grid, run_block
 from fastvim.models.intermediates import Intermediates
 from fastvim.models.parts import (
     grey_of,
@@ -363,7 +363,7 @@ class FastVim(Intermediates):
     def _finish(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
         if self.norm is None:
             return hidden if residual is None else residual + hidden
-        return self.norm.add(hidden, residual)[0]
+        return add_and_norm(self.norm, hidden, residual)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, L, d) tokens to logits (B, num_classes), or to the features before the head."""

@@ -86,6 +86,18 @@ def test_a_hook_on_a_block_sees_the_residual_stream(name, engine):
     assert not seen["into"].any()
 
 
+@pytest.mark.parametrize("path", ["blocks.1", "norm", "blocks.0.mixer.norm", "patch_embed.proj"])
+def test_hooks_on_the_backward_pass(path):
+    """The gradient of what a hook of the forward pass sees."""
+    model, x = create(MODEL), image(MODEL)
+    layer, seen = model.get_submodule(path), []
+    layer.register_full_backward_hook(lambda module, into, out: seen.append(out[0]))
+    layer.register_forward_hook(lambda *a: (a[2].retain_grad(), seen.append(a[2]))[1])
+    model(x).square().sum().backward()
+    assert seen[0].grad.any()
+    assert torch.equal(seen[0].grad, seen[1])
+
+
 def test_a_hook_takes_part_in_recomputed_blocks():
     model, x = create(MODEL).train(), image(MODEL)
     model(x).sum().backward()
@@ -108,9 +120,11 @@ def test_the_maps_of_mixers_do_not_change_under_hooks():
     assert all(map(torch.equal, maps(x), expected))
 
 
-@pytest.mark.parametrize("path", ["patch_embed.proj", "blocks.0.mixer.norm", "norm"])
+@pytest.mark.parametrize(
+    "path", ["patch_embed.proj", "blocks.0.mixer.norm", "blocks.1.norm", "norm"]
+)
 def test_what_replaces_a_layer_is_called(path):
-    """As adapters do, which wrap a layer and keep its weights."""
+    """As adapters do, which wrap a layer and keep its weights, or what leaves a norm out."""
 
     class Doubled(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
@@ -120,19 +134,19 @@ def test_what_replaces_a_layer_is_called(path):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * self.layer(x)
 
-        def add(self, *pair: Tensor) -> tuple[Tensor, Tensor]:
-            normed, stream = self.layer.add(*pair)
-            return 2 * normed, stream
-
     model, x = create(MODEL), image(MODEL)
-    seen = []
-    hook = model.get_submodule(path).register_forward_hook(lambda *a: seen.append(a[2]))
+    owner, child = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+    layer = model.get_submodule(path)
     with torch.no_grad():
-        before = model(x)
+        hook = layer.register_forward_hook(lambda *a: 2 * a[2])
+        expected = model(x)
         hook.remove()
-        owner, _, child = path.rpartition(".")
-        setattr(model.get_submodule(owner), child, Doubled(model.get_submodule(path)))
-        assert not torch.allclose(model(x), before)
+        assert not torch.allclose(model(x), expected)
+        setattr(owner, child, Doubled(layer))
+        torch.testing.assert_close(model(x), expected)
+        if "norm" in path:
+            setattr(owner, child, nn.Identity())
+            assert model(x).isfinite().all()
 
 
 @pytest.mark.parametrize("path", ["patch_embed.proj", "blocks.0.mixer.norm"])
@@ -147,6 +161,17 @@ def test_pruned_weights_are_trained(path):
     assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
     assert layer.weight_orig.grad.any()
     assert not layer.weight_orig.grad[layer.weight_mask == 0].any()
+
+
+def test_hooks_are_a_part_of_the_compiled_graph():
+    """Of one graph, as without them."""
+    model, x = create(MODEL, depth=2), image(MODEL)
+    for path in ("patch_embed.proj", "blocks.0", "blocks.1.mixer.norm", "norm"):
+        model.get_submodule(path).register_forward_hook(lambda *a: 2 * a[2])
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
 
 
 @every_model

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvim.models.feature_maps import FeatureMaps
+from fastvim.models.parts import reset_layers
 
 Norm = Callable[[int], nn.Module]
 
@@ -52,7 +53,7 @@ class UPerNetHead(nn.Module):
         self.smooth = nn.ModuleList(_convolution(channels, channels, 3, norm) for _ in finer)
         self.fusion = _convolution(len(in_chans) * channels, channels, 3, norm)
         self.drop = nn.Dropout2d(drop_rate)
-        self.classifier = _classifier(channels, num_classes)
+        self.classifier = _Classifier(channels, num_classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """(B, d, H, W) maps, one per entry of `in_chans`, to logits (B, K, H, W) of the first."""
@@ -91,7 +92,7 @@ class FCNHead(nn.Module):
         super().__init__()
         self.convolution = _convolution(in_chans, channels, 3, norm)
         self.drop = nn.Dropout2d(drop_rate)
-        self.classifier = _classifier(channels, num_classes)
+        self.classifier = _Classifier(channels, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, d, H, W) map to logits (B, K, H, W)."""
@@ -132,6 +133,12 @@ class UPerNet(nn.Module):
         self.head = UPerNetHead(in_chans, num_classes, channels, pool_scales, drop_rate, norm)
         self.aux_head = FCNHead(dim, num_classes, aux_channels, drop_rate, norm)
 
+    def init_weights(self) -> None:
+        """Draw all weights anew, as the constructor does; after `to_empty`, for instance."""
+        self.maps.init_weights()
+        reset_layers(self.head)
+        reset_layers(self.aux_head)
+
     def no_weight_decay(self) -> set[str]:
         """The backbone's vectors of both directions, stacked to two dimensions."""
         return {f"maps.backbone.{name}" for name in self.maps.backbone.no_weight_decay()}
@@ -163,14 +170,25 @@ def _resize(x: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def _convolution(in_chans: int, out_chans: int, kernel: int, norm: Norm) -> nn.Sequential:
-    convolution = nn.Conv2d(in_chans, out_chans, kernel, padding=kernel // 2, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    convolution = _Convolution(in_chans, out_chans, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(convolution, norm(out_chans), nn.ReLU(inplace=True))
 
 
-def _classifier(in_chans: int, num_classes: int) -> nn.Conv2d:
-    classifier = nn.Conv2d(in_chans, num_classes, 1)
-    nn.init.normal_(classifier.weight, std=0.01)
-    assert classifier.bias is not None
-    nn.init.zeros_(classifier.bias)
-    return classifier
+class _Convolution(nn.Conv2d):
+    """A convolution before a norm."""
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal, fan out."""
+        super().reset_parameters()
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+
+class _Classifier(nn.Conv2d):
+    """Logits of each place."""
+
+    def reset_parameters(self) -> None:
+        """Normal 0.01, bias 0."""
+        super().reset_parameters()
+        nn.init.normal_(self.weight, std=0.01)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
