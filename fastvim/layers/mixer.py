@@ -120,7 +120,7 @@ class Mixer(nn.Module):
         y = selective_scan(pooled, self.x_proj, self.dt_proj, self.dt_bias, self.A_log)
         if self.norm is None:
             gated = expand_gate(skip, z, y, segments)
-        elif is_bypassed(self.norm, nn.LayerNorm, skip):
+        elif is_bypassed(self.norm, nn.LayerNorm):
             gated = expand_gate(skip, z, y, segments, self.norm.weight, self.norm.bias)
         else:
             gated = self.norm(expand(skip, y, segments)) * F.silu(z)

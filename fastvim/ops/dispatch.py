@@ -148,7 +148,12 @@ _cached_resolve = functools.cache(resolve)
 def implementation(
     op: str, x: Tensor, reference: Callable[_P, _T], masked: bool = False
 ) -> Callable[_P, _T]:
-    """The function that serves `op` for a tensor like `x`: an engine's, or the reference."""
+    """The function that serves `op` for a tensor like `x`: an engine's, or the reference.
+
+    `torch.jit.trace` sees torch's own operators, not what a kernel writes: it gets the reference.
+    """
+    if torch.jit.is_tracing():
+        return reference
     compiling = torch.compiler.is_compiling()
     candidates = _candidates if compiling else _cached_candidates
     find = resolve if compiling else _cached_resolve

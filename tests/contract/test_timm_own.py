@@ -162,9 +162,9 @@ def model_output(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", [*IMAGE_FAMILIES, *CHANNEL_FAMILIES])
 def test_traced_by_jit(name):
-    """Autoencoders are not: a traced mask is a constant."""
-    model = create(name)
-    x = inputs(model)
+    """For this size of images. Autoencoders are not: a traced mask is a constant."""
+    model, x = create(name, in_chans=3), torch.randn(BATCH, 3, SIDE // 2, SIDE // 2)
     with torch.no_grad():
         traced = torch.jit.trace(model, x)
-        assert torch.equal(traced(x), model(x))
+        for image in (x, torch.randn_like(x)):
+            torch.testing.assert_close(traced(image), model(image))
