@@ -9,7 +9,7 @@ import functools
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, drop_path
 from timm.models import checkpoint
 from torch import Tensor, fx, nn
 
@@ -19,6 +19,7 @@ from fastvim.ops import Segments, add_norm
 from fastvim.ops.reference import NormKind
 
 fx.wrap("add_norm")
+fx.wrap("drop_path")
 fx.wrap("join")
 
 
@@ -104,7 +105,12 @@ def add_and_norm(norm: nn.Module, hidden: Tensor, residual: Tensor | None) -> tu
 
 
 def _dropped(norm: nn.Module, hidden: Tensor) -> Tensor:
-    return norm.drop_path(hidden) if isinstance(norm, AddNorm) else hidden
+    if not isinstance(norm, AddNorm):
+        return hidden
+    if isinstance(norm.drop_path, DropPath) and isinstance(hidden, fx.Proxy):
+        # A node of its own. It scales in place, which feature extractors take for unused.
+        return drop_path(hidden, norm.drop_path.drop_prob, norm.training)
+    return norm.drop_path(hidden)
 
 
 def run_block(

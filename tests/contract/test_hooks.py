@@ -178,7 +178,7 @@ def test_hooks_are_a_part_of_the_compiled_graph():
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_graphs_of_fx_are_the_model(name, training):
     """As timm traces them, for every size of images, with the model's gradients."""
-    model = create(name).train(training)
+    model = create(name, drop_path_rate=0.5).train(training)
     last = timm.models.get_graph_node_names(model)[0 if training else 1][-1]
     graph = timm.models.create_feature_extractor(model, [last]).train(training)
     for rows, columns in ((SIDE, SIDE), (2, 4.5)):
@@ -186,7 +186,10 @@ def test_graphs_of_fx_are_the_model(name, training):
         expected = output(model, x)
         torch.manual_seed(3)
         (actual,) = graph(x).values()
-        assert torch.equal(actual, expected)
+        if training:  # with the samples dropped from the stream after they have joined it
+            torch.testing.assert_close(actual, expected)
+        else:
+            assert torch.equal(actual, expected)
     expected.square().sum().backward()
     gradients = gradients_of(model)
     model.zero_grad()
