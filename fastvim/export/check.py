@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvim.errors import MachineError
+from fastvim.errors import MachineError, one_line
 from fastvim.export.programs import Program, Sizes
 
 TOLERANCE = 1e-4  # of the largest value
@@ -38,7 +38,13 @@ def check(name: str, program: Program, run: Run, fixed: Sizes | None) -> float:
     for number, sizes in enumerate([fixed] if fixed else program.others(), 1):
         inputs = program.make(sizes, generator, 0 if fixed else number)
         wanted = outputs(program.module, inputs)
-        found = run(inputs)
+        try:
+            found = run(inputs)
+        except Exception as error:  # of torch's guards or onnxruntime
+            raise MachineError(
+                f"{name} is not written: it fails for images {tuple(inputs[0].shape)}: "
+                f"{one_line(error)}"
+            ) from error
         for output, want, got in zip(program.outputs, wanted, found, strict=True):
             same = want.shape == got.shape
             difference = (got - want).abs().max() / want.abs().max() if same else torch.inf

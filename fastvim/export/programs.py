@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.fx.config
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
@@ -117,7 +118,7 @@ def program_of(model: nn.Module) -> Program:
     if isinstance(model, FastChannelVim):
         return _channels(model)
     if isinstance(model, UPerNet):
-        return _plain("segmentor", _portable(model), backbone, ("logits",))
+        return _plain("segmentor", _Segmentor(_portable(model)), backbone, ("logits",))
     if isinstance(model, FeatureMaps):
         names = tuple(f"map_{block}" for block in model.out_indices)
         return _plain("backbone", model, backbone, names)
@@ -196,7 +197,25 @@ def _masked(model: MaskedAutoencoder) -> Program:
     return Program("masked autoencoder", whole, inputs, outputs, patch, make, ((0, 2, 3), (0, 1)))
 
 
-def _portable(model: nn.Module) -> nn.Module:
+class _Segmentor(nn.Module):
+    """A `UPerNet` whose logits are cut by padding: a slice would tie a program to whole patches."""
+
+    def __init__(self, model: UPerNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As `UPerNet`'s in evaluation."""
+        logits = self.model.head(self.model.maps(images))
+        stride = self.model.maps.backbone.patch_embed.stride
+        sides = list(zip(logits.shape[-2:], images.shape[-2:], strict=True))
+        covered = [max(cells * stride, pixels) for cells, pixels in sides]
+        whole = F.interpolate(logits, size=covered, mode="bilinear", align_corners=False)
+        bottom, right = (pixels - all for (_, pixels), all in zip(sides, covered, strict=True))
+        return F.pad(whole, (0, right, 0, bottom))
+
+
+def _portable(model: UPerNet) -> UPerNet:
     """Replace the layers that ONNX has for fixed sizes alone."""
     for module in list(model.modules()):
         for name, child in module.named_children():

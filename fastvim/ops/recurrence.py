@@ -10,12 +10,13 @@ B  batch, S  segments, E  inner width, N  state size, R  rank of the step size
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
-from torch._higher_order_ops.while_loop import while_loop
+from torch._higher_order_ops.while_loop import while_loop_op
 
 from fastvim.ops.reference import compute_dtype
 
@@ -81,13 +82,17 @@ def _by_loop(h: Tensor, A: Tensor, each: list[Tensor]) -> Tensor:
     steps = each[0].shape[0]
     numbers = torch.arange(steps, device=h.device)[:, None, None, None]
 
-    def go(i: Tensor, h: Tensor, y: Tensor) -> Tensor:
+    def go(i: Tensor, h: Tensor, y: Tensor, numbers: Tensor, A: Tensor, *each: Tensor) -> Tensor:
         return i < each[0].shape[0]
 
-    def step(i: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(
+        i: Tensor, h: Tensor, y: Tensor, numbers: Tensor, A: Tensor, *each: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         h, now = _step(h, A, *[t.index_select(0, i.view(1))[0] for t in each])
         return i + 1, h, torch.where(numbers == i, now, y)
 
     first = torch.zeros([], dtype=torch.int64, device=h.device)
-    y: Tensor = while_loop(go, step, (first, h, h.new_zeros(steps, *h.shape[:2], h.shape[3])))[2]
+    carried: Any = (first, h, h.new_zeros(steps, *h.shape[:2], h.shape[3]))
+    # The operator itself: torch's function would keep its sizes for the next program.
+    y: Tensor = while_loop_op(go, step, carried, (numbers, A, *each))[2]
     return y

@@ -25,7 +25,8 @@ def vim() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def channels() -> tuple[nn.Module, dict[str, Any]]:
-    return _model("fastchannelvim_small_patch16_224", num_classes=4, in_chans=5)
+    model, metadata = _model("fastchannelvim_small_patch16_224", num_classes=4, in_chans=5)
+    return model, {**metadata, "mean": [120.0] * 5, "std": [60.0] * 5}
 
 
 def autoencoder() -> tuple[nn.Module, dict[str, Any]]:

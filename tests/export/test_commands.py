@@ -63,12 +63,12 @@ def test_predict_gives_the_same_rows(files, photos, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_predict_of_a_channel_model(files, tmp_path):
-    generator = np.random.default_rng(0)
+def test_predict_of_a_channel_model(files, tmp_path, tmp_path_factory):
+    generator, out = np.random.default_rng(0), tmp_path_factory.mktemp("out")
     for i in range(2):
         np.save(tmp_path / f"{i}.npy", generator.integers(0, 255, (5, 40, 30), dtype=np.uint8))
     wanted, found = (
-        rows("predict", model, tmp_path, tmp_path / model.suffix[1:]) for model in files("channels")
+        rows("predict", model, tmp_path, out / model.suffix[1:]) for model in files("channels")
     )
     for want, got in zip(wanted, found, strict=True):
         assert got["probability"] == pytest.approx(want["probability"], abs=1e-4)

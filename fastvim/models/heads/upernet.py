@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvim.layers import same_grid
 from fastvim.models.feature_maps import FeatureMaps
 from fastvim.models.parts import reset_layers
 
@@ -164,7 +165,7 @@ class UPerNet(nn.Module):
 
 
 def _resize(x: Tensor, grid: Sequence[int]) -> Tensor:
-    if x.shape[-2:] == tuple(grid):
+    if same_grid((x.shape[-2], x.shape[-1]), (grid[0], grid[1])):
         return x
     return F.interpolate(x, size=tuple(grid), mode="bilinear", align_corners=False)
 
