@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from fastvim.errors import UserError
+from fastvim.layers import same_grid
 from fastvim.models.masked import encoder_of
 
 STRIDES = (4, 8, 16, 32)
@@ -88,4 +90,8 @@ class FeaturePyramid(nn.Module):
             size = [-(-side // stride) for side in covered]
             cells = F.interpolate(cells, size=size, mode="bilinear", align_corners=False)
         height, width = (-(-side // stride) for side in image.shape[-2:])
-        return cells[..., :height, :width]
+        if same_grid((height, width), (cells.shape[2], cells.shape[3])):
+            return cells
+        # By indices: a slice would tie a compiled graph to the sizes that it was traced with.
+        rows, columns = (torch.arange(side, device=cells.device) for side in (height, width))
+        return cells.index_select(2, rows).index_select(3, columns)

@@ -17,8 +17,9 @@ from families import (
     gradients_of,
     patch_of,
 )
+from torch.export import Dim
 
-from fastvim import UserError
+from fastvim import UserError, use_engine
 from fastvim.models import create_model
 
 every_model = pytest.mark.parametrize(
@@ -113,6 +114,20 @@ def test_gradients_reach_every_weight_with_and_without_recomputation(name):
         gradients.append(gradients_of(pyramid))
     assert all(gradient.any() for gradient in gradients[0].values())
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_exported_program_serves_every_size():
+    """Sizes that are no multiple of a patch too: what lies beyond the image is left out."""
+    pyramid = create(MODEL, features_only=True)
+    sizes = {0: Dim("batch"), 2: Dim("height", min=33), 3: Dim("width", min=33)}
+    with use_engine("loop"):
+        x = torch.randn(2, 3, 70, 90)
+        program = torch.export.export(pyramid, (x,), dynamic_shapes=(sizes,)).module()
+        for height, width in ((128, 64), (100, 70), (48, 200)):
+            x = torch.randn(3, 3, height, width)
+            torch.testing.assert_close(program(x), pyramid(x))
 
 
 def test_half_precision_gives_half_precision():
