@@ -5,6 +5,7 @@ is differentiable on any device and in any floating dtype. Kernels serve some de
 instead (`fastvim.ops.dispatch`).
 """
 
+from fastvim.ops import cpu as _registers_its_ops  # noqa: F401
 from fastvim.ops.conv_pool import conv_pool
 from fastvim.ops.dispatch import engine_name, use_engine
 from fastvim.ops.expand_gate import expand_gate

@@ -20,6 +20,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from fastvim.ops.registered import is_transformed
+
 _logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -53,7 +55,9 @@ class Engine:
     def serves(self, device: str, dtype: torch.dtype, masked: bool) -> bool:
         """Whether it can compute for such tensors."""
         takes = bool(self.masked) or not masked
-        return device == self.device and dtype in self.dtypes and takes
+        # AMD's GPUs are "cuda" to torch too; the kernels have NVIDIA's assembly.
+        known = device == self.device and not (device == "cuda" and torch.version.hip)
+        return known and dtype in self.dtypes and takes
 
 
 _numba = functools.partial(Engine, "numba", "numba", "cpu")
@@ -112,8 +116,17 @@ def _installed(package: str) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _load(module: str) -> None:
-    """Import a module. The compiler runs this call, since it cannot trace it."""
+    """Import a module, and those of all ops of its engine.
+
+    The compiler runs this call, since it cannot trace it. It looks at `sys.modules` once in a
+    trace: all that the trace may need has to be there.
+    """
+    package, _, _ = module.rpartition(".")
     import_module(module)
+    for engine in (engine for served in ENGINES.values() for engine in served):
+        for function in filter(None, (engine.function, engine.masked)):
+            if function.startswith(f"{package}."):
+                import_module(function.split(":")[0])
 
 
 def resolve(function: str) -> Callable[..., Any]:
@@ -150,9 +163,10 @@ def implementation(
 ) -> Callable[_P, _T]:
     """The function that serves `op` for a tensor like `x`: an engine's, or the reference.
 
-    `torch.jit.trace` sees torch's own operators, not what a kernel writes: it gets the reference.
+    `torch.jit.trace` sees torch's own operators, not what a kernel writes: it gets the reference,
+    as do derivatives that no kernel knows.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or is_transformed():
         return reference
     compiling = torch.compiler.is_compiling()
     candidates = _candidates if compiling else _cached_candidates

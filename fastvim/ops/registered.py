@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def is_traced(x: Tensor | None) -> bool:
-    """Whether a tensor is a stand-in without data, as in a trace."""
-    return type(x) not in _PLAIN
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of `torch.func` is on.
+
+    The kernels know the first derivative in reverse mode alone; plain PyTorch knows all of them. A
+    compiled graph is guarded by both states in any case.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether something beside autograd follows the ops: a mode, or a tensor of another class."""
+    return type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_differentiated_in_turn(arguments: tuple[Any, ...]) -> bool:
+    """Whether the arguments of an op of gradients call for its definition.
+
+    They do under `create_graph=True`, under transforms, and where gradients are batched, as in
+    vectorised Jacobians.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return (
+        torch.is_grad_enabled()
+        or is_transformed()
+        or any(isinstance(x, Tensor) and batched(x) for x in arguments)
+    )
 
 
 class Op:
     """A function of tensors, registered with torch but called directly in eager mode.
 
     A registered op costs tens of microseconds a call. The registration is used only where the op
-    has to be a node of a graph: under `torch.compile`, in export, for tensors without data.
+    has to be a node of a graph: under `torch.compile`, in export, for tensors without data. A
+    compiler does not look into it: kernels are compiled for sizes, graphs are not.
 
     Args:
         qualified: its name, such as "fastvim::add_norm_cpu".
@@ -31,7 +57,8 @@ class Op:
         backward: (context, *gradients of the outputs) to one gradient for each argument; None: the
             op is not differentiable.
         device: the type of device that `run` serves.
-        traced: the compiler looks into `run`, which launches Triton's kernels.
+        definition: of an op of gradients, the same in plain PyTorch, which computes them where they
+            are differentiated in turn.
     """
 
     def __init__(
@@ -43,22 +70,22 @@ class Op:
         backward: Callable[..., tuple[Any, ...]] | None = None,
         *,
         device: str,
-        traced: bool = False,
+        definition: Callable[..., Sequence[Tensor]] | None = None,
     ) -> None:
         self.run, self.setup_context, self.backward = run, setup_context, backward
-        if traced:
-            torch.library.triton_op(qualified, run, mutates_args=())
-        else:
-            torch.library.define(qualified, torch.library.infer_schema(run, mutates_args=()))
-            torch.library.impl(qualified, device, run)
-            torch.library.register_fake(qualified, fake)
+        self.definition = definition
+        torch.library.define(qualified, torch.library.infer_schema(run, mutates_args=()))
+        torch.library.impl(qualified, device, run)
+        torch.library.register_fake(qualified, fake)
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
         namespace, name = qualified.split("::")
         self.registered = getattr(getattr(torch.ops, namespace), name).default
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or is_traced(arguments[0]):
+        if self.definition is not None and _is_differentiated_in_turn(arguments):
+            return self.definition(*arguments)
+        if torch.compiler.is_compiling() or _is_recorded(arguments[0]):
             return self.registered(*arguments)
         if self.backward is not None and torch.is_grad_enabled():
             return _Differentiable.apply(self, *arguments)
@@ -77,6 +104,31 @@ class _Differentiable(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         return (None, *ctx.op.backward(ctx, *gradients))
+
+
+def gradients_of(
+    definition: Callable[..., Any], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients by autograd through a definition, which can be differentiated in turn.
+
+    Args:
+        definition: plain PyTorch, of the inputs to one or several outputs.
+        inputs: those that need no gradient get zeros.
+        gradients: of the outputs.
+    """
+    with torch.enable_grad():
+        # Aliases: of two inputs, one may depend on the other outside of the definition.
+        inputs = [x.view_as(x) for x in inputs]
+        wanted = [x for x in inputs if x.requires_grad]
+        outputs = definition(*inputs)
+        found = torch.autograd.grad(
+            outputs if isinstance(outputs, tuple) else (outputs,),
+            wanted,
+            gradients,
+            create_graph=True,
+            materialize_grads=True,
+        )
+    each = iter(found)
+    return [next(each) if x.requires_grad else torch.zeros_like(x) for x in inputs]

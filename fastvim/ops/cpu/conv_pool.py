@@ -5,6 +5,7 @@ B  batch, L  tokens, E  inner width, K  taps, S  segments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastvim.ops.cpu.threads import bits_of, blocks_of, run
-from fastvim.ops.cpu.walks import Walk, arguments_of, walk_of
-from fastvim.ops.registered import Op
+from fastvim.ops.cpu.walks import Walk, arguments_of, segments_of, walk_of
+from fastvim.ops.reference import conv_pool_reference
+from fastvim.ops.registered import Op, gradients_of
 from fastvim.ops.traversal import Pooling, Segments
 
 STRETCH = 128  # path positions of a task, about
@@ -34,10 +36,15 @@ def _run(
     tables = walk_of(walk, order, index)
     pooled, skip = x.new_zeros(2, B, tables.steps, E), x.new_empty(B, L, E)
     chunks, stretch = _split(L, tables.run)
-    sizes = _sizes(x, weight, tables, chunks, stretch)
+    sizes = (*_sizes(x, weight, tables, chunks, stretch), bits_of(_mean(walk, scale)))
     arrays = (x, weight, bias, D, tables.order, tables.segment, pooled, skip)
-    run("forward:conv_pool", B * blocks_of(E) * chunks, (*sizes, bits_of(scale)), arrays)
+    run("forward:conv_pool", B * blocks_of(E) * chunks, sizes, arrays)
     return pooled, skip
+
+
+def _mean(walk: Sequence[int], scale: float) -> float:
+    """The factor on sums. Divided here: a graph would be fixed to one quotient of sizes."""
+    return scale / Segments.unflatten(walk).segment_size
 
 
 def _split(length: int, run: int) -> tuple[int, int]:
@@ -91,7 +98,7 @@ def _run_backward(
     chunks, stretch = _split(L, 1)
     dx = x.new_empty(B, L, E)
     sums = x.new_empty(B * chunks, 2, K + 2, E)  # of taps, bias and D
-    sizes = (*_sizes(x, weight, tables, chunks, stretch), bits_of(scale))
+    sizes = (*_sizes(x, weight, tables, chunks, stretch), bits_of(_mean(walk, scale)))
     arrays = (x, weight, bias, D, tables.order, tables.segment, dpooled, dskip, dx, sums)
     run("backward:conv_pool", B * blocks_of(E) * chunks, sizes, arrays)
     total = sums.sum(0)
@@ -114,7 +121,34 @@ def _fake_backward(
     return (x.new_empty(x.shape), *parameters)  # type: ignore[return-value]
 
 
-_backward_op = Op("fastvim::conv_pool_cpu_backward", _run_backward, _fake_backward, device="cpu")
+def _backward_definition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    walk: list[int],
+    order: Tensor | None,
+    index: Tensor | None,
+    scale: float,
+    dpooled: Tensor,
+    dskip: Tensor,
+) -> list[Tensor]:
+    segments = segments_of(walk, order, index)
+
+    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, bias, D = inputs
+        return conv_pool_reference(x, weight, bias, D, segments, pool_scale=scale)
+
+    return gradients_of(forward, (x, weight, bias, D), (dpooled, dskip))
+
+
+_backward_op = Op(
+    "fastvim::conv_pool_cpu_backward",
+    _run_backward,
+    _fake_backward,
+    device="cpu",
+    definition=_backward_definition,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -151,8 +185,7 @@ def conv_pool_cpu(
     parameters = [t.float().contiguous() for t in (weight, bias, D)]
     maxima = pooling == "max" and segments.pools
     walk, order, index = arguments_of(_apart(segments) if maxima else segments)
-    scale = pool_scale if maxima or not segments.pools else pool_scale / segments.segment_size
-    pooled, skip = _op(x, *parameters, walk, order, index, 1.0 if maxima else scale)
+    pooled, skip = _op(x, *parameters, walk, order, index, 1.0 if maxima else pool_scale)
     if maxima:
         pooled = segments.reduce(pooled, "max") * pool_scale
     return pooled.to(dtype), skip.to(dtype)

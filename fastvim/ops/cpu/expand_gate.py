@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastvim.ops.cpu.threads import bits_of, blocks_of, run
-from fastvim.ops.cpu.walks import Walk, arguments_of, walk_of
-from fastvim.ops.registered import Op
+from fastvim.ops.cpu.walks import Walk, arguments_of, segments_of, walk_of
+from fastvim.ops.reference import expand_gate_reference
+from fastvim.ops.registered import Op, gradients_of
 from fastvim.ops.traversal import Segments
 
 TOKENS = 16  # of a task
@@ -104,7 +105,35 @@ def _fake_backward(
     return torch.empty_like(skip), dz, torch.empty_like(y), vector, vector.clone()
 
 
-_backward_op = Op("fastvim::expand_gate_cpu_backward", _run_backward, _fake_backward, device="cpu")
+def _backward_definition(
+    skip: Tensor,
+    z: Tensor,
+    y: Tensor,
+    walk: list[int],
+    order: Tensor | None,
+    index: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dout: Tensor,
+) -> list[Tensor]:
+    segments = segments_of(walk, order, index)
+
+    def forward(skip: Tensor, z: Tensor, y: Tensor, *norm: Tensor) -> Tensor:
+        return expand_gate_reference(skip, z, y, segments, *norm, eps=eps)
+
+    norm = [t for t in (weight, bias) if t is not None]
+    found = gradients_of(forward, (skip, z, y, *norm), (dout,))
+    return [*found, *(skip.new_empty(0) for _ in range(5 - len(found)))]
+
+
+_backward_op = Op(
+    "fastvim::expand_gate_cpu_backward",
+    _run_backward,
+    _fake_backward,
+    device="cpu",
+    definition=_backward_definition,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

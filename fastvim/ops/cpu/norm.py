@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastvim.ops.cpu.threads import bits_of, run
-from fastvim.ops.reference import NormKind
-from fastvim.ops.registered import Op
+from fastvim.ops.reference import NormKind, add_norm_reference
+from fastvim.ops.registered import Op, gradients_of
 
 ROWS = 16  # of a task
 BACKWARD_ROWS = 64
@@ -69,7 +69,28 @@ def _fake_backward(
     return torch.empty_like(total), torch.empty_like(weight), torch.empty_like(weight)
 
 
-_backward_op = Op("fastvim::add_norm_cpu_backward", _run_backward, _fake_backward, device="cpu")
+def _backward_definition(
+    total: Tensor, weight: Tensor, dnormed: Tensor, dtotal: Tensor | None, rms: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    def norm(total: Tensor, weight: Tensor) -> Tensor:
+        kind: NormKind = "rms" if rms else "layer"
+        return add_norm_reference(total, None, weight, kind=kind, eps=eps)[0]
+
+    dhidden, dweight = gradients_of(norm, (total, weight), (dnormed,))
+    return (
+        dhidden if dtotal is None else dhidden + dtotal,
+        dweight,
+        dnormed.sum(tuple(range(dnormed.ndim - 1))),
+    )
+
+
+_backward_op = Op(
+    "fastvim::add_norm_cpu_backward",
+    _run_backward,
+    _fake_backward,
+    device="cpu",
+    definition=_backward_definition,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastvim.ops.cpu.threads import blocks_of, run
-from fastvim.ops.reference import without_autocast
-from fastvim.ops.registered import Op
+from fastvim.ops.reference import selective_scan_reference, without_autocast
+from fastvim.ops.registered import Op, gradients_of
 
 SHARE = 4  # images of a task, at most
 
@@ -71,8 +71,17 @@ def _fake_backward(
     return tuple(map(torch.empty_like, inputs))  # type: ignore[return-value]
 
 
+def _backward_definition(*arguments: Tensor) -> list[Tensor]:
+    *inputs, dy = arguments
+    return gradients_of(selective_scan_reference, inputs, (dy,))
+
+
 _backward_op = Op(
-    "fastvim::selective_scan_cpu_backward", _run_backward, _fake_backward, device="cpu"
+    "fastvim::selective_scan_cpu_backward",
+    _run_backward,
+    _fake_backward,
+    device="cpu",
+    definition=_backward_definition,
 )
 
 
@@ -81,8 +90,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = _backward_op(*ctx.saved_tensors, dy)
-    return gradients
+    return tuple(_backward_op(*ctx.saved_tensors, dy))
 
 
 _op = Op("fastvim::selective_scan_cpu", _run, _fake, _setup_context, _backward, device="cpu")

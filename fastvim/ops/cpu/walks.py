@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvim.ops.traversal import Segments
+from fastvim.ops.traversal import MaskedPath, Segments
 
 
 class Walk(NamedTuple):
@@ -51,6 +51,15 @@ def arguments_of(segments: Segments) -> Arguments:
     if masked is None:
         return segments.flatten(), None, None
     return replace(segments, masked=None).flatten(), masked.order, masked.index
+
+
+def segments_of(walk: Sequence[int], order: Tensor | None, index: Tensor | None) -> Segments:
+    """The traversal of which `arguments_of` made these."""
+    segments = Segments.unflatten(walk)
+    if order is None or index is None:
+        return segments
+    steps = segments.num_segments if segments.pools else order.shape[1]
+    return replace(segments, masked=MaskedPath.build(order, index, steps))
 
 
 def walk_of(walk: Sequence[int], order: Tensor | None, index: Tensor | None) -> Walk:

@@ -8,6 +8,7 @@ Gradients of taps, bias and skip are summed over the runs of each program first,
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvim.ops.reference import conv_pool_reference
-from fastvim.ops.traversal import Segments
+from fastvim.ops.registered import gradients_of
+from fastvim.ops.traversal import Pooling, Segments
 from fastvim.ops.triton.common import (
     INTERPRETED,
     collapse,
@@ -291,9 +293,30 @@ def _fake(
     return dx, torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(D)
 
 
-_kernel_op = Op("fastvim::conv_pool_triton_backward", _run, _fake)
-# Opaque, since it runs autograd inside.
-_reference_op = Op("fastvim::conv_pool_backward_reference", _run_reference, _fake, opaque=True)
+def _definition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    walk: list[int],
+    pooling: Pooling,
+    pool_scale: float,
+    dpooled: Tensor,
+    dskip: Tensor,
+) -> list[Tensor]:
+    forward = functools.partial(
+        conv_pool_reference,
+        segments=Segments.unflatten(walk),
+        pooling=pooling,
+        pool_scale=pool_scale,
+    )
+    return gradients_of(forward, (x, weight, bias, D), (dpooled.to(x.dtype), dskip))
+
+
+_kernel_op = Op("fastvim::conv_pool_triton_backward", _run, _fake, definition=_definition)
+_reference_op = Op(
+    "fastvim::conv_pool_backward_reference", _run_reference, _fake, definition=_definition
+)
 
 
 def backward_op(segments: Segments, pooling: str) -> Op:

@@ -14,6 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastvim.ops.reference import expand_gate_reference
+from fastvim.ops.registered import gradients_of
 from fastvim.ops.traversal import Segments
 from fastvim.ops.triton.common import INTERPRETED, pad_axes, pools_rows, row_pieces
 from fastvim.ops.triton.expand_gate_kernels import (
@@ -188,7 +190,34 @@ def _fake_backward(
     return skip.new_empty(skip.shape), dz, y.new_empty(y.shape[1:]), weight, weight.clone()
 
 
-_backward_op = Op("fastvim::expand_gate_triton_backward", _run_backward, _fake_backward)
+def _backward_definition(
+    skip: Tensor,
+    z: Tensor,
+    y: Tensor,
+    walk: list[int],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    segments = Segments.unflatten(walk)
+
+    def forward(skip: Tensor, z: Tensor, y: Tensor, *norm: Tensor) -> Tensor:
+        return expand_gate_reference(skip, z, y, segments, *norm, eps=eps)
+
+    norm = [t for t in (norm_weight, norm_bias) if t is not None]
+    found = gradients_of(forward, (skip, z, y, *norm), (dout,))
+    dskip, dz, dy, *dnorm = found
+    dnorm += [skip.new_empty(0)] * (2 - len(dnorm))
+    return dskip, dz, dy[0], dnorm[0], dnorm[1]
+
+
+_backward_op = Op(
+    "fastvim::expand_gate_triton_backward",
+    _run_backward,
+    _fake_backward,
+    definition=_backward_definition,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

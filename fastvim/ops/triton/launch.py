@@ -2,8 +2,8 @@
 
 Triton inspects every argument of every launch, which takes twice as long as the launch itself. An
 op here keeps one `Launch` for each kind of input instead: the compiled kernel, its grid and all
-arguments that are not tensors. Under `torch.compile` the kernels are handed to the compiler, which
-writes launches of its own.
+arguments that are not tensors. Compiled graphs launch in the same way: they call the ops as they
+are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastvim.ops import registered
-from fastvim.ops.registered import is_traced
 from fastvim.ops.triton.common import INTERPRETED
 
 ALIGNMENT = 16  # bytes; Triton compiles a pointer that is a multiple of it differently
@@ -66,7 +65,7 @@ class Launch:
         self._run: Callable[..., None] | None = None
 
     def __call__(self, **tensors: Tensor | None) -> None:
-        """Launch on the device's current stream, or record the launch in a trace.
+        """Launch on the device's current stream.
 
         Raises:
             TypeError: at the first launch, names that are not those of the kernel's parameters.
@@ -95,8 +94,6 @@ class Launch:
         arguments = (*tensors.values(), *self._values)
         if INTERPRETED:
             self.kernel[self.grid](*arguments, **self.options)
-        elif is_traced(arguments[0]):
-            torch.library.wrap_triton(self.kernel)[self.grid](*arguments, **self.options)
         else:
             with torch.cuda.device(self.device):
                 compiled = self.kernel[self.grid](*arguments, **self.options)
@@ -117,8 +114,6 @@ class Launches(Generic[_T]):
         """The launch for these inputs and options; `plan` makes it for the first of a kind."""
         first = tensors[0]
         assert first is not None
-        if is_traced(first):
-            return plan()  # sizes may be symbols, which cannot be a key
         key = (
             first.device,
             options,
@@ -139,10 +134,9 @@ class Op(registered.Op):
     """A registered op that launches kernels.
 
     Args:
-        qualified, run, fake, setup_context, backward: as `fastvim.ops.registered.Op`.
-        opaque: the compiler calls the op and does not trace into it.
+        qualified, run, fake, setup_context, backward, definition: as `registered.Op`'s.
     """
 
-    def __init__(self, *arguments: Any, opaque: bool = False) -> None:
+    def __init__(self, *arguments: Any, definition: Callable[..., Any] | None = None) -> None:
         device = "cpu" if INTERPRETED else "cuda"
-        super().__init__(*arguments, device=device, traced=not (INTERPRETED or opaque))
+        super().__init__(*arguments, device=device, definition=definition)

@@ -182,11 +182,15 @@ def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _sum_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
-    # The table is not a permutation, so it has no inverse. Second gradients would need one: they
-    # are not supported.
     table = index.flatten(0, 1)
     source = dout.to(ctx.dtype).flatten(0, 1)
-    dvalues = take(source, table, table, ctx.scale).view(*index.shape, dout.shape[3])
+    if torch.is_grad_enabled():
+        # Gradients of gradients: the table is no permutation and has no inverse, as `take` needs.
+        rows = table[:, :, None].expand(-1, -1, source.shape[2])
+        dvalues = source.gather(1, rows) * ctx.scale
+    else:
+        dvalues = take(source, table, table, ctx.scale)
+    dvalues = dvalues.view(*index.shape, dout.shape[3])
     return dvalues, None, None, None, None, None
 
 

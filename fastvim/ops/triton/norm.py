@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvim.ops.reference import NormKind
+from fastvim.ops.reference import NormKind, add_norm_reference
+from fastvim.ops.registered import gradients_of
 from fastvim.ops.triton.launch import Launch, Launches, Op, multiprocessors
 from fastvim.ops.triton.sums import sum_parts
 
@@ -206,7 +207,34 @@ def _fake_backward(
     return torch.empty_like(total), dhidden, torch.empty_like(weight), weight.new_empty(bias)
 
 
-_backward_op = Op("fastvim::add_norm_triton_backward", _run_backward, _fake_backward)
+def _backward_definition(
+    total: Tensor,
+    weight: Tensor,
+    dnormed: Tensor,
+    dtotal: Tensor | None,
+    has_bias: bool,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def norm(total: Tensor, weight: Tensor) -> Tensor:
+        kind: NormKind = "rms" if rms else "layer"
+        return add_norm_reference(total, None, weight, kind=kind, eps=eps)[0]
+
+    gradient = dnormed.to(total.dtype)
+    dresidual, dweight = gradients_of(norm, (total, weight), (gradient,))
+    dresidual = dresidual if dtotal is None else dresidual + dtotal
+    apart = dnormed.dtype != torch.float32
+    dhidden = dresidual.to(dnormed.dtype) if apart else dnormed.new_empty(0)
+    dbias = gradient.sum(tuple(range(gradient.ndim - 1))).to(weight.dtype)
+    return dresidual, dhidden, dweight, dbias if has_bias else weight.new_empty(0)
+
+
+_backward_op = Op(
+    "fastvim::add_norm_triton_backward",
+    _run_backward,
+    _fake_backward,
+    definition=_backward_definition,
+)
 
 
 def _fake(

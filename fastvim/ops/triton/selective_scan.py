@@ -33,8 +33,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = selective_scan_backward(*ctx.saved_tensors, dy)
-    return gradients
+    return tuple(selective_scan_backward(*ctx.saved_tensors, dy))
 
 
 _op = Op("fastvim::selective_scan_triton", _run, _fake, _setup_context, _backward)

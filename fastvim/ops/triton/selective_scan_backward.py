@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastvim.ops.reference import selective_scan_reference
+from fastvim.ops.registered import gradients_of
 from fastvim.ops.triton.launch import Launch, Launches, Op, multiprocessors
 from fastvim.ops.triton.selective_scan_backward_kernels import (
     flow_back_kernel,
@@ -184,5 +186,11 @@ def _fake(
     return u.new_empty(u.shape), x, dt, bias, A
 
 
-# Opaque: torch.compile of torch 2.11 fails on it if sizes are dynamic.
-selective_scan_backward = Op("fastvim::selective_scan_triton_backward", _run, _fake, opaque=True)
+def _definition(*arguments: Tensor) -> list[Tensor]:
+    *inputs, dy = arguments
+    return gradients_of(selective_scan_reference, inputs, (dy,))
+
+
+selective_scan_backward = Op(
+    "fastvim::selective_scan_triton_backward", _run, _fake, definition=_definition
+)

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvim.ops.registered import is_traced
 from fastvim.ops.triton.common import INTERPRETED, exp, exp2, softplus
 from fastvim.ops.triton.launch import Launch, multiprocessors
 
@@ -312,9 +311,8 @@ class Scan:
         (split, block, ahead), chunks = choose_walk(G, S, E)
         chunk = triton.cdiv(S, chunks)
         chunks = triton.cdiv(S, chunk)
-        if not is_traced(u):  # in a trace this constant would fix the number of steps
-            # As few as still give the same number of turns: less is loaded past the end.
-            ahead = triton.cdiv(chunk, triton.cdiv(chunk, ahead))
+        # As few as still give the same number of turns: less is loaded past the end.
+        ahead = triton.cdiv(chunk, triton.cdiv(chunk, ahead))
         self.states = (G, chunks, NP, E)
 
         rows = ROWS if batch * S >= MANY else SPARSE_ROWS
