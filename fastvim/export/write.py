@@ -166,11 +166,9 @@ def _require_compiler() -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the remarks of the exporters on their own work."""
-    logger = logging.getLogger("torch")
-    level, handlers = logger.level, logging.root.manager.disable
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(handlers)
-        logger.setLevel(level)
+        logging.disable(before)
