@@ -50,6 +50,7 @@ def rows(command, model, photos, out):
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_predict_gives_the_same_rows(files, photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     wanted, found = (
