@@ -274,6 +274,22 @@ def test_devices_compute_the_same_bytes(folder, whole, tmp_path):
     assert list(outcome.rows()) == whole[1]
 
 
+class TellsItsMethod(Toy):
+    """Where a child opens it: how that child would start processes of its own."""
+
+    def open(self, device):
+        if multiprocessing.parent_process() is not None:
+            raise UserError(f"starts by {multiprocessing.get_start_method()}")
+        return super().open(device)
+
+
+@pytest.mark.slow
+def test_readers_of_a_process_start_as_those_of_the_command(folder, tmp_path):
+    """By fork where that is the default: a spawned reader imports torch, which takes seconds."""
+    with pytest.raises(UserError, match=f"starts by {multiprocessing.get_start_method()}$"):
+        run(folder, tmp_path, TellsItsMethod(), devices=2)
+
+
 class Dies(Toy):
     """Its process is killed by the first image."""
 

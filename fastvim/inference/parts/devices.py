@@ -77,7 +77,8 @@ class _Child:
 def _start(name: str, arguments: tuple[Any, ...]) -> _Child:
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(there, *arguments), name=name)
+    method = multiprocessing.get_start_method()
+    process = context.Process(target=_run, args=(there, method, *arguments), name=name)
     process.start()
     there.close()  # so that the end of the process is the end of the pipe
     return _Child(name, process, here)
@@ -115,10 +116,20 @@ def _died(child: _Child) -> MachineError:
 
 
 def _run(
-    pipe: Connection, work: Work, run: Run, share: list[int], device: torch.device, workers: int
+    pipe: Connection,
+    method: str,
+    work: Work,
+    run: Run,
+    share: list[int],
+    device: torch.device,
+    workers: int,
 ) -> None:
     """What a process does; it ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, which the parent follows
+    # A process that was spawned spawns: each of its readers would import torch anew.
+    multiprocessing.set_start_method(method, force=True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else pinned memory is another GPU's
     with suppress(BrokenPipeError):
         try:
             opened = open_for(work, run, device)
