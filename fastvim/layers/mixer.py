@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from fastvim.layers.hooks import is_bypassed
 from fastvim.ops import Segments, conv_pool, expand_gate, selective_scan
+from fastvim.ops.recompute import linear
 from fastvim.ops.traversal import Pooling
 
 fx.wrap("conv_pool")
@@ -107,7 +108,9 @@ class Mixer(nn.Module):
 
     def forward(self, u: Tensor, segments: Segments) -> Tensor:
         """Tokens (B, L, d) in memory order to the same shape, walked as `segments` says."""
-        x, z = self.in_proj(u).chunk(2, dim=-1)
+        plain = self.in_proj.bias is None and is_bypassed(self.in_proj, nn.Linear, u)
+        xz = linear(u, self.in_proj.weight) if plain else self.in_proj(u)
+        x, z = xz.chunk(2, dim=-1)
         pooled, skip = conv_pool(
             x,
             self.conv_weight,

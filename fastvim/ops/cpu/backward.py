@@ -23,6 +23,7 @@ from fastvim.ops.cpu.forward import (
 from fastvim.ops.cpu.threads import BLOCK
 from fastvim.ops.cpu.vector import (
     LN_2,
+    aligned,
     as_float,
     exp2,
     floats,
@@ -47,24 +48,31 @@ def conv_pool(data):
     dpooled, dskip = floats(p[20], (2, B, S, E)), floats(p[21], (B, L, E))
     dx, sums = floats(p[22], (B, L, E)), floats(p[23], (B * chunks, 2, K + 2, E))
     blocks, H = (E + BLOCK - 1) // BLOCK, K - 1
-    rows = np.zeros((ROWS + 2 * H, BLOCK), np.float32)
-    grads = np.zeros((2, ROWS + H, BLOCK), np.float32)  # of the convolutions, before SiLU
-    taps = np.zeros((2, K, BLOCK), np.float32)
-    start, skips = np.zeros((2, BLOCK), np.float32), np.zeros((2, BLOCK), np.float32)
-    total, part = np.zeros((2, K + 2, BLOCK), np.float32), np.zeros((2, K + 2, BLOCK), np.float32)
-    out, upstream = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    memory = np.zeros((3 * ROWS + 10 * K + 11) * BLOCK, np.float32)
+    base = aligned(memory)
+    rows = floats(base, (ROWS + 2 * H, BLOCK))
+    at = base + 4 * rows.size
+    grads = floats(at, (2, ROWS + H, BLOCK))  # of the convolutions, before SiLU
+    at += 4 * grads.size
+    taps = floats(at, (2, K, BLOCK))
+    at += 4 * taps.size
+    start, skips = floats(at, (2, BLOCK)), floats(at + 8 * BLOCK, (2, BLOCK))
+    out, upstream = floats(at + 16 * BLOCK, (BLOCK,)), floats(at + 20 * BLOCK, (BLOCK,))
+    at += 24 * BLOCK
+    total = floats(at, (2, K + 2, BLOCK))
+    part = floats(at + 4 * total.size, (2, K + 2, BLOCK))
     task = next_task(data)
     while task < B * blocks * chunks:
         chunk, e0, b = task % chunks, task // chunks % blocks * BLOCK, task // chunks // blocks
         width = min(BLOCK, E - e0)
-        x = floats(p[14] + 4 * (b * x_batch + e0), (L, x_token))[:, :width]
+        x = p[14] + 4 * (b * x_batch + e0)
         order = integers(p[18] + 8 * b * order_batch, (L,))
         load_taps(weight, bias, D, e0, width, taps, start, skips)
         total[:] = float32(0.0)
         end = min(L, (chunk + 1) * stretch)
         for begin in range(chunk * stretch, end, ROWS):
             count = min(ROWS, end - begin)
-            load_rows(x, begin - H, count + 2 * H, L, order, rows)
+            load_rows(x, x_token, width, begin - H, count + 2 * H, L, order, rows, base)
             part[:] = float32(0.0)
             for d in range(2):
                 index = integers(p[19] + 8 * (d * index_direction + b * index_batch), (L,))
@@ -111,6 +119,7 @@ def conv_pool(data):
             total += part
         sums[b * chunks + chunk, :, :, e0 : e0 + width] = total[:, :, :width]
         task = next_task(data)
+    memory[0] = float32(0.0)
 
 
 def scan(data):

@@ -5,6 +5,7 @@ B  batch, L  tokens, E  inner width, K  taps, S  segments
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastvim.ops.cpu.threads import bits_of, blocks_of, run
 from fastvim.ops.cpu.walks import Walk, arguments_of, segments_of, walk_of
+from fastvim.ops.recompute import note
 from fastvim.ops.reference import conv_pool_reference
 from fastvim.ops.registered import Op, gradients_of
 from fastvim.ops.traversal import Pooling, Segments
@@ -165,6 +167,21 @@ def _backward(ctx: Any, dpooled: Tensor, dskip: Tensor) -> tuple[Tensor | None, 
 _op = Op("fastvim::conv_pool_cpu", _run, _fake, _setup_context, _backward, device="cpu")
 
 
+def _skip_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    D: Tensor,
+    order: Tensor | None,
+    index: Tensor | None,
+    *,
+    walk: Sequence[int],
+    scale: float,
+) -> Tensor:
+    skip: Tensor = _op(x, weight, bias, D, walk, order, index, scale)[1]
+    return skip
+
+
 def conv_pool_cpu(
     x: Tensor,
     weight: Tensor,
@@ -185,7 +202,10 @@ def conv_pool_cpu(
     parameters = [t.float().contiguous() for t in (weight, bias, D)]
     maxima = pooling == "max" and segments.pools
     walk, order, index = arguments_of(_apart(segments) if maxima else segments)
-    pooled, skip = _op(x, *parameters, walk, order, index, 1.0 if maxima else pool_scale)
+    scale = 1.0 if maxima else pool_scale
+    pooled, skip = _op(x, *parameters, walk, order, index, scale)
+    again = functools.partial(_skip_of, walk=walk, scale=scale)
+    note(skip, again, x, *parameters, order, index)
     if maxima:
         pooled = segments.reduce(pooled, "max") * pool_scale
     return pooled.to(dtype), skip.to(dtype)

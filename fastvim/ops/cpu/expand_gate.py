@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvim.ops.cpu.threads import bits_of, blocks_of, run
 from fastvim.ops.cpu.walks import Walk, arguments_of, segments_of, walk_of
+from fastvim.ops.recompute import restored, saved_for
 from fastvim.ops.reference import expand_gate_reference
 from fastvim.ops.registered import Op, gradients_of
 from fastvim.ops.traversal import Segments
@@ -138,11 +139,12 @@ _backward_op = Op(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     skip, z, y, ctx.walk, order, index, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(skip, z, y, order, index, weight, bias)
+    ctx.save_for_backward(z, y, order, index, weight, bias, *saved_for(ctx, skip))
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    skip, z, y, order, index, weight, bias = ctx.saved_tensors
+    z, y, order, index, weight, bias, *saved = ctx.saved_tensors
+    skip = restored(ctx, saved)
     inputs = (skip, z, y, ctx.walk, order, index, weight, bias, ctx.eps)
     dskip, dz, dy, dweight, dbias = _backward_op(*inputs, dout)
     parameters = (None if weight is None else dweight, None if bias is None else dbias)

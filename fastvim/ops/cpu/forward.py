@@ -18,7 +18,9 @@ from numba import float32, int32
 from fastvim.ops.cpu.threads import BLOCK
 from fastvim.ops.cpu.vector import (
     LOG2_E,
+    aligned,
     as_float,
+    copy,
     exp2,
     floats,
     inlined,
@@ -41,21 +43,18 @@ def clear(rows):
 
 
 @inlined
-def load_rows(x, begin, count, L, order, rows):
+def load_rows(x, stride, width, begin, count, L, order, rows, base):
     """Copy tokens at path positions from `begin` on to `rows`; zeros beyond the path's ends.
 
-    x (L, width) holds the channels of a task.
+    At address `x` are the channels of a task, `stride` floats from token to token.
     """
-    width = x.shape[1]
     for i in range(count):
         position = begin + i
         if position < 0 or position >= L:
-            for e in range(width):
+            for e in range(BLOCK):
                 rows[i, e] = float32(0.0)
         else:
-            source = x[order[position]]
-            for e in range(width):
-                rows[i, e] = source[e]
+            copy(base + 4 * BLOCK * i, x + 4 * stride * order[position], width)
 
 
 @inlined
@@ -105,22 +104,26 @@ def conv_pool(data):
     weight, bias, D = floats(p[15], (2, E, K)), floats(p[16], (2, E)), floats(p[17], (2, E))
     pooled, skip = floats(p[20], (2, B, S, E)), floats(p[21], (B, L, E))
     blocks = (E + BLOCK - 1) // BLOCK
-    rows = np.zeros((ROWS + 2 * (K - 1), BLOCK), np.float32)
-    taps = np.zeros((2, K, BLOCK), np.float32)
-    start, skips = np.zeros((2, BLOCK), np.float32), np.zeros((2, BLOCK), np.float32)
-    sums, out = np.zeros((2, BLOCK), np.float32), np.zeros((2, BLOCK), np.float32)
+    memory = np.zeros((ROWS + 4 * K + 7) * BLOCK, np.float32)
+    base = aligned(memory)
+    rows = floats(base, (ROWS + 2 * (K - 1), BLOCK))
+    at = base + 4 * rows.size
+    taps = floats(at, (2, K, BLOCK))
+    at += 4 * taps.size
+    start, skips = floats(at, (2, BLOCK)), floats(at + 8 * BLOCK, (2, BLOCK))
+    sums, out = floats(at + 16 * BLOCK, (2, BLOCK)), floats(at + 24 * BLOCK, (2, BLOCK))
     task = next_task(data)
     while task < B * blocks * chunks:
         chunk, e0, b = task % chunks, task // chunks % blocks * BLOCK, task // chunks // blocks
         width = min(BLOCK, E - e0)
-        x = floats(p[14] + 4 * (b * x_batch + e0), (L, x_token))[:, :width]
+        x = p[14] + 4 * (b * x_batch + e0)
         order = integers(p[18] + 8 * b * order_batch, (L,))
         load_taps(weight, bias, D, e0, width, taps, start, skips)
         end = min(L, (chunk + 1) * stretch)
         clear(sums)
         for begin in range(chunk * stretch, end, ROWS):
             count = min(ROWS, end - begin)
-            load_rows(x, begin - K + 1, count + 2 * (K - 1), L, order, rows)
+            load_rows(x, x_token, width, begin - K + 1, count + 2 * (K - 1), L, order, rows, base)
             for i in range(count):
                 if K == 4:
                     for e in range(BLOCK):
@@ -149,6 +152,7 @@ def conv_pool(data):
                             total[e] += scale * sums[d, e]
                             sums[d, e] = float32(0.0)
         task = next_task(data)
+    memory[0] = float32(0.0)  # a use: numba frees memory after the last one
 
 
 @inlined

@@ -6,12 +6,14 @@ The backward pass starts from the sum, which is an output of the forward pass.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvim.ops.cpu.threads import bits_of, run
+from fastvim.ops.recompute import note
 from fastvim.ops.reference import NormKind, add_norm_reference
 from fastvim.ops.registered import Op, gradients_of
 
@@ -109,6 +111,13 @@ def _backward(ctx: Any, dnormed: Tensor, dtotal: Tensor | None) -> tuple[Tensor 
 _op = Op("fastvim::add_norm_cpu", _run, _fake, _setup_context, _backward, device="cpu")
 
 
+def _norm_of(
+    total: Tensor, weight: Tensor, bias: Tensor | None, *, rms: bool, eps: float
+) -> Tensor:
+    normed: Tensor = _op(total, None, weight, bias, rms, eps)[0]
+    return normed
+
+
 def add_norm_cpu(
     hidden: Tensor,
     residual: Tensor | None,
@@ -123,4 +132,5 @@ def add_norm_cpu(
         None if t is None else t.float().contiguous() for t in (hidden, residual, weight, bias)
     )
     normed, total = _op(first, second, *norm, kind == "rms", eps)
+    note(normed, functools.partial(_norm_of, rms=kind == "rms", eps=eps), total, *norm)
     return normed.to(hidden.dtype), total
