@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,23 @@ from fastvim.weights import save
 PART, LIMIT = 256, 1e-5  # rows of a part; the largest difference of a probability
 
 
-def draw(folder: Path, number: int) -> int:
-    """A JPEG file with a spectrum like a photograph's, 4:2:0; its bytes."""
-    generator = np.random.default_rng(number)
-    shape = (375, 500)
-    frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])[None])
+@cache
+def field() -> np.ndarray:
+    """Noise (3, 2048, 2048) with a spectrum like photographs', of mean 0 and deviation 1."""
+    side = 2048
+    generator = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     phases = generator.uniform(0, 2 * np.pi, (3, *frequency.shape))
-    spectrum = np.exp(1j * phases) / np.maximum(frequency, 1 / shape[1]) ** 1.2
-    pixels = np.fft.irfft2(spectrum, shape)
-    pixels = 128 + 45 * pixels / pixels.std((1, 2), keepdims=True)
-    image = np.moveaxis(pixels, 0, 2) + generator.normal(0, 4, (*shape, 3))
+    noise = np.fft.irfft2(np.exp(1j * phases) / np.maximum(frequency, 1 / 500) ** 1.2)
+    return (noise / noise.std((1, 2), keepdims=True)).astype(np.float32)
+
+
+def draw(folder: Path, number: int) -> int:
+    """A JPEG file of 500 x 375 pixels, 4:2:0, cut from the field; its bytes."""
+    generator = np.random.default_rng(number)
+    top, left = generator.integers(0, 2048 - 500, 2)
+    pixels = field()[:, top : top + 375, left : left + 500]
+    image = 128 + 45 * np.moveaxis(pixels, 0, 2) + generator.normal(0, 4, (375, 500, 3))
     path = folder / f"{number:05d}.jpg"
     Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=88)
     return path.stat().st_size
