@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fastvim_cli.arguments import Parser, at_least
 from fastvim_cli.console import table
 from fastvim_cli.images import MOST_LINES, add_images, conclude, print_status, reading, run_images
+from fastvim_cli.imports import without_collections
 from fastvim_cli.weights import add_model, chosen_model
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def run(argv: list[str]) -> int:
     if arguments.status is not None:
         return print_status(arguments.status)
 
-    from fastvim.inference.classify import Classify
-    from fastvim.inference.inputs import ALL_ENDINGS
+    with without_collections():
+        from fastvim.inference.classify import Classify
+        from fastvim.inference.inputs import ALL_ENDINGS
 
     work = Classify(chosen_model(arguments), **reading(arguments), batch_size=arguments.batch_size)
     outcome = run_images(arguments, work, "predicting", endings=ALL_ENDINGS)
