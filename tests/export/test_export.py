@@ -65,7 +65,7 @@ def test_every_family_at_other_sizes(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["vim", "channels", "autoencoder", "segmentor"])
+@pytest.mark.parametrize("family", ["vim", "channels", "autoencoder", "backbone", "segmentor"])
 def test_torch_programs_of_families(family, tmp_path):
     model, metadata = FAMILIES[family]()
     export(model, metadata, tmp_path / "model.pt2")
@@ -82,28 +82,50 @@ def test_torch_programs_of_families(family, tmp_path):
 def test_a_torch_program_runs_where_this_library_is_not(tmp_path):
     model, metadata = fastvim()
     export(model, metadata, tmp_path / "model.pt2")
-    code = (
-        "import sys, torch\n"
-        "sys.modules['fastvim'] = None\n"  # an import of it would fail
+    assert_runs_alone(
         "told = {'fastvim': ''}\n"
         "run = torch.export.load(sys.argv[1], extra_files=told).module()\n"
-        "print(told['fastvim'])\n"
-        "print(*map(float, run(torch.ones(1, 3, 50, 21)).flatten()))\n"
+        "told = told['fastvim']\n",
+        tmp_path / "model.pt2",
+        torch.ones(1, 3, 50, 21),
     )
-    command = [sys.executable, "-c", code, tmp_path / "model.pt2"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    told, values = printed.splitlines()
-    assert json.loads(told)["model_args"] == metadata["model_args"]
-    expected = model.eval()(torch.ones(1, 3, 50, 21)).flatten().tolist()
-    assert [float(value) for value in values.split()] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_compiled_package(tmp_path):
+def test_a_compiled_package_runs_where_this_library_is_not(tmp_path):
     model, metadata = fastvim()
     export(model, metadata, tmp_path / "model.aoti.pt2", fixed=(1, 40, 24))
-    loaded = torch._inductor.aoti_load_package(str(tmp_path / "model.aoti.pt2"))
-    assert json.loads(loaded.get_metadata()["fastvim"])["model"] == metadata["model"]
+    assert_runs_alone(
+        "run = torch._inductor.aoti_load_package(sys.argv[1])\n"
+        "told = run.get_metadata()['fastvim']\n",
+        tmp_path / "model.aoti.pt2",
+        torch.ones(1, 3, 40, 24),
+    )
+
+
+def assert_runs_alone(load: str, path, images: torch.Tensor) -> None:
+    """A process without this library loads a file of `fastvim()` and gives what the model does.
+
+    Args:
+        load: lines of Python that make `run` and `told`, its metadata.
+        path: of the file.
+        images: all ones.
+    """
+    code = (
+        "import sys, torch\n"
+        "sys.modules['fastvim'] = None\n"  # an import of it would fail
+        f"{load}"
+        "print(told)\n"
+        f"print(*map(float, run(torch.ones{tuple(images.shape)}).flatten()))\n"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    ).stdout
+    told, values = printed.splitlines()
+    model, metadata = fastvim()
+    assert json.loads(told)["model_args"] == metadata["model_args"]
+    expected = model.eval()(images).flatten().tolist()
+    assert [float(value) for value in values.split()] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_wrong_program_is_not_written(tmp_path, monkeypatch):
@@ -143,10 +165,18 @@ def test_axes_have_names(tmp_path):
 @pytest.mark.parametrize("ending", [".onnx", ".pt2"])
 def test_fixed_sizes(ending, tmp_path):
     model, metadata = fastvim()
-    export(model, metadata, tmp_path / f"model{ending}", fixed=(2, 20, 33))
+    path, images = tmp_path / f"model{ending}", torch.randn(2, 3, 20, 33)
+    export(model, metadata, path, fixed=(2, 20, 33))
     if ending == ".onnx":
-        session = ort.InferenceSession(tmp_path / "model.onnx")
+        session = ort.InferenceSession(path)
         assert session.get_inputs()[0].shape == [2, 3, 20, 33]
+        (found,) = run_onnx(path, program_of(model))(images)
+    else:
+        found = torch.export.load(path).module()(images)
+        with pytest.raises(AssertionError, match="Guard failed"):
+            torch.export.load(path).module()(torch.randn(2, 3, 20, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.eval()(images), rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="sides of at least a patch, 8"):
         export(model, metadata, tmp_path / f"other{ending}", fixed=(2, 7, 33))
 
