@@ -137,7 +137,7 @@ def difference(model: nn.Module, images: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-def measure(row: Row, seconds: float) -> dict[str, Any]:
+def measure(row: Row, seconds: float, memory: bool) -> dict[str, Any]:
     pairs = [build(row, ours) for ours in (True, False)]
     error = difference(*pairs[0])
     calls = [step(model, images, row.train) for model, images in pairs]
@@ -162,9 +162,9 @@ def measure(row: Row, seconds: float) -> dict[str, Any]:
         "difference": error,
         "within": error <= BOUNDS[row.dtype],
     }
-    if row.train:
-        memory = [_memory(row.name, who) for who in ("ours", "peer")]
-        found |= {"mib": memory[0], "vit_mib": memory[1]}
+    if row.train and memory:
+        held = [_memory(row.name, who) for who in ("ours", "peer")]
+        found |= {"mib": held[0], "vit_mib": held[1]}
     return found
 
 
@@ -243,12 +243,12 @@ def main() -> int:
     rows = [row for row in ROWS if row.scales or not several]
     if arguments.rows:
         rows = [row for row in ROWS if row.name in arguments.rows]
-    seconds = arguments.seconds or (6.0 if several else 12.0)
+    seconds = arguments.seconds or (5.0 if several else 10.0)
     found = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         for row in rows:
-            found.append(measure(row, seconds))
+            found.append(measure(row, seconds, memory=not several))
             sys.stdout.write(json.dumps(found[-1]) + "\n")
             sys.stdout.flush()
     starts = [] if several or (arguments.rows and "cold start" not in arguments.rows) else [0]
