@@ -4,7 +4,7 @@
         [--out measurements/devices.json] [--work /tmp/devices]
 
 JPEG files of 500 x 375 pixels are made first. One GPU gets half of the cores, two get all. Both run
-three times, in turns, and the median counts, of the time in which all processes compute. Ends with
+in turns, three times, and the median counts, of the time in which all processes compute. Ends with
 1 where the two disagree: other paths, errors or order, or a probability by more than 1e-5 (with the
 same rows a batch on the same kind of GPU they should be equal).
 """
@@ -108,6 +108,7 @@ def main() -> int:
     parser.add_argument("--model", default="fastvim_base_patch16_224")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/devices"))
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--words", nargs="*", default=[], help="more options of predict")
     arguments = parser.parse_args()
     folder = arguments.work / "images"
@@ -122,7 +123,7 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     words = ["--model", str(weights), str(folder), *arguments.words]
     runs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
-    for turn, gpus in enumerate([1, 2, 1, 2, 1, 2]):
+    for turn, gpus in enumerate([1, 2] * arguments.rounds):
         out = arguments.work / f"out{turn}"
         runs[gpus].append(predict(words, out, cores if gpus == 2 else cores // 2, gpus))
         print(gpus, runs[gpus][-1], flush=True)  # noqa: T201

@@ -77,10 +77,12 @@ class Op:
         torch.library.define(qualified, torch.library.infer_schema(run, mutates_args=()))
         torch.library.impl(qualified, device, run)
         torch.library.register_fake(qualified, fake)
-        if backward is not None:
-            torch.library.register_autograd(qualified, backward, setup_context=setup_context)
         namespace, name = qualified.split("::")
         self.registered = getattr(getattr(torch.ops, namespace), name).default
+        self._device = device
+        if backward is not None:
+            self._library = torch.library.Library(namespace, "FRAGMENT")
+            self._library.impl(name, self._dispatched, "Autograd", with_keyset=True)
 
     def __call__(self, *arguments: Any) -> Any:
         if self.definition is not None and _is_differentiated_in_turn(arguments):
@@ -88,24 +90,44 @@ class Op:
         if torch.compiler.is_compiling() or _is_recorded(arguments[0]):
             return self.registered(*arguments)
         if self.backward is not None and torch.is_grad_enabled():
-            return _Differentiable.apply(self, *arguments)
+            return _Differentiable.apply(self, self.run, *arguments)
         return self.run(*arguments)
+
+    def _dispatched(self, keys: Any, *arguments: Any) -> Any:
+        """The op as torch's dispatcher calls it, for all devices, before anything else serves.
+
+        A compiled graph calls it with gradients off: it is then what runs, at once. torch's own
+        registration would dispatch a second time, which takes longer than a call.
+        """
+        first = arguments[0]
+        followed = torch.is_grad_enabled() or is_transformed() or _is_recorded(first)
+        if not followed and first.device.type == self._device:
+            return self.run(*arguments)
+        keys = keys & torch._C._after_autograd_keyset
+
+        def below(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.registered.redispatch(keys, *arguments)
+
+        if not torch.is_grad_enabled():
+            return below(*arguments)
+        return _Differentiable.apply(self, below, *arguments)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The gradients of an `Op` that is called directly."""
+    """An `Op` with its gradients; `run` is its own, or what the dispatcher calls below it."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, *arguments: Any) -> Any:
+    def forward(ctx: Any, op: Op, run: Callable[..., Any], *arguments: Any) -> Any:
         assert op.setup_context is not None
-        output = op.run(*arguments)
+        output = run(*arguments)
         ctx.op = op
         op.setup_context(ctx, arguments, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return (None, *ctx.op.backward(ctx, *gradients))
+        return (None, None, *ctx.op.backward(ctx, *gradients))
 
 
 def gradients_of(
