@@ -165,6 +165,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=names)
     kinds = ["inference", "training"]
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--rows-only", action="store_true", help="leave out one model of all sizes")
     arguments = parser.parse_args()
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     told: dict[str, Any] = {
@@ -183,6 +184,8 @@ def main() -> int:
                 told["rows"].append(row)
                 print(json.dumps(row), flush=True)  # noqa: T201
                 write(arguments.out, told)
+        if arguments.rows_only:
+            continue
         row = {"training": training, **many_sizes(arguments.models[0], training)}
         told["many sizes"].append(row)
         print(json.dumps(row), flush=True)  # noqa: T201
