@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Sized
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning as L
+import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader, Dataset
 
 from fastvim.data import samples
 from fastvim.data.classes import KnownClasses
+from fastvim.data.finishing import CPU, Finish
 from fastvim.data.issues import SplitReport
 from fastvim.data.pixels import MAX_PIXELS, PictureReader
 from fastvim.data.remote import is_url
 from fastvim.data.sampler import evaluation_loader, training_loader
+from fastvim.data.workers import WatchedLoader
 from fastvim.errors import OptionError, UserError
 from fastvim.options import COUNT, NOT_NEGATIVE, SEED, WORKERS, check, check_given
 
@@ -120,6 +125,10 @@ class DataModule(L.LightningDataModule):
         """The dataset of a role, "train", "val" or "test"; the first one settles the classes."""
         raise NotImplementedError
 
+    def finish(self, role: str) -> Finish | None:
+        """What makes images of what the loading processes give for a role; None if they do."""
+        return None
+
     def check(self, role: str) -> SplitReport:
         """What is wrong with the files of a role, counted and not raised; before `setup`.
 
@@ -179,8 +188,8 @@ class DataModule(L.LightningDataModule):
         return Path(name) if os.path.isabs(name) else Path(self.folder(), name)
 
     def _loader(
-        self, role: str, make: Callable[..., DataLoader[Any]], batch_size: int
-    ) -> DataLoader[Any]:
+        self, role: str, make: Callable[..., WatchedLoader], batch_size: int
+    ) -> WatchedLoader:
         loader = make(
             self._datasets[role],
             batch_size=batch_size,
@@ -191,6 +200,9 @@ class DataModule(L.LightningDataModule):
         )
         if role in self.list_batches:
             loader.collate_fn = _collate_lists
+        if (finish := self.finish(role)) is not None:
+            device = CPU if self.trainer is None else self.trainer.strategy.root_device
+            loader.finish = partial(_finished, finish, device)
         return loader
 
 
@@ -222,6 +234,11 @@ class DenseDataModule(DataModule):
         self.orientation = orientation
         if orientation not in ORIENTATIONS:
             raise UserError(f"orientation {orientation!r}: expected {', '.join(ORIENTATIONS)}")
+
+
+def _finished(finish: Finish, device: torch.device, batch: Any) -> list[Any]:
+    images, targets = batch
+    return [finish(images, device), move_data_to_device(targets, device)]
 
 
 def _collate_lists(samples: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:

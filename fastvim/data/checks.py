@@ -226,5 +226,6 @@ def training_samples(data: DataModule, number: int) -> list[tuple[Tensor, Any]]:
         data: whose files are there (`prepare_data`).
         number: at most.
     """
-    files = Seeded(data.opened("train"), data.seed)
-    return [files[key] for key in islice(TrainingSampler(files, data.seed), number)]
+    files, finish = Seeded(data.opened("train"), data.seed), data.finish("train")
+    samples = [files[key] for key in islice(TrainingSampler(files, data.seed), number)]
+    return samples if finish is None else [(finish(image), label) for image, label in samples]

@@ -26,6 +26,9 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from fastvim.errors import UserError
 from fastvim.storage import require_file
 
+# The common formats first: by their names alone, Pillow would try others before it comes to JPEG.
+Image.preinit()
+
 # Kinds of `UnreadableImageError`.
 DAMAGED = "unreadable image"
 MISSING_IMAGE = "missing image file"

@@ -13,9 +13,10 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from fastvim.data.classes import places
+from fastvim.data.finishing import Drawn
 from fastvim.data.issues import Look, look_at_picture
 from fastvim.data.pixels import DAMAGED, PictureReader, UnreadableImageError
-from fastvim.data.transforms import Transform
+from fastvim.data.transforms import ToPixels
 from fastvim.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -23,8 +24,8 @@ _logger = logging.getLogger(__name__)
 MAX_UNREADABLE = 10  # in a row; then more than single files are wrong
 
 
-class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
-    """Images of one split and their class indices, (float32 (C, H, W), int).
+class ImageFiles(Dataset[tuple[torch.Tensor | Drawn, int]]):
+    """Images of one split, as `transform` gives them, and their class indices.
 
     In training, the next readable image replaces a damaged one, with a warning. In evaluation
     it is an error, since a metric is of the whole split.
@@ -33,7 +34,7 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         reader: `ClassFolders` or a `Reader` of timm: gives open files and class indices.
         location: what `reader` reads, for messages.
         read_picture: opens an image file.
-        transform: from a PIL image to a tensor.
+        transform: from a PIL image to a tensor, or to `Drawn`.
         class_names: all classes in index order; the reader's own are mapped to them by name, and
             a reader without names gives these indices itself. None for images without classes,
             whose index is -1.
@@ -50,7 +51,7 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         reader: Any,
         location: str,
         read_picture: PictureReader,
-        transform: Transform,
+        transform: ToPixels,
         class_names: Sequence[str] | None,
         training: bool,
         of: str = "expected",
@@ -68,7 +69,7 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | Drawn, int]:
         for attempt in range(MAX_UNREADABLE):
             position = (index + attempt) % len(self)
             try:

@@ -18,6 +18,7 @@ from torchvision.transforms import Compose
 from fastvim.data.base import DataModule
 from fastvim.data.classes import places
 from fastvim.data.files import Chosen, ImageFiles, reader_classes
+from fastvim.data.finishing import Finish
 from fastvim.data.folders import ClassFolder, ClassFolders, find_split, open_folder
 from fastvim.data.issues import NoFiles, SplitReport
 from fastvim.data.pixels import DAMAGED
@@ -30,6 +31,7 @@ from fastvim.data.torch_datasets import (
 )
 from fastvim.data.transforms import (
     IMAGE_MODES,
+    ImageTransform,
     Transform,
     evaluation_transform,
     to_mode,
@@ -54,8 +56,11 @@ class ImageData(DataModule):
     number them. What is left out is said once. Pre-training takes images without class folders
     too: they have the target -1, and asking for their `class_names` is an error.
 
-    A batch is (images, targets): float32 (B, C, H, W), normalised, and int64 (B,). The defaults
-    are the published ImageNet recipe; Mixup is the task's. Training resumes with the batches that
+    A batch of a loader is (images, targets): float32 (B, C, H, W), normalised, and int64 (B,), on
+    the device of the trainer, or on the CPU without one. Loading processes give uint8 pixels and
+    the rectangles to erase (`fastvim.data.finishing`), as the loader's `dataset` does; the loader
+    normalises and erases a whole batch. The defaults are the published ImageNet recipe; Mixup is
+    the task's. Training resumes with the batches that
     it would have seen (`fastvim.data.sampler`). They do not depend on the number of workers, except
     with iterable datasets (`wds/`, `hfids/`, `tfds/`). In training an unreadable image is replaced,
     with a warning; in evaluation it is an error (`fastvim.data.files`). timm's reader of `wds/`
@@ -173,11 +178,16 @@ class ImageData(DataModule):
     def classes_from(self) -> str:
         return self.dataset or str(find_split(self.directory(), self.train_split) or self.root)
 
+    def _transform(self, role: str) -> ImageTransform:
+        return self._train_transform if role == "train" else self._eval_transform
+
+    def finish(self, role: str) -> Finish:
+        return self._transform(role).finish
+
     def open(self, role: str) -> Dataset[Any]:
         """The dataset of a role, "train", "val" or "test"; the first one settles the classes."""
         split = self._split(role)
-        training = role == "train"
-        transform = self._train_transform if training else self._eval_transform
+        training, transform = role == "train", self._transform(role).pixels
         source = self._source(split, training)
         if isinstance(source, ClassFolders):
             self._unlabelled = self._unlabelled or source.outside

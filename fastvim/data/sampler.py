@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
 from fastvim.data.workers import WatchedLoader
@@ -102,6 +102,9 @@ class Seeded(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int] | int) -> Any:
         # Lightning's overfit_batches replaces our sampler by one that yields plain indices.
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        if get_worker_info() is not None:  # nothing else draws in a loading process
+            _seed(self.seed, epoch, index)
+            return self.dataset[index]
         with seeded(self.seed, epoch, index):
             return self.dataset[index]
 
@@ -156,7 +159,7 @@ def training_loader(
     seed: int,
     timeout: float = 0,
     trainer: L.Trainer | None = None,
-) -> DataLoader[Any]:
+) -> WatchedLoader:
     """Shuffled, exactly resumable batches; an incomplete last batch is dropped.
 
     Args:
@@ -206,7 +209,7 @@ def evaluation_loader(
     seed: int,
     timeout: float = 0,
     trainer: L.Trainer | None = None,
-) -> DataLoader[Any]:
+) -> WatchedLoader:
     """Every sample once, in order, divided among the processes without repetition.
 
     The arguments are those of `training_loader`. Batches may be a little larger than `batch_size`,
@@ -265,16 +268,20 @@ def resume_point(trainer: L.Trainer | None) -> tuple[int, int]:
 def seeded(*key: int) -> Iterator[None]:
     """Seed `random`, numpy and torch (CPU) from `key`; restore their states at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would seed GPUs as well
+    _seed(*key)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def _seed(*key: int) -> None:
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would seed GPUs as well
 
 
 def mix(*key: int) -> int:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
+from fastvim.data.finishing import Drawn
 from fastvim.data.folders import SPLIT_NAMES
 from fastvim.data.issues import Look, look_at
-from fastvim.data.transforms import Transform
+from fastvim.data.transforms import ToPixels
 from fastvim.errors import UserError, nearest, one_line
 
 PREFIX = "torch/"
@@ -64,14 +65,14 @@ def open_torch_dataset(name: str, root: str, split: str, download: bool = False)
         ) from error
 
 
-class TorchFiles(Dataset[tuple[Tensor, int]]):
-    """A dataset of torchvision, (float32 (C, H, W), int).
+class TorchFiles(Dataset[tuple[Tensor | Drawn, int]]):
+    """Images of a dataset of torchvision, as `transform` gives them, and their class indices.
 
     Args:
         source: that gives PIL images and class indices.
         name: for messages.
         to_mode: makes an image grey or RGB.
-        transform: from a PIL image to a tensor.
+        transform: from a PIL image to a tensor, or to `Drawn`.
     """
 
     def __init__(
@@ -79,14 +80,14 @@ class TorchFiles(Dataset[tuple[Tensor, int]]):
         source: VisionDataset,
         name: str,
         to_mode: Callable[[Image.Image], Image.Image],
-        transform: Transform,
+        transform: ToPixels,
     ) -> None:
         self.source, self.name, self.to_mode, self.transform = source, name, to_mode, transform
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor | Drawn, int]:
         image, target = self.source[index]
         return self.transform(self.to_mode(image)), target
 

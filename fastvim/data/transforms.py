@@ -1,5 +1,7 @@
 """From a PIL image to a normalised tensor: timm's transforms, with checked arguments.
 
+Loaders take the steps up to 8-bit pixels alone, and finish whole batches (`ImageTransform`).
+
 C, H, W: channels, height and width of the tensor.
 """
 
@@ -17,7 +19,9 @@ from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment, post
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms import Compose
 
+from fastvim.data.finishing import DrawErasing, Drawn, Finish
 from fastvim.data.pixels import PictureReader
+from fastvim.data.steps import in_fewer_calls, to_pixels
 from fastvim.errors import OptionError
 from fastvim.options import (
     COUNT,
@@ -36,6 +40,7 @@ from fastvim.options import (
 )
 
 Transform = Callable[[Image.Image], torch.Tensor]
+ToPixels = Callable[[Image.Image], torch.Tensor | Drawn]  # see `ImageTransform`
 
 IMAGE_MODES = {1: "L", 3: "RGB"}  # PIL's mode for each number of channels
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -64,6 +69,22 @@ _SECTIONS = {
 }
 
 
+class ImageTransform:
+    """A picklable function from a PIL image to a float32 tensor (C, H, W), in two parts.
+
+    Args:
+        pixels: from a PIL image to its uint8 pixels (C, H, W), with what is to be erased in
+            training.
+        finish: from such pixels, of one image or a batch, to normalised ones, on any device.
+    """
+
+    def __init__(self, pixels: ToPixels, finish: Finish) -> None:
+        self.pixels, self.finish = pixels, finish
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.finish(self.pixels(image))
+
+
 def evaluation_transform(
     img_size: int | tuple[int, int] = 224,
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
@@ -71,7 +92,7 @@ def evaluation_transform(
     crop_pct: float = 0.875,
     interpolation: str = "bicubic",
     in_chans: int = 3,
-) -> Transform:
+) -> ImageTransform:
     """Resize to `img_size / crop_pct`, crop the centre, scale to 0..1 and normalise.
 
     Args:
@@ -90,9 +111,10 @@ def evaluation_transform(
     """
     check(SHARE_ABOVE_0, crop_pct=crop_pct)
     settings = _common_settings(img_size, mean, std, interpolation, in_chans)
-    return Compose(
-        [to_mode(in_chans), create_transform(is_training=False, crop_pct=crop_pct, **settings)]
-    )
+    steps = create_transform(is_training=False, crop_pct=crop_pct, **settings)
+    steps.transforms[-1] = to_pixels
+    pixels = Compose([to_mode(in_chans), steps])
+    return ImageTransform(pixels, Finish(settings["mean"], settings["std"]))
 
 
 def training_transform(
@@ -110,7 +132,7 @@ def training_transform(
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     re_prob: float = 0.25,
     re_mode: str = "pixel",
-) -> Transform:
+) -> ImageTransform:
     """Random resized crop, flips, RandAugment, normalisation, random erasing.
 
     The other arguments are those of `fastvim.data.images.ImageData`; the result and the errors are
@@ -133,14 +155,16 @@ def training_transform(
             vflip=vflip,
             color_jitter=color_jitter,
             auto_augment=auto_augment or None,
-            re_prob=re_prob,
-            re_mode=re_mode,
             **settings,
         )
     except (AssertionError, KeyError, ValueError) as error:  # how timm refuses a policy
         raise OptionError("auto_augment", auto_augment, POLICY) from error
-    _fix_posterize(transform)
-    return Compose([to_mode(in_chans), transform])
+    fix_posterize(transform)
+    transform.transforms = [*map(in_fewer_calls, transform.transforms[:-1]), to_pixels]
+    steps = [to_mode(in_chans), transform]
+    if re_prob:
+        steps.append(DrawErasing(re_prob))
+    return ImageTransform(Compose(steps), Finish(settings["mean"], settings["std"], re_mode))
 
 
 def _common_settings(
@@ -160,6 +184,7 @@ def _common_settings(
         "interpolation": interpolation,
         "mean": per_channel("mean", mean, in_chans, FINITE),
         "std": per_channel("std", std, in_chans, POSITIVE),
+        "use_prefetcher": True,  # the last step makes a tensor and no more
     }
 
 
@@ -187,7 +212,7 @@ def to_mode(
     return partial(reader.convert, name="image")
 
 
-def _fix_posterize(transform: Compose) -> None:
+def fix_posterize(transform: Compose) -> None:
     """Let posterisation to 0 bits give a black image, as Pillow did before version 13.
 
     RandAugment at its top magnitude asks for 0 bits (about one image in 700 under the default

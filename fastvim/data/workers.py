@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
@@ -23,29 +23,37 @@ class WatchedLoader(DataLoader[Any]):
 
     Args:
         patience: 0 waits for ever.
+        finish: what this process makes of a batch that the workers collated; None leaves it.
         **settings: of a DataLoader.
 
     Raises:
         MachineError: while it is iterated over.
     """
 
-    def __init__(self, *args: Any, patience: float, **settings: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        patience: float,
+        finish: Callable[[Any], Any] | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(*args, **settings)
-        self.patience = patience
+        self.patience, self.finish = patience, finish
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with _watched(self._iterator, self.patience):  # persistent workers begin an epoch together
             batches = super().__iter__()
-        return _Batches(batches, self.patience)
+        return _Batches(batches, self.patience, self.finish)
 
 
 class _Batches(Iterator[Any]):
-    def __init__(self, batches: Any, patience: float) -> None:
-        self._batches, self._patience = batches, patience
+    def __init__(self, batches: Any, patience: float, finish: Callable[[Any], Any] | None) -> None:
+        self._batches, self._patience, self._finish = batches, patience, finish
 
     def __next__(self) -> Any:
         with _watched(self._batches, self._patience):
-            return next(self._batches)
+            batch = next(self._batches)
+        return batch if self._finish is None else self._finish(batch)
 
 
 @contextmanager

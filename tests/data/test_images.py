@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, ClassVar
 
 import pytest
@@ -78,6 +79,18 @@ def test_tar_files_are_the_same_data(image_root: Path, tar_root: Path, workers: 
     for loader in ("train_dataloader", "val_dataloader"):
         expected = list(getattr(folder, loader)())
         torch.testing.assert_close(list(getattr(tar, loader)()), expected, rtol=0, atol=0)
+
+
+def test_pixels_travel_and_arrive_normalised_on_the_device_of_the_trainer(image_root: Path) -> None:
+    data = open_data(image_root)
+    assert data.train_dataloader().dataset[0, 0][0].pixels.dtype == torch.uint8
+    device = torch.device("meta")  # stands for a GPU
+    strategy = SimpleNamespace(root_device=device)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
+    assert data.val_dataloader().dataset[0][0].dtype == torch.uint8
+    images, targets = next(iter(data.val_dataloader()))
+    assert images.dtype == torch.float32
+    assert images.device == targets.device == device
 
 
 def test_grey_images(image_root: Path) -> None:

@@ -108,6 +108,11 @@ def test_workers_change_nothing(image_root: Path) -> None:
     assert not torch.equal(epochs[0], epochs[1])
 
 
+def test_a_loader_that_lightning_builds_again_finishes_its_batches(image_root: Path) -> None:
+    ((_, images, _),) = fit(image_root, overfit_batches=1, max_epochs=1).seen
+    assert images.dtype == torch.float32
+
+
 def test_no_warning_of_an_inexact_resumption(image_root: Path, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=4)
     fit(image_root, callbacks=[saver], max_epochs=1)
