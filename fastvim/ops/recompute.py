@@ -81,9 +81,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         torch.compiler.is_compiling()
         or is_transformed()
         or not torch.is_grad_enabled()
-        or torch.is_autocast_enabled(x.device.type)
         or type(weight) not in (Tensor, nn.Parameter)
         or recipe_of(x) is None
+        or torch.is_autocast_enabled(x.device.type)  # raises for "meta", which has no recipes
     ):
         return F.linear(x, weight)
     out: Tensor = _Linear.apply(x, weight)
