@@ -24,8 +24,9 @@ class Crop(RandomResizedCropAndInterpolation):
     """
 
     def __init__(self, step: RandomResizedCropAndInterpolation) -> None:
-        super().__init__(step.size, step.scale, step.ratio, step.interpolation.value)
-        self.resample = str_to_pil_interp(step.interpolation.value)
+        interpolation: Any = step.interpolation  # torchvision's
+        super().__init__(step.size, step.scale, step.ratio, interpolation.value)
+        self.resample = str_to_pil_interp(interpolation.value)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         top, left, height, width = self.get_params(image, self.scale, self.ratio)

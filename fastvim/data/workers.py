@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,10 @@ class WatchedLoader(DataLoader[Any]):
         finish: what this process makes of a batch that the workers collated; None leaves it.
         **settings: of a DataLoader.
 
+    Attributes:
+        waited: seconds that this process has waited for batches, over all epochs. Without workers
+            it loads them itself meanwhile.
+
     Raises:
         MachineError: while it is iterated over.
     """
@@ -39,21 +44,24 @@ class WatchedLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(*args, **settings)
         self.patience, self.finish = patience, finish
+        self.waited = 0.0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with _watched(self._iterator, self.patience):  # persistent workers begin an epoch together
             batches = super().__iter__()
-        return _Batches(batches, self.patience, self.finish)
+        return _Batches(batches, self)
 
 
 class _Batches(Iterator[Any]):
-    def __init__(self, batches: Any, patience: float, finish: Callable[[Any], Any] | None) -> None:
-        self._batches, self._patience, self._finish = batches, patience, finish
+    def __init__(self, batches: Any, loader: WatchedLoader) -> None:
+        self._batches, self._loader = batches, loader
 
     def __next__(self) -> Any:
-        with _watched(self._batches, self._patience):
+        loader, begun = self._loader, time.monotonic()
+        with _watched(self._batches, loader.patience):
             batch = next(self._batches)
-        return batch if self._finish is None else self._finish(batch)
+        loader.waited += time.monotonic() - begun
+        return batch if loader.finish is None else loader.finish(batch)
 
 
 @contextmanager

@@ -19,6 +19,14 @@ class Normalised(Protocol):
     def std(self) -> Sequence[float]: ...
 
 
+@runtime_checkable
+class Waiting(Protocol):
+    """A loader that tells for how many seconds the run has waited for it."""
+
+    waited: float
+    num_workers: int
+
+
 class TaskData(Normalised, Protocol):
     """What the tasks read from a data module. Each task needs a part of it.
 

@@ -18,6 +18,7 @@ from fastvim.errors import UserError
 from fastvim.tasks.callbacks.checkpointing import ExportWeights
 from fastvim.tasks.callbacks.curves import LearningCurves
 from fastvim.tasks.callbacks.health import Finite, NameModules
+from fastvim.tasks.callbacks.pace import Pace
 from fastvim.tasks.callbacks.progress import ProgressBar
 from fastvim.tasks.callbacks.report import Report
 from fastvim.tasks.callbacks.run_log import NoEmptyEpoch, RunLog, SeedSteps
@@ -69,9 +70,10 @@ def callbacks(command: str, root: Path, config: Namespace, task: Task) -> list[C
         config: the configuration.
         task: what is trained or evaluated.
     """
-    found: list[Callback] = []
+    pace = Pace() if command == "fit" else None
+    found: list[Callback] = [] if pace is None else [pace]
     if config.trainer.enable_progress_bar is not False and get_console().is_terminal:
-        found.append(ProgressBar())
+        found.append(ProgressBar(pace))
     arguments = config.data.get("init_args") or {}
     images = {name: arguments[name] for name in IMAGE_SETTINGS if name in arguments}
     if command == "test":
@@ -83,7 +85,7 @@ def callbacks(command: str, root: Path, config: Namespace, task: Task) -> list[C
         SeedSteps(int(config.seed_everything)),
         NameModules() if config.name_modules else Finite(),
         NoEmptyEpoch(),
-        RunLog(get_console()),
+        RunLog(get_console(), pace),
         ExportWeights(root, images, _recipe(config)),
         LearningCurves(str(root / "curves.png")),  # after the weights, which need no picture
     ]

@@ -7,9 +7,19 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
+from fastvim.tasks.callbacks.pace import Pace
+
 
 class ProgressBar(RichProgressBar):
-    """Lightning's, without the number of the log folder, and counting epochs from one."""
+    """Lightning's, without the number of the log folder, and counting epochs from one.
+
+    Args:
+        pace: of the training, to show.
+    """
+
+    def __init__(self, pace: Pace | None = None) -> None:
+        super().__init__()
+        self._pace = pace
 
     def _get_train_description(self, current_epoch: int) -> str:
         epochs = self.trainer.max_epochs or -1
@@ -19,4 +29,8 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        if self._pace is not None and self._pace.rate is not None:
+            metrics["images/s"] = f"{self._pace.rate:,.0f}"
+            if self._pace.waiting is not None:
+                metrics["waiting"] = f"{self._pace.waiting:.0%}"
         return metrics

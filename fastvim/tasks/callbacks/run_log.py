@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from fastvim.errors import UserError
+from fastvim.tasks.callbacks.pace import Pace
 from fastvim.tasks.protocols import TrainedTask
 
 
@@ -60,10 +61,11 @@ class RunLog(L.Callback):
 
     Args:
         console: that of the progress bar, so that lines go above the bar.
+        pace: of the training, to tell.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, pace: Pace | None = None) -> None:
+        self._console, self._pace = console, pace
         self._start = 0.0
         self._validated = False  # in this epoch; the trainer keeps the metrics of earlier ones
         self._began = False
@@ -101,6 +103,8 @@ class RunLog(L.Callback):
         training = ["train/loss_epoch"] if "train/loss_epoch" in metrics else []
         for name in (*training, *validation):
             line += f"   {describe(name.removesuffix('_epoch'), float(metrics[name]))}"
+        if self._pace is not None:
+            line += self._pace.describe()
         self._print(f"{line}   {time.monotonic() - self._start:.1f} s")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
