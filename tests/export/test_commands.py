@@ -10,6 +10,7 @@ import pytest
 import torch
 from exported_families import FAMILIES
 from PIL import Image
+from small_weights import write_detector
 
 from fastvim.weights import save
 from fastvim_cli import main
@@ -155,6 +156,16 @@ def test_damaged_and_hostile_files(files, photos, tmp_path, capsys):
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../secret")
     assert "keeps its weights in other files" in line_of(file.SerializeToString())
+
+
+def test_a_detector(tmp_path, capsys):
+    write_detector(tmp_path / "detector.safetensors")
+    line = refused(
+        capsys, "export", "--model", tmp_path / "detector.safetensors", tmp_path / "m.onnx"
+    )
+    assert "a detector is not exported" in line
+    assert "fastvim convert --backbone" in line
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_fixed_sizes_need_to_be_said(tmp_path, capsys):
