@@ -73,16 +73,19 @@ class ImageTransform:
     """A picklable function from a PIL image to a float32 tensor (C, H, W), in two parts.
 
     Args:
-        pixels: from a PIL image to its uint8 pixels (C, H, W), with what is to be erased in
+        to_mode: makes an image grey or RGB.
+        pixels: from such an image to its uint8 pixels (C, H, W), with what is to be erased in
             training.
         finish: from such pixels, of one image or a batch, to normalised ones, on any device.
     """
 
-    def __init__(self, pixels: ToPixels, finish: Finish) -> None:
-        self.pixels, self.finish = pixels, finish
+    def __init__(
+        self, to_mode: Callable[[Image.Image], Image.Image], pixels: ToPixels, finish: Finish
+    ) -> None:
+        self.to_mode, self.pixels, self.finish = to_mode, pixels, finish
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        return self.finish(self.pixels(image))
+        return self.finish(self.pixels(self.to_mode(image)))
 
 
 def evaluation_transform(
@@ -113,8 +116,8 @@ def evaluation_transform(
     settings = _common_settings(img_size, mean, std, interpolation, in_chans)
     steps = create_transform(is_training=False, crop_pct=crop_pct, **settings)
     steps.transforms[-1] = to_pixels
-    pixels = Compose([to_mode(in_chans), steps])
-    return ImageTransform(pixels, Finish(settings["mean"], settings["std"]))
+    finish = Finish(settings["mean"], settings["std"])
+    return ImageTransform(to_mode(in_chans), steps, finish)
 
 
 def training_transform(
@@ -161,10 +164,10 @@ def training_transform(
         raise OptionError("auto_augment", auto_augment, POLICY) from error
     fix_posterize(transform)
     transform.transforms = [*map(in_fewer_calls, transform.transforms[:-1]), to_pixels]
-    steps = [to_mode(in_chans), transform]
     if re_prob:
-        steps.append(DrawErasing(re_prob))
-    return ImageTransform(Compose(steps), Finish(settings["mean"], settings["std"], re_mode))
+        transform.transforms.append(DrawErasing(re_prob))
+    finish = Finish(settings["mean"], settings["std"], re_mode)
+    return ImageTransform(to_mode(in_chans), transform, finish)
 
 
 def _common_settings(
