@@ -9,14 +9,18 @@ import pytest
 from fastvim_cli.imports import without_collections
 
 
+def fail():
+    assert not gc.isenabled()
+    raise ImportError
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_collections_come_back(enabled):
     before = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()
         with pytest.raises(ImportError), without_collections():
-            assert not gc.isenabled()
-            raise ImportError
+            fail()
         assert gc.isenabled() == enabled
     finally:
         gc.unfreeze()
