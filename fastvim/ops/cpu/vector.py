@@ -46,13 +46,15 @@ A0, A1, A2, A3, A4, A5 = (
     .coef
 )
 
-# Sums may be reordered, for vectorisation. Values are not assumed to be finite.
+# Sums may be reordered, for vectorisation. Values are not assumed to be finite. A function that is
+# not inlined has two bodies, of its own library and of the kernel that calls it: a process that
+# compiles them runs the one, and a process that finds the kernel on the disk runs the other.
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
     "fastmath": {"reassoc", "contract", "nsz"},
     "error_model": "numpy",
 }
-inlined: Callable[..., Any] = numba.njit(**_OPTIONS)
+inlined: Callable[..., Any] = numba.njit(forceinline=True, **_OPTIONS)
 
 
 @functools.cache
