@@ -24,7 +24,7 @@ class Run:
     def __init__(self, monkeypatch, workers: int = 4, device: str = "cuda") -> None:
         self.now = 1000.0
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(module, "_cores", lambda: 16)
+        monkeypatch.setattr(module, "cores", lambda: 16)
         self.loader = SimpleNamespace(waited=0.0, num_workers=workers)
         self.trainer = SimpleNamespace(
             datamodule=SimpleNamespace(batch_size=32),

@@ -5,7 +5,6 @@ C, H, W: channels, height and width of an image; B: images of a batch
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from fastvim.inference.parts.manifest import Manifest
 from fastvim.inference.parts.shards import local_share
 from fastvim.inference.parts.store import Store
 from fastvim.inference.parts.work import Failure, Item, Opened, Read, Row, Work
+from fastvim.machine import cores
 
 SAFE = "the parts that exist are safe: the same command goes on from them"
 
@@ -168,8 +168,7 @@ def readers(device: torch.device, processes: int | None = None) -> int:
     """
     if device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // (processes or local_share()[1]))
+    return max(1, cores() // (processes or local_share()[1]))
 
 
 class _Batch(NamedTuple):

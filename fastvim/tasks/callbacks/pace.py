@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from typing import Any, NamedTuple
 
 import lightning as L
 
+from fastvim.machine import cores
 from fastvim.tasks.protocols import TaskData, Waiting
 
 _logger = logging.getLogger(__name__)
@@ -90,20 +90,13 @@ class Pace(L.Callback):
         self._told = True
         if not trainer.is_global_zero or trainer.strategy.root_device.type not in self.devices:
             return
-        cores = max(1, _cores() // trainer.num_devices)
+        share = max(1, cores() // trainer.num_devices)
         workers = trainer.train_dataloader.num_workers
-        advice = f"data.num_workers {cores} would use all cores"
-        if workers >= cores:
+        advice = f"data.num_workers {share} would use all cores"
+        if workers >= share:
             advice = "smaller files or more cores would help"
         _logger.warning(
             "%.0f %% of the time the training waits for images (%.0f images/s): %d processes load "
             "them, and there are %d cores for each GPU; %s",
-            *(100 * (self.waiting or 0.0), self.rate, workers, cores, advice),
+            *(100 * (self.waiting or 0.0), self.rate, workers, share, advice),
         )
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
