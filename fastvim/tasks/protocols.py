@@ -61,7 +61,6 @@ class TaskData(Normalised, Protocol):
     def train_dataloader(self) -> Any: ...
 
 
-@runtime_checkable
 class TrainedTask(Protocol):
     """What the callbacks of a run read from its task.
 
@@ -90,3 +89,11 @@ class TrainedTask(Protocol):
     def output_names(self) -> list[str]: ...
 
     def class_scores(self) -> dict[str, dict[str, float]]: ...
+
+
+def as_trained_task(module: Any) -> TrainedTask | None:
+    """A module as the task that callbacks read; None for one of somebody else's.
+
+    Not by `isinstance`: from Python 3.12 on, that does not find a network that a module holds.
+    """
+    return module if hasattr(module, "exported_metadata") else None

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from fastvim.tasks.callbacks.run_log import describe
-from fastvim.tasks.protocols import TrainedTask
+from fastvim.tasks.protocols import TrainedTask, as_trained_task
 from fastvim.tasks.sharding import gather
 from fastvim.weights import METADATA_KEY
 from fastvim.weights.hub import save_folder
@@ -46,19 +46,21 @@ class ExportWeights(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        assert isinstance(pl_module, TrainedTask)
-        checkpoint[METADATA_KEY] = self._metadata(pl_module)
+        task = as_trained_task(pl_module)
+        assert task is not None
+        checkpoint[METADATA_KEY] = self._metadata(task)
 
     def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         # Not earlier: only now are the averages in the module.
         if stage != TrainerFn.FITTING or trainer.fast_dev_run or not trainer.global_step:
             return
-        assert isinstance(pl_module, TrainedTask)
-        exported = gather(pl_module.exported_weights(), trainer.is_global_zero)
+        task = as_trained_task(pl_module)
+        assert task is not None
+        exported = gather(task.exported_weights(), trainer.is_global_zero)
         if trainer.is_global_zero:
-            weights = "only" if pl_module.ema_decay is None else "EMA"
-            metadata = {**self._metadata(pl_module), "weights": weights}
-            save_folder(self._folder, exported, metadata, pl_module.model, self._recipe)
+            weights = "only" if task.ema_decay is None else "EMA"
+            metadata = {**self._metadata(task), "weights": weights}
+            save_folder(self._folder, exported, metadata, task.model, self._recipe)
 
     def _metadata(self, task: TrainedTask) -> dict[str, Any]:
         return {**task.exported_metadata(), **self._images, "metrics": self._metrics}

@@ -17,7 +17,7 @@ import torch
 from fastvim.pictures.predictions import Prediction, draw_predictions
 from fastvim.pictures.segmentation import Labelling, draw_labellings
 from fastvim.storage import save_picture, write_text
-from fastvim.tasks.protocols import TrainedTask
+from fastvim.tasks.protocols import as_trained_task
 
 Item = TypeVar("Item")
 
@@ -89,7 +89,7 @@ class Report(L.Callback):
         if not trainer.is_global_zero:
             return
         metrics = _without_nan(trainer.callback_metrics)
-        task = pl_module if isinstance(pl_module, TrainedTask) else None
+        task = as_trained_task(pl_module)
         tested = trainer.ckpt_path or (task and task.checkpoint) or ""
         record: dict[str, Any] = {"checkpoint": str(tested), **metrics}
         if task is not None and (scores := task.class_scores()):

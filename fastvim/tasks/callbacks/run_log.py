@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fastvim.errors import UserError
 from fastvim.tasks.callbacks.pace import Pace
-from fastvim.tasks.protocols import TrainedTask
+from fastvim.tasks.protocols import as_trained_task
 
 
 class SeedSteps(L.Callback):
@@ -77,9 +77,9 @@ class RunLog(L.Callback):
             return
         parameters = sum(weight.numel() for weight in pl_module.parameters())
         facts = [f"{parameters / 1e6:.2f} M parameters"]
-        if isinstance(pl_module, TrainedTask):
-            facts.append(f"{pl_module.global_batch} images a step")
-            facts.append(f"peak rate {pl_module.peak_lr:.2g}")
+        if (task := as_trained_task(pl_module)) is not None:
+            facts.append(f"{task.global_batch} images a step")
+            facts.append(f"peak rate {task.peak_lr:.2g}")
         facts.append(f"{int(trainer.estimated_stepping_batches):,} steps")
         if trainer.global_step:
             facts.append(f"resumed after {trainer.global_step:,}")
