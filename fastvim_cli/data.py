@@ -1,7 +1,8 @@
 """`fastvim data`: facts about a set of images.
 
 `stats TABLE` computes the mean and standard deviation of each channel, `check --config RECIPE`
-counts what is wrong (`fastvim_cli.check`).
+counts what is wrong (`fastvim_cli.check`), `pack ROOT OUT` puts images into few large files
+(`fastvim_cli.pack`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import json
 from typing import Any
 
-from fastvim_cli import check
+from fastvim_cli import check, pack
 from fastvim_cli.arguments import Parser, at_least
 from fastvim_cli.console import note, say, table, track
 
@@ -26,6 +27,8 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     help = "what is wrong with a recipe's images"
     check.add_arguments(commands.add_parser("check", help=help, description=check.DESCRIPTION))
+    help = "images in few large files, for slow disks and few cores"
+    pack.add_arguments(commands.add_parser("pack", help=help, description=pack.DESCRIPTION))
     stats = commands.add_parser(
         "stats", help="mean and standard deviation of each channel", description=DESCRIPTION
     )
@@ -61,6 +64,8 @@ def run(argv: list[str]) -> None:
         check.check(arguments, others)
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    elif arguments.command == "pack":
+        pack.pack(arguments)
     else:
         _stats(arguments)
 

@@ -14,7 +14,9 @@ from torch.utils.data import Dataset, Subset
 
 from fastvim.data.classes import places
 from fastvim.data.finishing import Drawn
+from fastvim.data.folders import ClassFolders
 from fastvim.data.issues import Look, look_at_picture
+from fastvim.data.packed import PackedFolders
 from fastvim.data.pixels import DAMAGED, PictureReader, UnreadableImageError
 from fastvim.data.transforms import ToPixels
 from fastvim.errors import UserError
@@ -84,18 +86,21 @@ class ImageFiles(Dataset[tuple[torch.Tensor | Drawn, int]]):
         raise UnreadableImageError(f"{message}, the last of {MAX_UNREADABLE} such in a row")
 
     def filename(self, index: int) -> str:
-        """The path of the image, or its path inside a tar file."""
+        """The path of the image, or the one that it would have outside its tar file or pack."""
         return os.path.join(self.location, str(self.reader.filename(index)))
 
     def look(self, index: int) -> Look:
         """What an image shows, for `fastvim.data.checks`."""
+        if isinstance(self.reader, PackedFolders):
+            self.reader.verify(index)
         image, target = self._read(index)
         return look_at_picture(image)._replace(label=self._class_of(index, target))
 
     def sources(self, index: int) -> tuple[str, ...]:
-        """The file, or the tar file that holds it."""
-        in_tar = os.path.isfile(self.location)
-        return (self.location if in_tar else self.filename(index),)
+        """The file, or the one that holds it with others."""
+        if isinstance(self.reader, ClassFolders):
+            return (self.reader.source(index),)
+        return (self.filename(index),)
 
     @property
     def targets(self) -> np.ndarray | None:

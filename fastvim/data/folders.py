@@ -181,6 +181,20 @@ class ClassFolders:
         if class_folder not in ("outer", "inner"):
             raise UserError(f"class_folder {class_folder!r}: expected 'outer' or 'inner'")
         self.root = location
+        paths, inside, folders = self._list()
+        names = [_class_of(path, class_folder) for path in inside]
+        classes = sorted({*names} - {""}, key=natural_key)
+        self.class_to_idx = {name: index for index, name in enumerate(classes)}
+        self.targets = np.array([self.class_to_idx.get(name, -1) for name in names])
+        # Bytes, not str: reference counts of many objects would copy the pages into every worker.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._above = len(paths[0]) - len(inside[0])
+        tops = {path.partition(os.sep)[0] for path in paths}
+        self.empty = sorted({*folders} - tops, key=natural_key)
+
+    def _list(self) -> tuple[list[str], list[str], list[str]]:
+        """The paths of the images, the same below the split, and the folders right below it."""
+        location = self.root
         self._places: np.ndarray | None = None  # (n, 2): first byte and length, in a tar file
         if location.is_dir():
             paths, self.left_out, folders = list_images(location)
@@ -197,14 +211,7 @@ class ClassFolders:
                 f"{location}: no images; expected {location}/CLASS/*.jpg, .png or others that "
                 f"Pillow reads{left}"
             )
-        names = [_class_of(path, class_folder) for path in inside]
-        classes = sorted({*names} - {""}, key=natural_key)
-        self.class_to_idx = {name: index for index, name in enumerate(classes)}
-        self.targets = np.array([self.class_to_idx.get(name, -1) for name in names])
-        # Bytes, not str: reference counts of many objects would copy the pages into every worker.
-        self._paths = np.array([os.fsencode(path) for path in paths])
-        tops = {path.partition(os.sep)[0] for path in paths}
-        self.empty = sorted({*folders} - tops, key=natural_key)
+        return paths, inside, folders
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -213,7 +220,7 @@ class ClassFolders:
         """An open file, and the index of its class."""
         target = int(self.targets[index])
         if self._places is None:
-            path = os.path.join(self.root, self.filename(index))
+            path = self.source(index)
             require_file(path)
             return open(path, "rb"), target
         start, length = self._places[index].tolist()
@@ -222,8 +229,17 @@ class ClassFolders:
             return BytesIO(archive.read(length)), target
 
     def filename(self, index: int) -> str:
-        """The path of an image below the split."""
+        """The path of an image below the split, or in the tar file."""
         return os.fsdecode(self._paths[index])
+
+    def below(self, index: int) -> str:
+        """The path of an image below the split, in a tar file too."""
+        return self.filename(index)[self._above :]
+
+    def source(self, index: int) -> str:
+        """The file on the disk that an image is read from."""
+        in_tar = self._places is not None
+        return str(self.root) if in_tar else os.path.join(self.root, self.filename(index))
 
     @property
     def outside(self) -> str:
@@ -337,27 +353,3 @@ def _without_split(paths: list[str], name: str) -> list[str]:
     aliases = {name, *next((names for names in SPLIT_NAMES.values() if name in names), ())}
     depth = next((i for i, part in enumerate(shared, 1) if part in aliases), 0)
     return [path.split("/", depth)[-1] for path in paths]
-
-
-def find_split(root: str, split: str) -> Path | None:
-    """`root/SPLIT/` or `root/SPLIT.tar`, under any of the names of that split."""
-    names = next((names for names in SPLIT_NAMES.values() if split in names), ())
-    for name in (split, *names):
-        for path in (Path(root, name), Path(root, f"{name}.tar")):
-            if path.exists():
-                return path
-    return None
-
-
-def open_folder(root: str, split: str, class_folder: ClassFolder = "outer") -> ClassFolders:
-    """The images of a split in the folder layout.
-
-    Raises:
-        UserError: when there is no such split, or no image in it.
-    """
-    if not Path(root).is_dir():
-        raise UserError(f"{root}: no such directory; expected one with {split}/CLASS/*.jpg")
-    path = find_split(root, split)
-    if path is None:
-        raise UserError(f"{root}: no split {split!r}; expected {root}/{split}/CLASS/*.jpg")
-    return ClassFolders(path, class_folder)

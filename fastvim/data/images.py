@@ -19,9 +19,10 @@ from fastvim.data.base import DataModule
 from fastvim.data.classes import places
 from fastvim.data.files import Chosen, ImageFiles, reader_classes
 from fastvim.data.finishing import Finish
-from fastvim.data.folders import ClassFolder, ClassFolders, find_split, open_folder
+from fastvim.data.folders import ClassFolder, ClassFolders
 from fastvim.data.issues import NoFiles, SplitReport
 from fastvim.data.pixels import DAMAGED
+from fastvim.data.splits import find_split, open_folder
 from fastvim.data.torch_datasets import (
     NAMES,
     PREFIX,
