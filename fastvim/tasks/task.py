@@ -38,6 +38,7 @@ from fastvim.tasks.schedules import (
     epoch_of_step,
     half_cosine,
 )
+from fastvim.tasks.step_log import log_step
 from fastvim.tasks.strategies import ShardedStrategy
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
 from fastvim.weights.files import check_finite
@@ -372,11 +373,7 @@ class Task(L.LightningModule):
             loss: of the step.
             batch_size: images in the batch; None lets Lightning read it off the first tensor.
         """
-        rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
-        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
-        self.log("train/lr", rate, on_step=True, on_epoch=False)
-        epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": batch_size}
-        self.log("train/loss_epoch", loss, sync_dist=True, **epoch)
+        log_step(self, loss, batch_size)
 
     @property
     def fitting(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import lightning as L
@@ -9,9 +10,14 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from fastvim.tasks.callbacks.pace import Pace
 
+EVERY = 1.0  # seconds between two looks at the loss
+
 
 class ProgressBar(RichProgressBar):
     """Lightning's, without the number of the log folder, and counting epochs from one.
+
+    It shows the loss of a training step once a second, and of the last one of an epoch: to read a
+    number off a GPU is to wait until that has done all that it was given.
 
     Args:
         pace: of the training, to show.
@@ -20,6 +26,8 @@ class ProgressBar(RichProgressBar):
     def __init__(self, pace: Pace | None = None) -> None:
         super().__init__()
         self._pace = pace
+        self._loss: float | None = None
+        self._looked = -EVERY
 
     def _get_train_description(self, current_epoch: int) -> str:
         epochs = self.trainer.max_epochs or -1
@@ -29,6 +37,12 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        loss = trainer.callback_metrics.get("train/loss")
+        due = trainer.is_last_batch or time.monotonic() >= self._looked + EVERY
+        if trainer.training and due and loss is not None:
+            self._loss, self._looked = float(loss), time.monotonic()
+        if self._loss is not None:
+            metrics["train/loss"] = self._loss
         if self._pace is not None and self._pace.rate is not None:
             metrics["images/s"] = f"{self._pace.rate:,.0f}"
             if self._pace.waiting is not None:
