@@ -85,6 +85,16 @@ class ImageFiles(Dataset[tuple[torch.Tensor | Drawn, int]]):
                 return self.transform(image), self._class_of(position, target)
         raise UnreadableImageError(f"{message}, the last of {MAX_UNREADABLE} such in a row")
 
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor | Drawn, int]]:
+        """The images of a batch: what torch's loader calls."""
+        self.read_ahead(indices)
+        return [self[index] for index in indices]
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Begin to read some images from the disk, where they are packed."""
+        if isinstance(self.reader, PackedFolders):
+            self.reader.read_ahead(indices)
+
     def filename(self, index: int) -> str:
         """The path of the image, or the one that it would have outside its tar file or pack."""
         return os.path.join(self.location, str(self.reader.filename(index)))
@@ -132,6 +142,11 @@ class ImageFiles(Dataset[tuple[torch.Tensor | Drawn, int]]):
 
 class Chosen(Subset[Any]):
     """Some of a dataset's samples, which can be examined as it can."""
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Begin to read some samples from the disk, where they are packed."""
+        if isinstance(self.dataset, ImageFiles):
+            self.dataset.read_ahead([self.indices[index] for index in indices])
 
     def look(self, index: int) -> Look:
         """What a sample shows, for `fastvim.data.checks`."""

@@ -16,6 +16,8 @@ import os
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -133,15 +135,26 @@ class PackedFolders(ClassFolders):
             name, part = os.path.join(self.root, self.filename(index)), self.source(index)
             raise UnreadableImageError(f"{name}: changed in {part} since; {_AGAIN}", CHANGED)
 
+    def read_ahead(self, indices: Iterable[int]) -> None:
+        """Let the system read some images from the disk, all at once, while the caller goes on."""
+        with suppress(OSError, UserError):  # reading them says what is wrong
+            for index in indices:
+                self._place(index)
+
     def _bytes(self, index: int) -> bytes:
+        mapped, start, end = self._place(index)
+        return mapped[start:end]
+
+    def _place(self, index: int) -> tuple[mmap.mmap, int, int]:
+        """Where an image is; the system is told that it will be read, whole, not page by page."""
         part, start, length, _ = self._entries[index].tolist()
         mapped = self._maps.get(part)
         if mapped is None:
             mapped = self._maps.setdefault(part, self._map(part))
-        if _WILL_NEED is not None:  # the whole image in one request, not from page to page
+        if _WILL_NEED is not None:
             first = start - start % mmap.PAGESIZE
             mapped.madvise(_WILL_NEED, first, start + length - first)
-        return mapped[start : start + length]
+        return mapped, start, start + length
 
     def _map(self, part: int) -> mmap.mmap:
         name, length = self._parts[part]

@@ -9,7 +9,7 @@ The loaders do not touch the global random generators, which the model uses.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -100,13 +100,23 @@ class Seeded(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: tuple[int, int] | int) -> Any:
-        # Lightning's overfit_batches replaces our sampler by one that yields plain indices.
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = _epoch_and_index(key)
         if get_worker_info() is not None:  # nothing else draws in a loading process
             _seed(self.seed, epoch, index)
             return self.dataset[index]
         with seeded(self.seed, epoch, index):
             return self.dataset[index]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> list[Any]:
+        """The samples of a batch: what torch's loader calls."""
+        if (read_ahead := getattr(self.dataset, "read_ahead", None)) is not None:
+            read_ahead([_epoch_and_index(key)[1] for key in keys])
+        return [self[key] for key in keys]
+
+
+def _epoch_and_index(key: tuple[int, int] | int) -> tuple[int, int]:
+    # Lightning's overfit_batches replaces our sampler by one that yields plain indices.
+    return key if isinstance(key, tuple) else (0, key)
 
 
 class ResumableLoader(WatchedLoader):

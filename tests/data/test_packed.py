@@ -159,6 +159,30 @@ def test_maps_are_of_one_process(packed):
     assert other[0][0].read() == first
 
 
+class Announced(PackedFolders):
+    """Notes what is announced before it is read."""
+
+    def read_ahead(self, indices):
+        self.announced = [*indices]
+        super().read_ahead(indices)
+
+
+def test_a_batch_is_read_ahead(packed, copied):
+    data = ImageData(str(packed), batch_size=4, train_images=7, num_workers=0, img_size=16)
+    data.setup("fit")
+    chosen = data.opened("train")
+    reader = chosen.dataset.reader  # type: ignore[attr-defined]
+    reader.__class__ = Announced
+    next(iter(data.train_dataloader()))
+    assert len(reader.announced) == 4
+    assert {*reader.announced} <= {*chosen.indices}  # type: ignore[attr-defined]
+    reader = open_folder(str(copied), "train")
+    os.truncate(copied / "train-00000.tar", 5000)
+    reader.read_ahead([0, 1])  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="5,000 bytes"):
+        reader[0]
+
+
 def test_a_check_finds_nothing_and_then_a_changed_byte(copied):
     data = ImageData(str(copied), num_workers=0, img_size=16)
     errors, warnings, left_out = findings(check_data(data))
