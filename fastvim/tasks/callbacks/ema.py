@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvim.tasks.sharding import divide_copy, gather, local
+from fastvim.tasks.tensors import TensorsOf
 
 
 class EMA(WeightAveraging):
@@ -38,11 +39,13 @@ class EMA(WeightAveraging):
         super().__init__(use_buffers=False)
         self._average = get_ema_multi_avg_fn(decay)
         self._trained: list[Tensor] | None = None  # weights, while a validation uses rounded ones
+        self._tensors: tuple[TensorsOf, TensorsOf] | None = None  # of the averages, of the module
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING:
             return
         pl_module.configure_model()  # the average needs the layers, which Lightning makes later
+        self._tensors = None
         self._average_model = AveragedModel(pl_module, device=pl_module.device, **self._kwargs)
         if trainer.precision == "64-true":
             self._average_model.double()
@@ -60,13 +63,17 @@ class EMA(WeightAveraging):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
         assert self._average_model is not None
-        averages = [local(weight.detach()) for weight in self._average_model.module.parameters()]
-        weights = [local(weight.detach()) for weight in pl_module.parameters()]
-        pairs = zip(averages, weights, strict=True)
-        self._average(averages, [weight.to(average.dtype) for average, weight in pairs], None)
-        buffers = zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True)
-        for kept, buffer in buffers:
-            kept.detach().copy_(buffer.detach())
+        if self._tensors is None:
+            self._tensors = TensorsOf(self._average_model.module), TensorsOf(pl_module)
+        (averages, kept), (weights, buffers) = (each.find() for each in self._tensors)
+        old = [local(average) for average in averages]
+        with torch.no_grad():
+            new = [local(weight) for weight in weights]
+            pairs = zip(old, new, strict=True)
+            new = [w if w.dtype == average.dtype else w.to(average.dtype) for average, w in pairs]
+            self._average(old, new, None)
+            if buffers:
+                torch._foreach_copy_(kept, buffers)
         self._average_model.n_averaged += 1
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:

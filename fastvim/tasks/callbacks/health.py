@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fastvim.errors import UserError
 from fastvim.tasks.checkpoints import LastCheckpoint, last_whole
 from fastvim.tasks.sharding import local
+from fastvim.tasks.tensors import TensorsOf
 
 PARTS = ("the loss", "a gradient", "a weight")
 
@@ -31,19 +32,25 @@ class Finite(L.Callback):
     def __init__(self) -> None:
         self._unread: list[tuple[Tensor, int, int]] = []  # see PARTS; optimiser steps, batch
         self._gradient: Tensor | None = None
+        self._tensors: TensorsOf | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tensors = TensorsOf(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
         if trainer.precision != "16-mixed":
-            self._gradient = _largest(each.grad for each in pl_module.parameters())
+            assert self._tensors is not None
+            self._gradient = _largest(each.grad for each in self._tensors.find()[0])
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"].detach().float()
         gradient, self._gradient = self._gradient, None
-        weight = _largest(pl_module.parameters())
+        assert self._tensors is not None
+        weight = _largest(self._tensors.find()[0])
         parts = [loss if part is None else part for part in (loss, gradient, weight)]
         self._unread.append((torch.stack(parts), trainer.global_step, batch_idx))
         patience = trainer.log_every_n_steps if loss.is_cuda else 1
@@ -138,14 +145,14 @@ class NameModules(L.Callback):
             raise UserError(f"{told} (after {step} steps, in epoch {epoch})")
 
 
+@torch.no_grad()
 def _largest(tensors: Iterable[Tensor | None]) -> Tensor | None:
     """The largest magnitude, or what is not finite, on the tensors' device; None of nothing."""
-    parts = [local(each.detach()) for each in tensors if each is not None]
+    parts = [local(each) for each in tensors if each is not None]
     parts = [part for part in parts if part.numel() and part.is_floating_point()]
     if not parts:
         return None
-    norms = torch._foreach_norm(parts, math.inf)
-    return torch.stack([norm.float() for norm in norms]).max()
+    return torch.stack(torch._foreach_norm(parts, math.inf)).max().float()
 
 
 def _finite(values: Iterable[Any]) -> bool:

@@ -37,9 +37,9 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        loss = trainer.callback_metrics.get("train/loss")
         due = trainer.is_last_batch or time.monotonic() >= self._looked + EVERY
-        if trainer.training and due and loss is not None:
+        loss = trainer.callback_metrics.get("train/loss") if trainer.training and due else None
+        if loss is not None:
             self._loss, self._looked = float(loss), time.monotonic()
         if self._loss is not None:
             metrics["train/loss"] = self._loss
