@@ -30,6 +30,8 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastvim.ops.triton.ahead import left_out_by
+
 _logger = logging.getLogger(__name__)
 
 WARMUP = 3  # calls before a recording
@@ -38,7 +40,12 @@ Result = TypeVar("Result")
 
 
 def warm_up(
-    call: Callable[[], object], stream: torch.cuda.Stream, count: int, what: str
+    call: Callable[[], object],
+    stream: torch.cuda.Stream,
+    count: int,
+    what: str,
+    *,
+    ahead: bool = False,
 ) -> str | None:
     """Make a call on a side stream until every kernel is compiled and tuned.
 
@@ -47,6 +54,7 @@ def warm_up(
         stream: the stream of the recording.
         count: how many times to call.
         what: names the call in the answer, as in "forward pass".
+        ahead: `compile_ahead` first.
 
     Returns:
         Why the call cannot be recorded, or None.
@@ -55,11 +63,38 @@ def warm_up(
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
+        if ahead:
+            compile_ahead(call)
         for _ in range(count):
             call()
         reason = why_not_captured(call, what)
     current.wait_stream(stream)
     return reason
+
+
+def compile_ahead(call: Callable[[], object]) -> None:
+    """Compile the kernels of FastVim that a call is going to launch, with a thread on each core.
+
+    The call is made once without them (`fastvim.ops.triton.ahead.left_out_by`): what it gives means
+    nothing, and whatever it changes is the caller's to restore.
+    """
+    if requests := left_out_by(call):
+        from fastvim.ops.triton.parallel import compile_all
+
+        compile_all(requests)
+
+
+def compile_for(model: nn.Module, images: Tensor) -> None:
+    """Compile the kernels of a model's evaluation, as `compile_ahead` does.
+
+    Args:
+        model: in evaluation mode, which changes nothing but random states. With hooks, which would
+            look at results that mean nothing, its kernels are compiled when they are launched.
+        images: (B, ...) on a GPU.
+    """
+    if not _has_hooks(model):
+        with torch.random.fork_rng([images.device]):
+            compile_ahead(partial(model, images))
 
 
 def why_not_captured(call: Callable[[], object], what: str) -> str | None:
@@ -247,7 +282,8 @@ class _Recorded:
         with warnings.catch_warnings(), torch.random.fork_rng([self._stream.device]):
             # A backward pass may begin with a matrix product: torch warns, and continues.
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
-            reason = warm_up(step, self._stream, steps, "training step")
+            ahead = not _has_hooks(self._model)  # as in `compile_for`
+            reason = warm_up(step, self._stream, steps, "training step", ahead=ahead)
         for buffer, before in buffers:
             buffer.copy_(before)
         return reason
@@ -329,6 +365,13 @@ class _Replay(torch.autograd.Function):
         grad_outputs = [gradient for gradient, wanted in pairs if wanted]
         # Autograd copies these gradients, since the recording keeps a reference to them.
         return (None, *ctx.recorded.backward(ctx.turn, grad_outputs))
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        for module in model.modules()
+    )
 
 
 def _kind(images: Tensor) -> tuple[Any, ...]:

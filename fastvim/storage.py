@@ -140,17 +140,35 @@ def _opened(part: Path) -> Iterator[IO[bytes]]:
     """An empty file under this name, which one process writes at a time."""
     while True:
         with open(part, "r+b", opener=_create) as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                except OSError as error:
-                    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                        raise
+            _lock(file)
             if not _is_named(file, part):  # the process that had the lock renamed or removed it
                 continue
             file.truncate()
             yield file
             return
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Wait for other processes' locks on a file, where its file system has locks."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
+@contextmanager
+def alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let one process at a time into the block, and the others wait for it.
+
+    Args:
+        path: a file of no content that they share, in a folder that is there.
+    """
+    with open(path, "ab", opener=_create) as file:
+        _lock(file)
+        yield
 
 
 def remove_parts(files: Iterable[Path]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
-from fastvim.storage import remove_parts, written
+from fastvim.storage import alone, remove_parts, written
 
 
 def _write(path, ready, done) -> None:
@@ -57,3 +59,22 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         ("rename", "weights.bin.part"),
         ("fsync", tmp_path.name),
     ]
+
+
+def test_one_at_a_time(tmp_path):
+    """Locks are of open files, so a thread waits as another process does."""
+    inside, most = [], []
+
+    def enter() -> None:
+        with alone(tmp_path / "lock"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]

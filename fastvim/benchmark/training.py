@@ -174,7 +174,8 @@ class TrainingLoop:
         self.images, self.classes = images, classes
         self._precision, self._loss = precision, loss
         self._graphed = GraphedModel(model) if capture else None
-        self._optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=1e-4)
+        groups = param_groups_weight_decay(model, 0.05)
+        self._optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=images.is_cuda)
         self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
         # Counted on the CPU, as the callback EMA does: reading the count must not synchronise.
         self._average.n_averaged = torch.tensor(1)

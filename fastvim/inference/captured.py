@@ -181,7 +181,7 @@ class Predictor:
         """Record one forward pass."""
         stream = torch.cuda.Stream(self.device)
         forward = partial(self._forward, self.images)
-        self.reason = warm_up(forward, stream, warmup, "forward pass")
+        self.reason = warm_up(forward, stream, warmup, "forward pass", ahead=True)
         if self.reason is not None:
             _logger.warning("running eagerly: %s", self.reason)
             return

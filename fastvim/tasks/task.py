@@ -11,8 +11,8 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn, optim
 
+from fastvim.cudagraph import GraphedModel, compile_for
 from fastvim.errors import OptionError, UserError
-from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
 from fastvim.options import (
     COUNT,
@@ -25,7 +25,7 @@ from fastvim.options import (
 from fastvim.tasks.callbacks.ema import EMA
 from fastvim.tasks.callbacks.refused import refuse_callbacks
 from fastvim.tasks.classes import fit_classes, require_classes
-from fastvim.tasks.optim import count_steps, parameter_groups
+from fastvim.tasks.optim import count_steps, make_adamw, parameter_groups, place_steps
 from fastvim.tasks.origin import ORIGIN, origin_of
 from fastvim.tasks.protocols import TaskData
 from fastvim.tasks.resuming import KEY, TASK, batches_of, go_on, require_same_model
@@ -164,6 +164,7 @@ class Task(L.LightningModule):
         self.origin: dict[str, str] = {}
         self.model: nn.Module | None = None
         self._captured: Callable[[Tensor], Any] | None = None
+        self._compiled = False  # the kernels of evaluation
 
     # The network and its weights.
 
@@ -265,12 +266,7 @@ class Task(L.LightningModule):
             self.decay_vectors,
             self.lr_scales,
         )
-        eps = 1e-8
-        if self.trainer.precision == "16-true":  # where 1e-8 is 0, and so are most squares
-            eps = 1e-4
-            if self.trainer.is_global_zero:
-                _logger.warning("trainer.precision 16-true: AdamW's eps is %g, not 1e-08", eps)
-        return optim.AdamW(groups, lr=self.peak_lr, betas=self.betas, eps=eps)
+        return make_adamw(groups, self.peak_lr, self.betas, self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
         refuse_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -341,6 +337,9 @@ class Task(L.LightningModule):
     def call_model(self, images: Tensor) -> Any:
         """Call the model; in a fit with `capture`, through a `GraphedModel`."""
         assert self.model is not None
+        if images.is_cuda and not self.model.training and not self._compiled:
+            self._compiled = True
+            compile_for(self.model, images)
         return (self._captured or self.model)(images)
 
     def on_fit_start(self) -> None:
@@ -362,6 +361,7 @@ class Task(L.LightningModule):
         # A checkpoint brings the settings of its optimiser along; this run's count.
         schedule: Any = self.lr_schedulers()
         schedule.restore(self.trainer.global_step)
+        place_steps(schedule.optimizer)
 
     def on_fit_end(self) -> None:
         self._captured = None  # the graphs hold memory

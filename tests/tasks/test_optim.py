@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 
 import fastvim  # noqa: F401  registers the models
-from fastvim.tasks.optim import parameter_groups
+from fastvim.tasks.optim import make_adamw, parameter_groups, place_steps
 from fastvim.tasks.schedules import Schedule, cosine_by_epochs
 
 DEPTH = 6
@@ -90,3 +92,52 @@ def test_pairs_of_blocks_share_a_rate_as_published(name, depth):
     assert set(scale) == {parameter for parameter, _ in model.named_parameters()}
     assert decay["pos_embed"] == 0
     assert decay["patch_embed.proj.weight"] == 0.05
+
+
+def optimizer_of(parameter: torch.Tensor, device: str, precision: str) -> torch.optim.AdamW:
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    trainer = SimpleNamespace(strategy=strategy, precision=precision, is_global_zero=False)
+    return make_adamw([{"params": [parameter]}], 0.1, (0.9, 0.99), trainer)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "fused", "eps"),
+    [
+        ("cuda", "bf16-mixed", True, 1e-8),
+        ("cuda", "32-true", True, 1e-8),
+        ("cuda", "16-true", True, 1e-4),
+        ("cuda", "16-mixed", None, 1e-8),  # the scale is taken off before the clipping
+        ("cpu", "bf16-mixed", None, 1e-8),
+    ],
+)
+def test_steps_on_a_gpu_are_fused(device, precision, fused, eps):
+    group = optimizer_of(torch.zeros(3, requires_grad=True), device, precision).param_groups[0]
+    assert group["fused"] is fused
+    assert group["foreach"] is None
+    assert group["eps"] == eps
+
+
+@pytest.mark.parametrize("before", ["cpu", "cuda"])
+@pytest.mark.parametrize("after", ["cpu", "cuda"])
+def test_a_run_goes_on_with_the_other_kind_of_step(before, after):
+    """The fused step of CPUs stands for that of GPUs."""
+
+    def steps(parameter, optimizer, seeds) -> None:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            parameter.grad = torch.randn(5, generator=generator)
+            optimizer.step()
+
+    whole = torch.ones(5, requires_grad=True)
+    steps(whole, optimizer_of(whole, after, "32-true"), range(5))
+    parts = torch.ones(5, requires_grad=True)
+    first = optimizer_of(parts, before, "32-true")
+    steps(parts, first, range(3))
+    second = optimizer_of(parts, after, "32-true")
+    schedule = Schedule(second, lambda position: 0.1)
+    second.load_state_dict(first.state_dict())
+    schedule.restore(3)
+    place_steps(second)
+    assert bool(second.param_groups[0]["fused"]) == (after == "cuda")
+    steps(parts, second, range(3, 5))
+    torch.testing.assert_close(parts, whole, rtol=0 if before == after else 1e-6, atol=0)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvim.ops import registered
+from fastvim.ops.triton.ahead import left_out
 from fastvim.ops.triton.common import INTERPRETED
 
 ALIGNMENT = 16  # bytes; Triton compiles a pointer that is a multiple of it differently
@@ -33,7 +34,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class Launch:
-    """A kernel with all arguments but its tensors; compiled at the first call.
+    """A kernel with all arguments but its tensors; compiled at the first call, if not `ahead`.
 
     All arguments are given by name, and put into the kernel's order once. A launch serves one kind
     of tensors (`Launches`).
@@ -92,6 +93,8 @@ class Launch:
         assert [*tensors] == names[: len(tensors)], "tensors come first, in the kernel's order"
         self._values = tuple(self.meta[name] for name in names[len(tensors) :])
         arguments = (*tensors.values(), *self._values)
+        if left_out(self, self.kernel, arguments, self.options):
+            return
         if INTERPRETED:
             self.kernel[self.grid](*arguments, **self.options)
         else:
