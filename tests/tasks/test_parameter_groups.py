@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ class Trainer:
     """What the optimiser asks of Lightning's trainer; `batch` images a step."""
 
     world_size, accumulate_grad_batches, precision = 1, 1, "32-true"
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
     def __init__(self, batch: int) -> None:
         self.datamodule = self
