@@ -317,7 +317,8 @@ class _Recorded:
             gradients: one for each output that requires gradients.
 
         Returns:
-            The gradients of the parameters. The next replay overwrites them.
+            The gradients of the parameters, in new tensors. Autograd takes these as they are. Those
+            of the recording, which the next replay overwrites, it would copy one by one.
         """
         if turn != self.turn:
             raise RuntimeError(
@@ -328,7 +329,9 @@ class _Recorded:
         for static, gradient in zip(self._grad_outputs, gradients, strict=True):
             static.copy_(gradient)
         self._backward.replay()
-        return self._gradients
+        returned = [torch.empty_like(gradient) for gradient in self._gradients]
+        torch._foreach_copy_(returned, self._gradients)
+        return returned
 
     def _run(self) -> tuple[list[Tensor], Any]:
         """Outputs of an eager forward pass, flattened, and their nesting."""
@@ -363,7 +366,6 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(gradients, ctx.differentiable, strict=True)
         grad_outputs = [gradient for gradient, wanted in pairs if wanted]
-        # Autograd copies these gradients, since the recording keeps a reference to them.
         return (None, *ctx.recorded.backward(ctx.turn, grad_outputs))
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastvim.cudagraph import _Recorded
 from fastvim.graphed import GraphedModel
 from fastvim.models import FastVim, MaskedAutoencoder
 
@@ -91,6 +92,30 @@ def test_a_copy_is_a_model_of_its_own(device):
     backward(twin, batch(0, device=device))
     assert gradients(twin)[0] is not None
     assert gradients(model)[0] is None
+
+
+@pytest.mark.gpu
+def test_gradients_are_copied_once_and_not_overwritten(monkeypatch):
+    returned = []
+    replay = _Recorded.backward
+
+    def spy(*args):
+        gradients = replay(*args)
+        returned[:] = [gradient.data_ptr() for gradient in gradients]
+        return gradients
+
+    monkeypatch.setattr(_Recorded, "backward", spy)
+    model = tiny().train()
+    twin, graphed = copy.deepcopy(model), GraphedModel(model)
+    kept = []
+    for seed in range(2):
+        for run, part in ((graphed, model), (twin, twin)):
+            part.zero_grad()
+            backward(run, batch(seed))
+        assert returned == [gradient.data_ptr() for gradient in gradients(model)]
+        kept.append((gradients(model), gradients(twin)))
+    for ours, expected in kept:
+        same(ours, expected)
 
 
 @pytest.mark.gpu
