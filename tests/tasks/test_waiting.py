@@ -1,4 +1,4 @@
-"""A training step gives a GPU its work and does not wait for it."""
+"""A training step gives a GPU its work and does not wait for it, nor for Lightning's checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastvim.tasks import Classification
+from fastvim.tasks import Classification, step_log
 from fastvim.tasks.callbacks import progress
 from fastvim.tasks.callbacks.health import Finite
 from fastvim.tasks.callbacks.pace import Pace
@@ -108,3 +108,41 @@ def test_other_bars_show_the_loss(tmp_path, data):
     run = trainer(tmp_path, TQDMProgressBar(), **settings)
     run.fit(classification(), data)
     assert run.progress_bar_metrics["train/loss"] == run.callback_metrics["train/loss"]
+
+
+class Record(L.Callback):
+    """What is logged after every batch and epoch."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def _note(self, trainer: L.Trainer, *_: Any) -> None:
+        found = {**trainer.callback_metrics, **trainer.logged_metrics}
+        self.rows.append({name: float(value) for name, value in found.items()})
+
+    on_train_batch_end = on_train_epoch_end = on_validation_end = _note
+
+
+def test_values_are_those_that_lightning_keeps(tmp_path, data, monkeypatch):
+    rows, ours = {}, step_log._update
+    for way in ("ours", "Lightning's"):
+        L.seed_everything(0)
+        record, updated = Record(), []
+
+        def update(*args: Any, way: str = way, updated: list[bool] = updated) -> bool:
+            updated.append(way == "ours" and ours(*args))
+            return updated[-1]
+
+        monkeypatch.setattr(step_log, "_update", update)
+        run = trainer(
+            tmp_path,
+            *(SeedSteps(0), record),
+            **{"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 0.5},
+        )
+        run.fit(classification(), data)
+        rows[way] = record.rows
+        assert updated.count(True) == (
+            22 if way == "ours" else 0
+        )  # but for the first of 12 batches
+    assert rows["ours"] == rows["Lightning's"]
+    assert len({row["train/loss_epoch"] for row in rows["ours"] if "train/loss_epoch" in row}) > 1
