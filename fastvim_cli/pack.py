@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastvim_cli.arguments import MOST_SIDE, at_least, local_path
+from fastvim_cli.arguments import MOST_SIDE, at_least
 from fastvim_cli.console import note, say, track
 
 DESCRIPTION = """\
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
     add("root", metavar="ROOT", help="folder of the splits, as --data.root takes it")
-    add("out", metavar="OUT", type=local_path, help="new or empty folder")
+    add("out", metavar="OUT", help="new or empty folder")
     help = "default: those of train, val and test that are there"
     add("--splits", nargs="+", metavar="NAME", help=help)
     help = (

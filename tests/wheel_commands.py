@@ -61,6 +61,7 @@ COMMANDS = {
     "benchmark --from speed.json --markdown": "",
     "benchmark --from speed.json --plot speed.png": "train",
     "export --model classifier.safetensors classifier.onnx": "export",
+    "data pack photos packed --size 64": "",
     "data stats table.csv": "microscopy",
     f"data check {RECIPE}": "train",
     "channels channels.safetensors --root .": "train",
@@ -77,6 +78,7 @@ WRITTEN = (
     *("predictions/predictions.jsonl", "predictions/predictions.png", "by_name/predictions.png"),
     *("reconstructions/photo_reconstruction.png", "published/photo_reconstruction.png"),
     *("segments/photo_classes.png", "segments/photo_overlay.png", "classes/photo_overlay.png"),
+    *("packed/fastvim_pack.json", "packed/train-00000.tar"),
     *("detections/photo_detections.png", "detections/detections.json"),
     *("objects/photo_detections.png", "objects/detections.json"),
 )

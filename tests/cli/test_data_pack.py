@@ -65,6 +65,7 @@ def test_smaller_images(root, tmp_path, capsys):
     [
         (["pack", "{root}"], "required: OUT; see fastvim data pack --help"),
         (["pack", "{root}", "{root}"], "root: has extra, train, val; expected a new or empty"),
+        (["pack", "{root}", "s3://bucket/pack"], "s3://bucket/pack: an address; expected a folder"),
         (["pack", "{root}", "{root}/o", "--size", "0"], "--size: 0: expected 1 to 65536"),
         (["pack", "{root}", "{root}/o", "--splits", "x"], "no split 'x'; expected"),
         (["pack", "{root}", "{root}/o", "--quality", "3"], "unrecognized arguments: --quality 3"),
