@@ -109,10 +109,9 @@ class Pretraining(Task):
             images: at least one patch high and wide.
             generator: draws the masks; None for torch's own.
         """
-        assert self.model is not None
         if generator is None:
             return self.call_model(images)
-        return self.model(images, generator=generator)
+        return self.call_model(images, generator=generator)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self(batch[0]).loss

@@ -334,13 +334,14 @@ class Task(L.LightningModule):
         # Optimiser steps done so far: a resumed run continues the curve from the loop's counter.
         scheduler.step_update(self.trainer.global_step)
 
-    def call_model(self, images: Tensor) -> Any:
-        """Call the model; in a fit with `capture`, through a `GraphedModel`."""
+    def call_model(self, images: Tensor, **options: Any) -> Any:
+        """Call the model; in a fit with `capture` and without options, through a `GraphedModel`."""
         assert self.model is not None
         if images.is_cuda and not self.model.training and not self._compiled:
             self._compiled = True
             compile_for(self.model, images)
-        return (self._captured or self.model)(images)
+        run = self.model if options else self._captured or self.model
+        return run(images, **options)
 
     def on_fit_start(self) -> None:
         if self.origin and self.trainer.is_global_zero:
