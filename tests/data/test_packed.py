@@ -92,6 +92,19 @@ def test_a_part_unpacks_into_the_folders(image_root, packed, tmp_path):
     assert contents(tmp_path, "train") == contents(image_root, "train")
 
 
+def test_later_parts_are_larger(image_root, tmp_path, monkeypatch):
+    """A process has all of them open."""
+    monkeypatch.setattr(packing, "PART", 2000)
+    monkeypatch.setattr(packing, "_MANY", 1)
+    pack(image_root, tmp_path, splits=["train"])
+    images = []
+    for part in sorted(tmp_path.glob("*.tar")):
+        with tarfile.open(part) as archive:
+            images.append(len(archive.getnames()))
+    assert images[:3] == [2, 3, 4]
+    assert contents(tmp_path, "train") == contents(image_root, "train")
+
+
 def test_names_of_any_length_and_bytes(tmp_path):
     names = ["ü" * 80 + "/" + "x" * 200 + ".png", os.fsdecode(b"b\xff/1.png")]
     for name in names:
