@@ -72,6 +72,25 @@ def test_a_call_without_kernels_compiles_nothing():
     assert calls == [1]
 
 
+@pytest.mark.gpu
+def test_kernels_compiled_ahead_compute_the_same(tmp_path, forget_launches, monkeypatch, caplog):
+    expected = scan()
+    forget_launches()
+    requests = left_out_by(scan)
+    for request in requests:
+        request.kernel.device_caches.clear()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compile_ahead(scan)
+    (line,) = caplog.messages
+    assert line.startswith("compiling ")
+    assert line.endswith(f" kernels for {torch.cuda.get_device_name()}, once")
+    for request in requests:
+        kept = [*request.kernel.device_caches[torch.cuda.current_device()][0].values()]
+        assert kept
+        assert all(kernel.module is not None for kernel in kept)  # loaded
+    assert all(map(torch.equal, scan(), expected))
+
+
 WITHOUT_A_GPU = """
 import contextlib, logging, sys, time, torch, triton
 from triton.backends.compiler import GPUTarget

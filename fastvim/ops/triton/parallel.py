@@ -29,6 +29,7 @@ class _Job(NamedTuple):
     Attributes:
         device: for which.
         name: of the kernel.
+        size: characters of its source.
         key: of its files on the disk.
         compile: compiles it, or reads it from the disk.
         keep: gives it to the launches of this process.
@@ -36,6 +37,7 @@ class _Job(NamedTuple):
 
     device: torch.device
     name: str
+    size: int
     key: str
     compile: Callable[[], Any]
     keep: Callable[[Any], None]
@@ -75,8 +77,8 @@ class _Collected(triton.AsyncCompileMode):
     ) -> None:
         """Called by `warmup`; nothing is compiled yet, so it has no kernel to keep."""
         request = self._request
-        name = request.kernel.fn.__name__
-        self.jobs[key] = _Job(request.device, name, key, compile_fn, finalize_fn)
+        name, size = request.kernel.fn.__name__, len(request.kernel.src)
+        self.jobs[key] = _Job(request.device, name, size, key, compile_fn, finalize_fn)
 
 
 def compile_all(requests: Iterable[Request]) -> None:
@@ -89,8 +91,8 @@ def compile_all(requests: Iterable[Request]) -> None:
     with _Collected() as collected:
         for request in requests:
             collected.add(request)
-    # Backward passes come last, and their kernels take longest.
-    jobs = [*reversed(collected.jobs.values())]
+    # Those that take longest begin first: two kernels of 22 take 15 s and 10 s of all 45.
+    jobs = sorted(collected.jobs.values(), key=lambda job: job.size, reverse=True)
     with ThreadPoolExecutor(cores()) as pool:
         if any(job.missing for job in jobs):
             with alone(Path(triton.knobs.cache.dir) / "fastvim.lock"):
