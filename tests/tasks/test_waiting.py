@@ -89,6 +89,7 @@ def test_the_bar_reads_the_loss_once_a_second(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(L.pytorch.callbacks.ProgressBar, "get_metrics", lambda *_: {"v_num": 3})
     bar = ProgressBar()
+    assert bar.refresh_rate == 10
     run: Any = SimpleNamespace(training=True, is_last_batch=False, callback_metrics={})
     task: Any = None
     assert bar.get_metrics(run, task) == {}

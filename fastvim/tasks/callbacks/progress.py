@@ -24,7 +24,7 @@ class ProgressBar(RichProgressBar):
     """
 
     def __init__(self, pace: Pace | None = None) -> None:
-        super().__init__()
+        super().__init__(refresh_rate=10)  # drawings a second, for which the loop stands still
         self._pace = pace
         self._loss: float | None = None
         self._looked = -EVERY
