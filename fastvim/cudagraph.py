@@ -85,16 +85,35 @@ def compile_ahead(call: Callable[[], object]) -> None:
 
 
 def compile_for(model: nn.Module, images: Tensor) -> None:
-    """Compile the kernels of a model's evaluation, as `compile_ahead` does.
+    """Compile the kernels of a model for such images, as `compile_ahead` does.
+
+    Those of the forward pass, and of the backward pass where gradients are on. Buffers, gradients
+    and random states stay as they are. A model with hooks is left alone: they would look at results
+    that mean nothing.
 
     Args:
-        model: in evaluation mode, which changes nothing but random states. With hooks, which would
-            look at results that mean nothing, its kernels are compiled when they are launched.
-        images: (B, ...) on a GPU.
+        model: takes images (B, ...) and returns tensors, in its present mode and autocast region.
+        images: as the model takes them.
     """
-    if not _has_hooks(model):
-        with torch.random.fork_rng([images.device]):
-            compile_ahead(partial(model, images))
+    if _has_hooks(model):
+        return
+    device = images.device
+    dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+
+    def call() -> None:
+        with torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
+            outputs, _ = tree_flatten(model(images))
+        roots = [output for output in outputs if output.requires_grad]
+        if roots:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            ones = [torch.ones_like(root) for root in roots]
+            torch.autograd.grad(roots, trained, ones, allow_unused=True)
+
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng([device] if images.is_cuda else []):
+        compile_ahead(call)
+    for buffer, before in buffers:
+        buffer.copy_(before)
 
 
 def why_not_captured(call: Callable[[], object], what: str) -> str | None:
@@ -370,10 +389,8 @@ class _Replay(torch.autograd.Function):
 
 
 def _has_hooks(model: nn.Module) -> bool:
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        for module in model.modules()
-    )
+    modules = model.modules()
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
 
 
 def _kind(images: Tensor) -> tuple[Any, ...]:

@@ -164,7 +164,7 @@ class Task(L.LightningModule):
         self.origin: dict[str, str] = {}
         self.model: nn.Module | None = None
         self._captured: Callable[[Tensor], Any] | None = None
-        self._compiled = False  # the kernels of evaluation
+        self._compiled: set[bool] = set()  # whether of training, or of evaluation
 
     # The network and its weights.
 
@@ -311,9 +311,7 @@ class Task(L.LightningModule):
         if self.trainer.is_global_zero:
             _logger.warning(
                 "%s but the whole run is %d steps: the warm-up is shortened to %d",
-                source,
-                total_steps,
-                total_steps // 10,
+                *(source, total_steps, total_steps // 10),
             )
         return total_steps // 10
 
@@ -324,10 +322,7 @@ class Task(L.LightningModule):
             _logger.warning(
                 "%.0f %% of the averaged weights will still be the initial ones after %d steps: "
                 "lower ema_decay from %g, say to %.3g",
-                100 * initial,
-                total_steps,
-                self.ema_decay,
-                max(0.0, 1 - 30 / total_steps),
+                *(100 * initial, total_steps, self.ema_decay, max(0.0, 1 - 30 / total_steps)),
             )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -337,10 +332,16 @@ class Task(L.LightningModule):
     def call_model(self, images: Tensor, **options: Any) -> Any:
         """Call the model; in a fit with `capture` and without options, through a `GraphedModel`."""
         assert self.model is not None
-        if images.is_cuda and not self.model.training and not self._compiled:
-            self._compiled = True
-            compile_for(self.model, images)
+        training = self.model.training
         run = self.model if options else self._captured or self.model
+        # A capture of the training does so itself.
+        if (
+            images.is_cuda
+            and training not in self._compiled
+            and (run is self.model or not training)
+        ):
+            self._compiled.add(training)
+            compile_for(self.model, images)
         return run(images, **options)
 
     def on_fit_start(self) -> None:

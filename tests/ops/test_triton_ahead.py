@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 
 from inputs import DEVICE, normal, scan_inputs
 
-from fastvim.cudagraph import compile_ahead
+from fastvim.cudagraph import compile_ahead, compile_for
 from fastvim.ops.triton.ahead import left_out_by
 from fastvim.ops.triton.norm import add_norm_triton
 from fastvim.ops.triton.selective_scan import selective_scan_triton
@@ -72,6 +73,43 @@ def test_a_call_without_kernels_compiles_nothing():
     assert calls == [1]
 
 
+class Layer(torch.nn.Module):
+    """A kernel of ours, with random numbers and buffers around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = torch.nn.BatchNorm1d(WIDTH)
+        self.weight = torch.nn.Parameter(torch.ones(WIDTH))
+        self.unused = torch.nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = torch.nn.functional.dropout(self.before(x.mT).mT)
+        return {"normed": add_norm_triton(x, x, self.weight, self.weight)[1]}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_left_as_it_is(training, forget_launches, monkeypatch):
+    noted = []
+    parallel = importlib.import_module("fastvim.ops.triton.parallel")
+    monkeypatch.setattr(parallel, "compile_all", noted.extend)
+    model = Layer().to(DEVICE).train(training)
+    images = normal(2, 7, WIDTH).float().to(DEVICE)
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, [0] * (DEVICE == "cuda"))]
+    with torch.set_grad_enabled(training):
+        compile_for(model, images)
+    backward = {"_add_norm_backward_kernel", "_sum_kernel"} if training else set()
+    assert {request.kernel.fn.__name__ for request in noted} == {"_add_norm_kernel", *backward}
+    after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, [0] * (DEVICE == "cuda"))]
+    assert all(map(torch.equal, after, states))
+    assert all(map(torch.equal, model.buffers(), buffers))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    noted.clear()
+    model.before.register_forward_hook(lambda *_: None)
+    compile_for(model, images)
+    assert noted == []
+
+
 @pytest.mark.gpu
 def test_kernels_compiled_ahead_compute_the_same(tmp_path, forget_launches, monkeypatch, caplog):
     expected = scan()
@@ -103,7 +141,7 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.get_device_name = lambda device: "stub"
-from fastvim.cudagraph import compile_ahead
+from fastvim.cudagraph import compile_ahead, compile_for
 from fastvim.ops.triton import norm
 
 def call():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
 from harness import DECODER, MODEL_ARGS, trainer
 
+import fastvim.tasks.task as task_module
 from fastvim.tasks import Classification, LinearProbe, Pretraining, Segmentation, Task
 from fastvim.tasks.callbacks.run_log import SeedSteps
+from fastvim.tasks.task import Task
 
 DROP = {"drop_path_rate": 0.5}
 
@@ -116,3 +120,34 @@ def test_segmentation(tmp_path):
         if name.endswith("num_batches_tracked")
     ]
     assert set(counts) == {6}
+
+
+class OnGPU:
+    """Stands for images."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_kernels_are_compiled_before_the_first_call_of_each_kind(captured, monkeypatch):
+    seen = []
+    monkeypatch.setattr(task_module, "compile_for", lambda model, images: seen.append(model.mode))
+
+    class Model:
+        mode, training = "training", True
+
+        def __call__(self, images: object, **options: object) -> str:
+            return "eager"
+
+    task = SimpleNamespace(model=Model(), _captured=None, _compiled=set())
+    if captured:
+        task._captured = lambda images: "captured"
+    expected = "captured" if captured else "eager"
+    for _ in range(2):
+        assert Task.call_model(task, OnGPU()) == expected
+    assert seen == ([] if captured else ["training"])  # a capture does so itself
+    task.model.mode, task.model.training = "evaluation", False
+    assert Task.call_model(task, OnGPU(), generator=None) == "eager"
+    assert Task.call_model(task, OnGPU()) == expected
+    assert seen[-1:] == ["evaluation"]
+    assert seen.count("evaluation") == 1
