@@ -12,7 +12,6 @@ from harness import DECODER, MODEL_ARGS, trainer
 import fastvim.tasks.task as task_module
 from fastvim.tasks import Classification, LinearProbe, Pretraining, Segmentation, Task
 from fastvim.tasks.callbacks.run_log import SeedSteps
-from fastvim.tasks.task import Task
 
 DROP = {"drop_path_rate": 0.5}
 
