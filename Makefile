@@ -45,7 +45,8 @@ test-faults: install
 test-cluster: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ray
 	$(BIN)/python -m pytest tests/inference/test_over_ray.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster or not cluster" tests/cluster tests/tasks/test_sharded.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "cluster or not cluster" \
+	    tests/cluster tests/tasks/test_sharded.py
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python measurements/parts.py
 
 # What `make install` leaves out: libraries that take the models.
