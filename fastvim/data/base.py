@@ -125,6 +125,10 @@ class DataModule(L.LightningDataModule):
         """The dataset of a role, "train", "val" or "test"; the first one settles the classes."""
         raise NotImplementedError
 
+    def samples(self, role: str) -> Dataset[Any]:
+        """What the loading processes of an opened role read from."""
+        return self._datasets[role]
+
     def finish(self, role: str) -> Finish | None:
         """What makes images of what the loading processes give for a role; None if they do."""
         return None
@@ -191,7 +195,7 @@ class DataModule(L.LightningDataModule):
         self, role: str, make: Callable[..., WatchedLoader], batch_size: int
     ) -> WatchedLoader:
         loader = make(
-            self._datasets[role],
+            self.samples(role),
             batch_size=batch_size,
             num_workers=self.num_workers,
             seed=self.seed,
@@ -201,9 +205,15 @@ class DataModule(L.LightningDataModule):
         if role in self.list_batches:
             loader.collate_fn = _collate_lists
         if (finish := self.finish(role)) is not None:
-            device = CPU if self.trainer is None else self.trainer.strategy.root_device
+            device = self.device
             loader.finish = partial(_finished, finish, device)
+            loader.ahead = device if device.type == "cuda" else None
         return loader
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are finished: the trainer's device, or the CPU without one."""
+        return CPU if self.trainer is None else self.trainer.strategy.root_device
 
 
 class DenseDataModule(DataModule):

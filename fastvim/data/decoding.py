@@ -147,7 +147,7 @@ def _decode(file: IO[bytes], name: str, max_pixels: int | None) -> Decoded:
         stored = _raw_mode(image)  # before the EXIF data, for which Pillow loads PNG files
         if stored.endswith(PLANES) and _tag(image, SAMPLES_PER_PIXEL) not in (None, 1):
             raise refused(name, _describe_tiff(file), PICTURE)
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         # Asked before loading: a GIF file is read on for it.
         several = image.format in SEVERAL and getattr(image, "is_animated", False)
         image.load()
@@ -162,7 +162,7 @@ def _decode(file: IO[bytes], name: str, max_pixels: int | None) -> Decoded:
 
 def decoded(image: Image.Image) -> Decoded:
     """The content of an image that Pillow has loaded."""
-    left = _orientation(image)
+    left = orientation_of(image)
     bits, sample_format = _tag(image, BITS_PER_SAMPLE), _tag(image, SAMPLE_FORMAT)
     if image.mode == "L" and sample_format == SIGNED:
         return Decoded(image, left, left, np.asarray(image).view(np.int8))
@@ -214,12 +214,12 @@ def stored_size(path: Path) -> tuple[tuple[int, int], int]:
     try:
         require_file(path)
         with _without_pillows_limit(), Image.open(path) as image:
-            return image.size, 1 if image.format == "TIFF" else _orientation(image)
+            return image.size, 1 if image.format == "TIFF" else orientation_of(image)
     except Exception:  # reading the whole file says what is wrong
         return (0, 0), 1
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, from 1 (upright, or not told) to 8."""
     try:
         value = image.getexif().get(ORIENTATION, 1)

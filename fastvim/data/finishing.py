@@ -47,9 +47,10 @@ class DrawErasing:
         self.probability = probability
 
     def __call__(self, pixels: Tensor) -> Drawn:
-        return Drawn(pixels, self._draw(*pixels.shape[-2:]))
+        return Drawn(pixels, self.draw(*pixels.shape[-2:]))
 
-    def _draw(self, high: int, wide: int) -> Tensor:
+    def draw(self, high: int, wide: int) -> Tensor:
+        """What is erased of an image of a height and a width, as `Drawn` has it."""
         if random.random() > self.probability:
             return NOWHERE
         whole = high * wide

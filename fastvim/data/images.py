@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from timm.data import IterableImageDataset, create_dataset
@@ -20,6 +20,8 @@ from fastvim.data.classes import places
 from fastvim.data.files import Chosen, ImageFiles, reader_classes
 from fastvim.data.finishing import Finish
 from fastvim.data.folders import ClassFolder, ClassFolders
+from fastvim.data.gpu.decoders import why_not_decoded
+from fastvim.data.gpu.loading import decode_batches, encoded, why_not_planned
 from fastvim.data.issues import NoFiles, SplitReport
 from fastvim.data.pixels import DAMAGED
 from fastvim.data.splits import find_split, open_folder
@@ -38,11 +40,13 @@ from fastvim.data.transforms import (
     to_mode,
     training_transform,
 )
+from fastvim.data.workers import WatchedLoader
 from fastvim.errors import OptionError, UserError, nearest
-from fastvim.options import COUNT, check_given
+from fastvim.options import COUNT, check_choice, check_given
 
 _logger = logging.getLogger(__name__)
 
+Decode = Literal["auto", "cpu", "gpu"]
 READERS = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's, besides folders and tar files
 
 
@@ -96,6 +100,10 @@ class ImageData(DataModule):
         auto_augment: timm's description of an augmentation policy; None or "" for none.
         re_prob: probability of random erasing.
         re_mode: what fills an erased rectangle: "const", "rand" or "pixel".
+        decode: where training images are decoded, cropped and augmented: "gpu" in batches on the
+            trainer's device, "cpu" in the loading processes, "auto" on a GPU where there is one
+            and it can. The random numbers are the same; pixels differ by about a level
+            (`fastvim.data.gpu`). Evaluation always has Pillow's.
         kwargs: further arguments of `DataModule`.
 
     Raises:
@@ -127,9 +135,12 @@ class ImageData(DataModule):
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
         re_prob: float = 0.25,
         re_mode: str = "pixel",
+        decode: Decode = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
+        check_choice(get_args(Decode), decode=decode)
+        self.decode = decode
         check_given(COUNT, train_images=train_images, num_classes=num_classes)
         self.dataset = dataset
         self.train_split = train_split
@@ -213,6 +224,28 @@ class ImageData(DataModule):
             folders = None if self._unlabelled else self._folders
             files = ImageFiles(source, location, read, transform, folders, training, of)
         return self._choose(files) if training and self.train_images is not None else files
+
+    def samples(self, role: str) -> Dataset[Any]:
+        files = super().samples(role)
+        return encoded(files, self._transform(role)) if self._in_batches(role) else files
+
+    def _loader(self, role: str, *how: Any) -> WatchedLoader:
+        loader = super()._loader(role, *how)
+        if self._in_batches(role):
+            decode_batches(loader, self._transform(role), self.read_picture, self.device)
+        return loader
+
+    def _in_batches(self, role: str) -> bool:
+        """Whether the images of a role are decoded in batches on the trainer's device."""
+        auto = self.decode == "auto"
+        if role != "train" or self.decode == "cpu" or (auto and self.device.type != "cuda"):
+            return False
+        read = self.read_picture
+        why = why_not_planned(self._datasets[role], self._transform(role), read)
+        why = why or (why_not_decoded() if self.device.type == "cuda" else "")
+        if why and not auto:
+            raise OptionError("decode", self.decode, f"cpu, as {why}")
+        return not why
 
     def check(self, role: str) -> SplitReport:
         self._examined.add(role)

@@ -228,8 +228,8 @@ def fix_posterize(transform: Compose) -> None:
             operations = step.ops if isinstance(step, RandAugment | AugMixAugment) else []
         for operation in operations:
             if operation.aug_fn is posterize:
-                operation.aug_fn = _posterize
+                operation.aug_fn = posterize_to_black
 
 
-def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
+def posterize_to_black(image: Image.Image, bits: int, **unused: object) -> Image.Image:
     return posterize(image, bits) if bits else Image.new(image.mode, image.size)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Timer
+from queue import Full, Queue
+from threading import Event, Thread, Timer
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from fastvim.errors import MachineError
+
+AHEAD = 2  # batches that are ready before they are asked for
 
 
 class WatchedLoader(DataLoader[Any]):
@@ -28,6 +34,8 @@ class WatchedLoader(DataLoader[Any]):
         **settings: of a DataLoader.
 
     Attributes:
+        ahead: a GPU, on which a thread finishes batches while earlier ones are used; None finishes
+            them as they are asked for.
         waited: seconds that this process has waited for batches, over all epochs. Without workers
             it loads them itself meanwhile.
 
@@ -44,12 +52,19 @@ class WatchedLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(*args, **settings)
         self.patience, self.finish = patience, finish
+        self.ahead: torch.device | None = None
         self.waited = 0.0
+        self._work: _Work | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self._work is not None:
+            self._work.end()  # until then the processes work for it
         with _watched(self._iterator, self.patience):  # persistent workers begin an epoch together
-            batches = super().__iter__()
-        return _Batches(batches, self)
+            batches = _Batches(super().__iter__(), self)
+        if self.ahead is None:
+            return batches
+        self._work = _Work(batches, self.ahead)
+        return _Ahead(self._work, self)
 
 
 class _Batches(Iterator[Any]):
@@ -60,8 +75,71 @@ class _Batches(Iterator[Any]):
         loader, begun = self._loader, time.monotonic()
         with _watched(self._batches, loader.patience):
             batch = next(self._batches)
-        loader.waited += time.monotonic() - begun
+        if loader.ahead is None:
+            loader.waited += time.monotonic() - begun
         return batch if loader.finish is None else loader.finish(batch)
+
+
+class _Work:
+    """A thread that finishes batches on a stream of its own.
+
+    Args:
+        batches: gives finished ones.
+        device: a GPU.
+
+    Attributes:
+        ready: batches, each with the event of its end on the GPU; at last an error, with None.
+    """
+
+    def __init__(self, batches: Iterator[Any], device: torch.device) -> None:
+        self.ready: Queue[tuple[Any, torch.cuda.Event | None]] = Queue(AHEAD)
+        self.over = Event()
+        self._batches, self._device = batches, device
+        self._thread = Thread(target=self._run, daemon=True, name="fastvim-loader")
+        self._thread.start()
+
+    def _run(self) -> None:
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+            try:
+                while not self.over.is_set():
+                    batch = next(self._batches)
+                    self._put((batch, torch.cuda.current_stream().record_event()))
+            except BaseException as error:  # StopIteration too
+                self._put((error, None))
+
+    def _put(self, item: tuple[Any, torch.cuda.Event | None]) -> None:
+        while not self.over.is_set():
+            with suppress(Full):
+                return self.ready.put(item, timeout=0.1)
+
+    def end(self) -> None:
+        """Ask for no more batches, and wait for the last one."""
+        self.over.set()
+        self._thread.join()
+
+
+class _Ahead(Iterator[Any]):
+    """Batches that are finished while earlier ones are used."""
+
+    def __init__(self, work: _Work, loader: WatchedLoader) -> None:
+        self._work, self._loader = work, loader
+
+    def __next__(self) -> Any:
+        begun = time.monotonic()
+        batch, done = self._work.ready.get()
+        self._loader.waited += time.monotonic() - begun
+        if done is None:
+            self._work.ready.put((batch, None))  # for whoever asks again
+            raise batch
+        stream = torch.cuda.current_stream(self._loader.ahead)
+        stream.wait_event(done)
+        for each in tree_leaves(batch):
+            if isinstance(each, Tensor) and each.is_cuda:
+                each.record_stream(stream)
+        return batch
+
+    def __del__(self) -> None:
+        self._work.over.set()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn, optim
 
@@ -345,6 +346,11 @@ class Task(L.LightningModule):
         return run(images, **options)
 
     def on_fit_start(self) -> None:
+        if self.device.type == "cuda":
+            # On the default stream, each of the decoder's copies would wait for a whole step.
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            torch.cuda.set_stream(stream)
         if self.origin and self.trainer.is_global_zero:
             source, licence = (self.origin[key] for key in ORIGIN)
             _logger.warning(
@@ -367,6 +373,10 @@ class Task(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self._captured = None  # the graphs hold memory
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            torch.cuda.set_stream(torch.cuda.default_stream(self.device))
+            torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def log_training(self, loss: Tensor, batch_size: int | None = None) -> None:
         """Log a training step's loss, and the highest rate of any group.

@@ -1,0 +1,150 @@
+"""What a loading process sends for a batch that a GPU decodes: bytes of files, and what to do.
+
+B: images of a batch; H, W: height and width of an image as stored
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate, get_worker_info
+from torchvision.transforms import Compose
+
+from fastvim.data.decoding import check_size, orientation_of
+from fastvim.data.gpu.planned import Planned, numbered
+from fastvim.data.pixels import PictureReader
+
+END = b"\xff\xd9"  # of a JPEG file
+# Places in `Files.plans`.
+JPEG, HEIGHT, WIDTH, ORIENTATION, LEFT, TOP, RIGHT, BOTTOM, ACROSS, DOWN = range(10)
+
+
+class Files(NamedTuple):
+    """The images of a batch.
+
+    Attributes:
+        content: uint8, all files one after the other: JPEG files as they are, others as the
+            pixels (H, W, 3) that Pillow gives.
+        lengths: int64 (B,), bytes of each.
+        plans: int64 (B, 10): whether it is a JPEG file; height, width and EXIF orientation as
+            stored; the crop of the upright image; whether the result is mirrored.
+        operations: what follows the crop, float64 (B, most of an image, `NUMBERS`), in order and
+            padded with rows of kind `NOTHING`.
+        erased: int64 (B, 5), as `Drawn` has it.
+        names: of the files, for messages.
+    """
+
+    content: Tensor
+    lengths: Tensor
+    plans: Tensor
+    operations: Tensor
+    erased: Tensor
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Opened(NamedTuple):
+    """A file before its augmentation is drawn.
+
+    Attributes:
+        content: uint8, as of `Files`.
+        jpeg: whether it is that of a JPEG file.
+        size: width and height as stored.
+        orientation: EXIF's.
+        name: of the file.
+    """
+
+    content: Tensor
+    jpeg: bool
+    size: tuple[int, int]
+    orientation: int
+    name: str
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height of the upright image."""
+        return self.size[::-1] if self.orientation > 4 else self.size
+
+
+class FileReader:
+    """Opens files for `Files`, in the place of a `PictureReader`.
+
+    What a GPU does not decode as Pillow does, or not fast, is decoded here: other formats and
+    colours, progressive JPEG files, and those whose end is missing.
+
+    Args:
+        read: of whole images.
+    """
+
+    def __init__(self, read: PictureReader) -> None:
+        self.read = read
+
+    def __call__(self, file: Any, name: str) -> Opened:
+        content = file.read()
+        if content[:3] == b"\xff\xd8\xff" and content.rfind(END, -64) >= 0:
+            try:
+                image = Image.open(BytesIO(content))
+            except Exception:  # told below, as of every file
+                return self._decoded(content, name)
+            check_size(image.size, self.read.max_pixels, name)
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+            if plain and not image.info.get("progressive"):
+                values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return Opened(values, True, image.size, orientation_of(image), name)
+        return self._decoded(content, name)
+
+    def _decoded(self, content: bytes, name: str) -> Opened:
+        return decoded(self.read(BytesIO(content), name), name)
+
+
+def decoded(image: Image.Image, name: str) -> Opened:
+    """An image that Pillow has decoded."""
+    values = torch.from_numpy(np.array(image)).view(-1)
+    return Opened(values, False, image.size, 1, name)
+
+
+class Draw:
+    """Draws the augmentation of a file that is open.
+
+    Args:
+        steps: for a `Planned` picture.
+    """
+
+    def __init__(self, steps: Compose) -> None:
+        self.steps = steps
+
+    def __call__(self, file: Opened) -> tuple[Opened, Planned]:
+        return file, self.steps(Planned(file.upright))
+
+
+def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, Tensor]:
+    """A batch of files, and the targets (B,)."""
+    drawn = [sample for sample, _ in samples]
+    contents = [file.content for file, _ in drawn]
+    total = sum(map(len, contents))
+    whole = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is not None:  # where the other process reads it
+        whole = whole.new(whole.untyped_storage()._new_shared(total, device="cpu"))
+    plans = [
+        (
+            *(file.jpeg, *file.size[::-1], file.orientation),
+            *(*plan.box, plan.across, plan.down),
+        )
+        for file, plan in drawn
+    ]
+    files = Files(
+        torch.cat(contents, out=whole.resize_(total)),
+        torch.tensor([len(content) for content in contents]),
+        torch.tensor(plans, dtype=torch.int64),
+        numbered([plan.operations for _, plan in drawn]),
+        torch.stack([plan.erased for _, plan in drawn]),
+        [file.name for file, _ in drawn],
+    )
+    return files, default_collate([target for _, target in samples])

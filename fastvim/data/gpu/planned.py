@@ -1,0 +1,211 @@
+"""An augmentation that is drawn in a loading process and done elsewhere.
+
+timm's steps, and ours, are called with a picture that has a size but no pixels. They draw what they
+always draw, and the picture notes what they ask for: one description serves both ways.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from timm.data.auto_augment import AutoAugment, RandAugment
+from torchvision.transforms import ColorJitter, Compose
+
+from fastvim.data.finishing import NOWHERE, DrawErasing
+from fastvim.data.steps import Crop, Flip
+from fastvim.data.transforms import posterize_to_black
+
+# What is done to pixels. An affine map reads from a place of the image for each new pixel; a table
+# gives a new value for each of 256; the last two blend with a grey and with a smoothed image.
+KINDS = (
+    *("affine", "autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),
+    *("brightness", "contrast", "colour", "sharpness"),
+)
+NUMBERS = 11  # of an operation: its kind, then those of `Operation`
+NOTHING = -1  # the kind of none
+
+
+class Operation(NamedTuple):
+    """One operation of an augmentation.
+
+    Attributes:
+        kind: one of `KINDS`.
+        values: of an affine map the six of Pillow's matrix, whether it is bicubic and not bilinear,
+            and the colour of what lies outside; else the strength, or none.
+    """
+
+    kind: str
+    values: tuple[float, ...] = ()
+
+    def numbers(self) -> list[float]:
+        """`NUMBERS` of them."""
+        padding = NUMBERS - 1 - len(self.values)
+        return [KINDS.index(self.kind), *self.values, *[0.0] * padding]
+
+
+class Planned(Image.Image):
+    """A picture without pixels, which notes what is done to it.
+
+    Args:
+        size: width and height.
+
+    Attributes:
+        box: left, top, right and bottom of the crop, which is resized to `size`.
+        across, down: whether the result is mirrored.
+        operations: what follows, in order.
+        erased: as `Drawn` has it.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._mode, self._size = "RGB", size
+        self.box = (0, 0, *size)
+        self.across = self.down = False
+        self.operations: list[Operation] = []
+        self.erased = NOWHERE
+
+    def crop(self, box: Any = None) -> Planned:
+        self.box = box
+        return self
+
+    def resize(self, size: Any, *_: Any, **__: Any) -> Planned:
+        self._size = size
+        return self
+
+    def transpose(self, method: Image.Transpose) -> Planned:
+        if method == Image.Transpose.FLIP_LEFT_RIGHT:
+            self.across = not self.across
+        else:
+            self.down = not self.down
+        return self
+
+    def transform(self, size: Any, method: Any, data: Any = None, *_: Any, **how: Any) -> Planned:
+        bicubic = how["resample"] == Image.Resampling.BICUBIC
+        values = (*map(float, data), float(bicubic), *map(float, how["fillcolor"]))
+        self.operations.append(Operation("affine", values))
+        return self
+
+    def rotate(self, angle: float, *_: Any, **how: Any) -> Planned:
+        """About the middle, as Pillow does."""
+        turn = -math.radians(angle % 360.0)
+        cos, sin = round(math.cos(turn), 15), round(math.sin(turn), 15)
+        x, y = self._size[0] / 2, self._size[1] / 2
+        matrix = (cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
+        return self.transform(self._size, Image.Transform.AFFINE, matrix, **how)
+
+    def add(self, kind: str, *values: float) -> Planned:
+        """Note an operation of pixels."""
+        self.operations.append(Operation(kind, values))
+        return self
+
+
+def _noted(kind: str) -> Callable[..., Planned]:
+    def note(image: Planned, *values: float, **_: Any) -> Planned:
+        return image.add(kind, *values)
+
+    return note
+
+
+def _desaturate(image: Planned, factor: float, **_: Any) -> Planned:
+    return image.add("colour", min(1.0, max(0.0, 1.0 - factor)))
+
+
+# Geometric operations of timm ask the picture itself.
+_NOTED: dict[Any, Callable[..., Planned]] = {
+    auto_augment.auto_contrast: _noted("autocontrast"),
+    auto_augment.equalize: _noted("equalize"),
+    auto_augment.invert: _noted("invert"),
+    auto_augment.posterize: _noted("posterize"),
+    posterize_to_black: _noted("posterize"),
+    auto_augment.solarize: _noted("solarize"),
+    auto_augment.solarize_add: _noted("solarize_add"),
+    auto_augment.brightness: _noted("brightness"),
+    auto_augment.contrast: _noted("contrast"),
+    auto_augment.color: _noted("colour"),
+    auto_augment.desaturate: _desaturate,
+    auto_augment.sharpness: _noted("sharpness"),
+    **{
+        step: step
+        for step in (
+            *(auto_augment.rotate, auto_augment.shear_x, auto_augment.shear_y),
+            *(auto_augment.translate_x_abs, auto_augment.translate_y_abs),
+            *(auto_augment.translate_x_rel, auto_augment.translate_y_rel),
+        )
+    },
+}
+
+
+class _Jitter:
+    def __init__(self, step: ColorJitter) -> None:
+        self.step = step
+
+    def __call__(self, image: Planned) -> Planned:
+        step = self.step
+        order, *strengths = ColorJitter.get_params(
+            step.brightness, step.contrast, step.saturation, step.hue
+        )
+        names = ("brightness", "contrast", "colour", "hue")
+        for number in order.tolist():
+            if strengths[number] is not None:
+                image.add(names[number], strengths[number])
+        return image
+
+
+class _Erase:
+    def __init__(self, step: DrawErasing) -> None:
+        self.step = step
+
+    def __call__(self, image: Planned) -> Planned:
+        image.erased = self.step.draw(*image.size[::-1])
+        return image
+
+
+def planned(transform: Any) -> Compose | None:
+    """The steps of a training transform for a `Planned` picture.
+
+    Args:
+        transform: the `pixels` of an `ImageTransform`.
+
+    Returns:
+        None where a step is another one than those that a batch can be given: AugMix, blurring.
+    """
+    steps: list[Callable[[Any], Any]] = []
+    for step in transform.transforms:
+        if isinstance(step, Crop | Flip):
+            steps.append(step)
+        elif isinstance(step, ColorJitter) and step.hue is None:
+            steps.append(_Jitter(step))
+        elif isinstance(step, DrawErasing):
+            steps.append(_Erase(step))
+        elif isinstance(step, AutoAugment | RandAugment):
+            step = copy.deepcopy(step)
+            for operation in _operations(step):
+                if operation.aug_fn not in _NOTED:
+                    return None
+                operation.aug_fn = _NOTED[operation.aug_fn]
+            steps.append(step)
+        elif getattr(step, "__name__", "") != "to_pixels":
+            return None
+    return Compose(steps)
+
+
+def _operations(step: AutoAugment | RandAugment) -> list[Any]:
+    if isinstance(step, RandAugment):
+        return list(step.ops)
+    return [operation for policy in step.policy for operation in policy]
+
+
+def numbered(operations: list[list[Operation]]) -> torch.Tensor:
+    """The operations of a batch: float64 (B, most of an image, `NUMBERS`)."""
+    most = max(map(len, operations), default=0)
+    nothing = [float(NOTHING), *[0.0] * (NUMBERS - 1)]
+    rows = [
+        [*(each.numbers() for each in row), *[nothing] * (most - len(row))] for row in operations
+    ]
+    return torch.tensor(rows, dtype=torch.float64).view(len(operations), most, NUMBERS)
