@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from functools import cache
 
 
 def cores() -> int:
@@ -11,3 +13,9 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count() or 1
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed, which compiles kernels for GPUs."""
+    return importlib.util.find_spec("triton") is not None

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvim.machine import has_triton
+
 CPU = torch.device("cpu")
 # As timm's RandomErasing draws a rectangle: its share of the area, its aspect, how often it tries.
 AREA = (0.02, 1 / 3)
@@ -99,7 +101,13 @@ class Finish:
         white, mean, std = (_channels(each, device) for each in ((255.0,), self.mean, self.std))
         images = moved.to(torch.float32).div_(white).sub_(mean).div_(std)
         if erased is not None:
-            self._erase(images.view(-1, *images.shape[-3:]), erased.view(-1, 5).tolist())
+            every = images.view(-1, *images.shape[-3:])
+            if device.type == "cuda" and has_triton():
+                from fastvim.data.gpu.erase_kernel import erase
+
+                erase(every, erased.view(-1, 5), self.fill)
+            else:
+                self._erase(every, erased.view(-1, 5).tolist())
         return images
 
     def _erase(self, images: Tensor, rectangles: list[list[int]]) -> None:

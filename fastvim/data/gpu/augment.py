@@ -28,41 +28,42 @@ def augment(images: Tensor, operations: Tensor) -> Tensor:
     Returns:
         uint8 (B, 3, h, w).
     """
-    device = images.device
-    kinds = operations[..., 0].int()
-    # The images of a kind, at each place in the order: known here, and sent to the device at once.
-    groups: list[tuple[int, set[int], list[int]]] = []
-    for turn, column in enumerate(kinds.T.tolist()):
-        for of in ({AFFINE}, TABLES, {COLOUR}, {SHARPNESS}):
-            rows = [row for row, kind in enumerate(column) if kind in of]
-            if rows:
-                groups.append((turn, of, rows))
-    if not groups:
+    if not operations.numel():
         return images
-    values = _to(operations, device)
-    indices = _to(torch.tensor([row for *_, rows in groups for row in rows]), device)
-    begin = 0
-    for turn, of, rows in groups:
-        index = indices[begin : begin + len(rows)]
-        begin += len(rows)
-        some, numbers = images[index], values[index, turn]
-        if of == {AFFINE}:
-            some = affine(some, numbers[:, 1:])
-        elif of is TABLES:
-            equalized = KINDS.index("equalize") in {int(kinds[row, turn]) for row in rows}
-            some = look_up(some, tables(some, numbers, equalized))
-        elif of == {COLOUR}:
-            some = blend(grey(some)[:, None], some, numbers[:, 1])
-        else:
-            some = blend(smooth(some), some, numbers[:, 1])
-        images[index] = some
+    if images.device.type == "cuda":
+        return _by_kernels(images, operations)
+    images = images.clone()
+    for turn in operations.unbind(1):
+        kinds = turn[:, 0].int().tolist()
+        for of in ({AFFINE}, TABLES, {COLOUR}, {SHARPNESS}):
+            rows = [row for row, kind in enumerate(kinds) if kind in of]
+            if not rows:
+                continue
+            some, numbers = images[rows], turn[rows]
+            if of == {AFFINE}:
+                some = affine(some, numbers[:, 1:])
+            elif of is TABLES:
+                some = look_up(some, tables(some, numbers))
+            elif of == {COLOUR}:
+                some = blend(grey(some)[:, None], some, numbers[:, 1])
+            else:
+                some = blend(smooth(some), some, numbers[:, 1])
+            images[rows] = some
     return images
 
 
-def _to(values: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values
+def _by_kernels(images: Tensor, operations: Tensor) -> Tensor:
+    from fastvim.data.gpu.augment_kernels import augment_once  # needs Triton
+
+    known = operations.transpose(0, 1).contiguous()
+    if images.is_cuda:
+        known = known.pin_memory().to(images.device, non_blocking=True)
+    table = images.new_empty(len(images), 3, 256)
+    for turn in known:
+        result = torch.empty_like(images)
+        augment_once(images, turn, table, result)
+        images = result
+    return images
 
 
 def affine(images: Tensor, numbers: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ def affine(images: Tensor, numbers: Tensor) -> Tensor:
         numbers: float64 (n, 10), see `Operation`.
     """
     count, _, high, wide = images.shape
-    x = torch.arange(wide, dtype=torch.float64, device=images.device) + 0.5
-    y = torch.arange(high, dtype=torch.float64, device=images.device)[:, None] + 0.5
+    x = torch.arange(wide, dtype=torch.float64) + 0.5
+    y = torch.arange(high, dtype=torch.float64)[:, None] + 0.5
     a, b, c, d, e, f, bicubic = numbers[:, :7, None, None].unbind(1)
     across, down = a * x + b * y + c, d * x + e * y + f  # (n, h, w)
     inside = (across >= 0) & (across < wide) & (down >= 0) & (down < high)
@@ -114,17 +115,16 @@ def look_up(images: Tensor, table: Tensor) -> Tensor:
     return table.gather(2, images.flatten(2).long()).view_as(images)
 
 
-def tables(images: Tensor, numbers: Tensor, equalized: bool = True) -> Tensor:
+def tables(images: Tensor, numbers: Tensor) -> Tensor:
     """The table of each image and channel: uint8 (n, 3, 256).
 
     Args:
         images: uint8 (n, 3, h, w).
         numbers: float64 (n, `NUMBERS`), each of a kind among `TABLES`.
-        equalized: whether the kind "equalize" may be among them, which costs a histogram.
     """
     assert numbers.shape[1] == NUMBERS
     kind, strength = numbers[:, 0, None, None], numbers[:, 1, None, None]
-    value = torch.arange(256, dtype=torch.float64, device=images.device)[None, None]
+    value = torch.arange(256, dtype=torch.float64)[None, None]
     whole = value.int()
     solarized = torch.where(value < strength, value, 255 - value)
     kept = 256 - torch.exp2(8 - strength.clamp(0, 8)).int()
@@ -138,9 +138,8 @@ def tables(images: Tensor, numbers: Tensor, equalized: bool = True) -> Tensor:
         "brightness": _blended(dark, value, strength).double(),
         "contrast": _blended(mean, value, strength).double(),
         "autocontrast": _stretched(images, value),
+        "equalize": _equalized(images, value),
     }
-    if equalized:
-        found["equalize"] = _equalized(images, value)
     table = value.expand(*images.shape[:2], 256)
     for name, entries in found.items():
         table = torch.where(kind == KINDS.index(name), entries, table)
@@ -159,7 +158,7 @@ def _stretched(images: Tensor, value: Tensor) -> Tensor:
 def _equalized(images: Tensor, value: Tensor) -> Tensor:
     """Each value about as often as the others, in each channel."""
     flat = images.flatten(2)
-    counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int32, device=images.device)
+    counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int32)
     counts.scatter_add_(2, flat.long(), torch.ones_like(flat, dtype=torch.int32))
     present = counts > 0
     last = (present * value.int()).amax(2, keepdim=True)

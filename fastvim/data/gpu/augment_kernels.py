@@ -49,6 +49,8 @@ def _tables_kernel(images, operations, tables, stride, pixels, BLOCK: tl.constex
     value = tl.arange(0, 256)
     exact = value.to(tl.float64)
     table = value
+    level = value.to(tl.float32)
+    share = strength.to(tl.float32)
     if kind == _INVERT:
         table = 255 - value
     elif kind == _SOLARIZE:
@@ -59,14 +61,16 @@ def _tables_kernel(images, operations, tables, stride, pixels, BLOCK: tl.constex
         dropped = 8 - tl.minimum(tl.maximum(strength.to(tl.int32), 0), 8)
         table = (value >> dropped) << dropped
     elif kind == _BRIGHTNESS:
-        table = _blended(value.to(tl.float32) * 0.0, value.to(tl.float32), strength.to(tl.float32))
+        table = _blended(level * 0.0, level, share)
     elif kind == _CONTRAST:
         total = tl.zeros((BLOCK,), tl.int64)
         for begin in range(0, pixels, BLOCK):
             place = begin + tl.arange(0, BLOCK)
             total += _grey(image, place, pixels, place < pixels).to(tl.int64)
         mean = tl.floor(tl.sum(total, 0).to(tl.float64) / pixels + 0.5).to(tl.float32)
-        table = _blended(value.to(tl.float32) * 0.0 + mean, value.to(tl.float32), strength.to(tl.float32))
+        table = _blended(
+            value.to(tl.float32) * 0.0 + mean, value.to(tl.float32), strength.to(tl.float32)
+        )
     elif (kind == _AUTOCONTRAST) | (kind == _EQUALIZE):
         channel = image + tl.program_id(1) * pixels
         counts = tl.zeros((256,), tl.int32)
@@ -108,6 +112,75 @@ def _weight(d, tap: tl.constexpr, bicubic):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _affine(image, new, numbers, place, inside, high, wide):  # type: ignore[no-untyped-def]
+    pixels = high * wide
+    x = (place % wide).to(tl.float64) + 0.5
+    y = (place // wide).to(tl.float64) + 0.5
+    across = tl.load(numbers + 1) * x + tl.load(numbers + 2) * y + tl.load(numbers + 3)
+    down = tl.load(numbers + 4) * x + tl.load(numbers + 5) * y + tl.load(numbers + 6)
+    bicubic = tl.load(numbers + 7) > 0
+    within = (across >= 0) & (across < wide) & (down >= 0) & (down < high)
+    first_x = tl.floor(across - 0.5)
+    first_y = tl.floor(down - 0.5)
+    of_x = (across - 0.5 - first_x).to(tl.float32)
+    of_y = (down - 0.5 - first_y).to(tl.float32)
+    column = first_x.to(tl.int32)
+    row = first_y.to(tl.int32)
+    for channel in range(3):
+        total = of_x * 0.0
+        for j in tl.static_range(4):
+            line = of_x * 0.0
+            old_y = tl.minimum(tl.maximum(row + (j - 1), 0), high - 1)
+            for i in tl.static_range(4):
+                old_x = tl.minimum(tl.maximum(column + (i - 1), 0), wide - 1)
+                old = image + channel * pixels + old_y * wide + old_x
+                values = tl.load(old, mask=within & inside, other=0).to(tl.float32)
+                line += _weight(of_x, i, bicubic) * values
+            total += _weight(of_y, j, bicubic) * line
+        total = tl.minimum(tl.maximum(total, 0.0), 255.0).to(tl.int32)
+        fill = tl.load(numbers + 8 + channel).to(tl.int32)
+        total = tl.where(within, total, fill).to(tl.uint8)
+        tl.store(new + channel * pixels + place, total, mask=inside)
+
+
+@triton.jit
+def _colour(image, new, share, place, inside, pixels):  # type: ignore[no-untyped-def]
+    grey = _grey(image, place, pixels, inside).to(tl.float32)
+    for channel in tl.static_range(3):
+        old = tl.load(image + channel * pixels + place, mask=inside, other=0).to(tl.float32)
+        mixed = _blended(grey, old, share)
+        tl.store(new + channel * pixels + place, mixed.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _sharpen(image, new, share, place, inside, high, wide):  # type: ignore[no-untyped-def]
+    pixels = high * wide
+    x = place % wide
+    y = place // wide
+    border = (x == 0) | (x == wide - 1) | (y == 0) | (y == high - 1)
+    for channel in tl.static_range(3):
+        begin = image + channel * pixels + place
+        old = tl.load(begin, mask=inside, other=0).to(tl.int32)
+        total = 4 * old
+        for j in tl.static_range(3):
+            for i in tl.static_range(3):
+                beside = begin + ((j - 1) * wide + (i - 1))
+                total += tl.load(beside, mask=inside & (border == 0), other=0).to(tl.int32)
+        smooth = tl.where(border, old, (2 * total + 13) // 26)
+        mixed = _blended(smooth.to(tl.float32), old.to(tl.float32), share)
+        tl.store(new + channel * pixels + place, mixed.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _look_up(image, new, table, kind, place, inside, pixels):  # type: ignore[no-untyped-def]
+    for channel in tl.static_range(3):
+        old = tl.load(image + channel * pixels + place, mask=inside, other=0)
+        if kind >= 0:
+            old = tl.load(table + channel * 256 + old.to(tl.int32), mask=inside, other=0)
+        tl.store(new + channel * pixels + place, old, mask=inside)
+
+
+@triton.jit
 def _apply_kernel(images, operations, tables, result, stride, high, wide, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     number = tl.program_id(0).to(tl.int64)
     pixels = high * wide
@@ -117,66 +190,15 @@ def _apply_kernel(images, operations, tables, result, stride, high, wide, BLOCK:
     new = result + number * 3 * pixels
     numbers = operations + number * stride
     kind = tl.load(numbers).to(tl.int32)
+    share = tl.load(numbers + 1).to(tl.float32)
     if kind == _AFFINE:
-        x = (place % wide).to(tl.float64) + 0.5
-        y = (place // wide).to(tl.float64) + 0.5
-        across = tl.load(numbers + 1) * x + tl.load(numbers + 2) * y + tl.load(numbers + 3)
-        down = tl.load(numbers + 4) * x + tl.load(numbers + 5) * y + tl.load(numbers + 6)
-        bicubic = tl.load(numbers + 7) > 0
-        within = (across >= 0) & (across < wide) & (down >= 0) & (down < high)
-        first_x = tl.floor(across - 0.5)
-        first_y = tl.floor(down - 0.5)
-        of_x = (across - 0.5 - first_x).to(tl.float32)
-        of_y = (down - 0.5 - first_y).to(tl.float32)
-        column = first_x.to(tl.int32)
-        row = first_y.to(tl.int32)
-        for channel in tl.static_range(3):
-            total = tl.zeros((BLOCK,), tl.float32)
-            for j in tl.static_range(4):
-                line = tl.zeros((BLOCK,), tl.float32)
-                old_y = tl.minimum(tl.maximum(row + (j - 1), 0), high - 1)
-                for i in tl.static_range(4):
-                    old_x = tl.minimum(tl.maximum(column + (i - 1), 0), wide - 1)
-                    old = tl.load(
-                        image + channel * pixels + old_y * wide + old_x, mask=within & inside, other=0
-                    )
-                    line += _weight(of_x, i, bicubic) * old.to(tl.float32)
-                total += _weight(of_y, j, bicubic) * line
-            total = tl.minimum(tl.maximum(total, 0.0), 255.0).to(tl.int32)
-            fill = tl.load(numbers + 8 + channel).to(tl.int32)
-            tl.store(
-                new + channel * pixels + place, tl.where(within, total, fill).to(tl.uint8), mask=inside
-            )
+        _affine(image, new, numbers, place, inside, high, wide)
     elif kind == _COLOUR:
-        share = tl.load(numbers + 1).to(tl.float32)
-        grey = _grey(image, place, pixels, inside).to(tl.float32)
-        for channel in tl.static_range(3):
-            old = tl.load(image + channel * pixels + place, mask=inside, other=0).to(tl.float32)
-            mixed = _blended(grey, old, share)
-            tl.store(new + channel * pixels + place, mixed.to(tl.uint8), mask=inside)
+        _colour(image, new, share, place, inside, pixels)
     elif kind == _SHARPNESS:
-        share = tl.load(numbers + 1).to(tl.float32)
-        x = place % wide
-        y = place // wide
-        border = (x == 0) | (x == wide - 1) | (y == 0) | (y == high - 1)
-        for channel in tl.static_range(3):
-            begin = image + channel * pixels + place
-            old = tl.load(begin, mask=inside, other=0).to(tl.int32)
-            total = 4 * old
-            for j in tl.static_range(3):
-                for i in tl.static_range(3):
-                    beside = begin + ((j - 1) * wide + (i - 1))
-                    total += tl.load(beside, mask=inside & (border == 0), other=0).to(tl.int32)
-            smooth = tl.where(border, old, (2 * total + 13) // 26)
-            mixed = _blended(smooth.to(tl.float32), old.to(tl.float32), share)
-            tl.store(new + channel * pixels + place, mixed.to(tl.uint8), mask=inside)
+        _sharpen(image, new, share, place, inside, high, wide)
     else:
-        for channel in tl.static_range(3):
-            old = tl.load(image + channel * pixels + place, mask=inside, other=0)
-            if kind >= 0:
-                table = tables + (number * 3 + channel) * 256
-                old = tl.load(table + old.to(tl.int32), mask=inside, other=0)
-            tl.store(new + channel * pixels + place, old, mask=inside)
+        _look_up(image, new, tables + number * 768, kind, place, inside, pixels)
 
 
 def augment_once(images: Tensor, operations: Tensor, tables: Tensor, result: Tensor) -> None:

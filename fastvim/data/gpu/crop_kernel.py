@@ -66,7 +66,9 @@ def _taps_kernel(  # type: ignore[no-untyped-def]
     scale = length / size.to(tl.float64)
     middle = (tl.where(mirrored, size - 1 - new, new).to(tl.float64) + 0.5) * scale
     place = (axis * count + image) * most + new
-    if FILTER == "nearest":
+    if new >= size:
+        pass
+    elif FILTER == "nearest":
         tl.store(first + place, middle.to(tl.int32))
         tl.store(weights + place * taps, 1 << BITS)
     else:
@@ -130,9 +132,7 @@ def _resize_kernel(  # type: ignore[no-untyped-def]
         places = pixels + (of_line[:, None] + begin[None, :] * step)
         total = tl.full((LINES, NEW), 1 << (BITS - 1), tl.int32)
         for tap in range(taps):
-            weight = tl.load(
-                weights + (image * most + new) * taps + tap, mask=new < size, other=0
-            )
+            weight = tl.load(weights + (image * most + new) * taps + tap, mask=new < size, other=0)
             counts = inside & (weight != 0)[None, :]
             old = tl.load(places + tap * step, mask=counts, other=0)
             total += old.to(tl.int32) * weight[None, :]

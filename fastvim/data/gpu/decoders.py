@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from fastvim.machine import has_triton
 
 # Files, each of uint8 (bytes,) -> uint8 (3, H, W) on the device, or None for one that it cannot.
 Decoder = Callable[[Sequence[Tensor]], "list[Tensor | None]"]
@@ -33,7 +34,7 @@ def make_decoder(device: torch.device) -> Decoder:
 
 def why_not_decoded() -> str:
     """What is missing for decoding on a GPU of this machine; "" if nothing is."""
-    if importlib.util.find_spec("triton") is None or torch.version.cuda is None:
+    if not has_triton() or torch.version.cuda is None:
         return "it takes an NVIDIA GPU and Triton"
     return ""
 
