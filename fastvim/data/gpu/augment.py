@@ -8,6 +8,7 @@ B: images of a batch; h, w: height and width; n: images that get one kind of ope
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,22 +19,23 @@ TABLES = set(range(len(KINDS))) - {AFFINE, COLOUR, SHARPNESS}
 GREY = (19595, 38470, 7471)  # of red, green and blue, in parts of 2 ** 16
 
 
-def augment(images: Tensor, operations: Tensor) -> Tensor:
+def augment(images: Tensor, operations: np.ndarray) -> Tensor:
     """Do the operations of each image, in order.
 
     Args:
         images: uint8 (B, 3, h, w).
-        operations: float64 (B, most of an image, `NUMBERS`), on the CPU.
+        operations: float64 (B, most of an image, `NUMBERS`).
 
     Returns:
         uint8 (B, 3, h, w).
     """
-    if not operations.numel():
+    if not operations.size:
         return images
+    turns = torch.from_numpy(operations).transpose(0, 1).contiguous()
     if images.device.type == "cuda":
-        return _by_kernels(images, operations)
+        return _by_kernels(images, turns)
     images = images.clone()
-    for turn in operations.unbind(1):
+    for turn in turns:
         kinds = turn[:, 0].int().tolist()
         for of in ({AFFINE}, TABLES, {COLOUR}, {SHARPNESS}):
             rows = [row for row, kind in enumerate(kinds) if kind in of]
@@ -52,14 +54,13 @@ def augment(images: Tensor, operations: Tensor) -> Tensor:
     return images
 
 
-def _by_kernels(images: Tensor, operations: Tensor) -> Tensor:
+def _by_kernels(images: Tensor, turns: Tensor) -> Tensor:
     from fastvim.data.gpu.augment_kernels import augment_once  # needs Triton
 
-    known = operations.transpose(0, 1).contiguous()
     if images.is_cuda:
-        known = known.pin_memory().to(images.device, non_blocking=True)
+        turns = turns.pin_memory().to(images.device, non_blocking=True)
     table = images.new_empty(len(images), 3, 256)
-    for turn in known:
+    for turn in turns:
         result = torch.empty_like(images)
         augment_once(images, turn, table, result)
         images = result

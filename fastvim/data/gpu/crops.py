@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,41 +98,43 @@ class Windows(NamedTuple):
     """Where the crops lie in the images as decoded.
 
     Attributes:
-        images: uint8 (3, H, W), with any strides.
-        top, left, height, width: of each crop, in pixels.
-        down, across: whether it is mirrored.
+        images: of the decoder: uint8 (3, H, W), or what `locate` finds.
+        turned: bool (B,), whether the axes change places before all else.
+        boxes: int64 (B, 4), top, left, height and width of a crop in pixels.
+        mirrored: bool (B, 2), whether the result is mirrored down, and across.
     """
 
-    images: list[Tensor]
-    top: list[int]
-    left: list[int]
-    height: list[int]
-    width: list[int]
-    down: list[bool]
-    across: list[bool]
+    images: list[Any]
+    turned: np.ndarray
+    boxes: np.ndarray
+    mirrored: np.ndarray
 
 
-def crop_and_resize(windows: Windows, size: tuple[int, int], interpolation: str) -> Tensor:
+def crop_and_resize(
+    windows: Windows, size: tuple[int, int], interpolation: str, device: torch.device
+) -> Tensor:
     """Crops of the images, resized.
 
     Args:
         windows: of the images.
         size: height and width of the result.
         interpolation: as of `taps`.
+        device: of the images.
 
     Returns:
         uint8 (B, 3, h, w).
     """
-    if windows.images[0].device.type == "cuda":
-        return _resize_on_gpu(windows, size, interpolation)
-    lengths = torch.tensor([windows.height, windows.width], dtype=torch.float64)
-    mirrored = torch.tensor([windows.down, windows.across])
-    down = taps(lengths[0], mirrored[0], size[0], interpolation)
-    across = taps(lengths[1], mirrored[1], size[1], interpolation)
+    if device.type == "cuda":
+        return _resize_on_gpu(windows, size, interpolation, device)
+    lengths = torch.from_numpy(windows.boxes[:, 2:]).double()
+    mirrored = torch.from_numpy(windows.mirrored)
+    down = taps(lengths[:, 0], mirrored[:, 0], size[0], interpolation)
+    across = taps(lengths[:, 1], mirrored[:, 1], size[1], interpolation)
     results = []
     for number, image in enumerate(windows.images):
-        _, top, left, height, width, *_ = (field[number] for field in windows)
-        part = image[:, top : top + height, left : left + width]
+        top, left, height, width = windows.boxes[number]
+        part = image.mT if windows.turned[number] else image
+        part = part[:, top : top + height, left : left + width]
         part = _resize_last(part, across.first[number], across.weights[number])
         results.append(_resize_last(part.mT, down.first[number], down.weights[number]).mT)
     return torch.stack(results)
@@ -145,17 +148,34 @@ def _resize_last(image: Tensor, first: Tensor, weights: Tensor) -> Tensor:
     return (total >> BITS).clamp(0, 255).to(torch.uint8)
 
 
-def _resize_on_gpu(windows: Windows, size: tuple[int, int], interpolation: str) -> Tensor:
+def _resize_on_gpu(
+    windows: Windows, size: tuple[int, int], interpolation: str, device: torch.device
+) -> Tensor:
     from fastvim.data.gpu.crop_kernel import resize  # needs Triton
 
-    rows = []
-    for image, top, left, height, width, down, across in zip(*windows, strict=True):
-        channel, line, step = image.stride()
-        begin = image.data_ptr() + top * line + left * step
-        rows.append((begin, channel, line, step, width, height, across, down))
-    crops = torch.tensor(rows, dtype=torch.int64)
-    if (device := windows.images[0].device).type == "cuda":
+    address, channel, line, step = np.array([locate(image) for image in windows.images]).T
+    line, step = np.where(windows.turned, (step, line), (line, step))
+    top, left, height, width = windows.boxes.T
+    address = address + top * line + left * step
+    rows = (address, channel, line, step, width, height, *windows.mirrored.T[::-1])
+    crops = torch.from_numpy(np.stack(rows, 1).astype(np.int64))
+    if device.type == "cuda":
         crops = crops.pin_memory().to(device, non_blocking=True)
     radius = 0.0 if interpolation == "nearest" else FILTERS[interpolation].radius
-    longest = max(windows.height), max(windows.width)
+    longest = int(height.max()), int(width.max())
     return resize(crops, longest, size, interpolation, radius, BITS)
+
+
+def locate(image: Any) -> tuple[int, int, int, int]:
+    """Address of the first byte, and strides of channel, line and step in bytes.
+
+    Args:
+        image: a tensor (3, H, W), or another object of CUDA's array interface, (H, W, 3).
+    """
+    if isinstance(image, Tensor):
+        channel, line, step = image.stride()
+        return image.data_ptr(), channel, line, step
+    told = image.__cuda_array_interface__
+    _, width, channels = told["shape"]
+    line, step, channel = told["strides"] or (width * channels, channels, 1)
+    return told["data"][0], channel, line, step

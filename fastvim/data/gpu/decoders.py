@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastvim.machine import has_triton
 
-# Files, each of uint8 (bytes,) -> uint8 (3, H, W) on the device, or None for one that it cannot.
-Decoder = Callable[[Sequence[Tensor]], "list[Tensor | None]"]
+# Files, each of uint8 (bytes,) -> uint8 (3, H, W) on the device, or what `crops.locate` finds
+# there, or None for one that it cannot.
+Decoder = Callable[[Sequence[Tensor]], list[Any]]
 
 
 def make_decoder(device: torch.device) -> Decoder:
@@ -44,15 +45,11 @@ class _ByImageCodec:
         self._decoder = library.Decoder(device_id=device.index or 0)
         self._wanted = library.DecodeParams(apply_exif_orientation=False)
 
-    def __call__(self, files: Sequence[Tensor]) -> list[Tensor | None]:
+    def __call__(self, files: Sequence[Tensor]) -> list[Any]:
         stream = torch.cuda.current_stream().cuda_stream
         values = [file.numpy() for file in files]
         images = self._decoder.decode(values, params=self._wanted, cuda_stream=stream)
-        return [None if image is None else _channels_first(image) for image in images]
-
-
-def _channels_first(image: Any) -> Tensor:
-    return torch.as_tensor(image, device="cuda").permute(2, 0, 1)
+        return list(images)
 
 
 class _ByTorchvision:

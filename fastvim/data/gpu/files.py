@@ -25,14 +25,14 @@ JPEG, HEIGHT, WIDTH, ORIENTATION, LEFT, TOP, RIGHT, BOTTOM, ACROSS, DOWN = range
 
 
 class Files(NamedTuple):
-    """The images of a batch.
+    """The images of a batch. What is small is no tensor, which would travel in a file of its own.
 
     Attributes:
         content: uint8, all files one after the other: JPEG files as they are, others as the
             pixels (H, W, 3) that Pillow gives.
         lengths: int64 (B,), bytes of each.
-        plans: int64 (B, 10): whether it is a JPEG file; height, width and EXIF orientation as
-            stored; the crop of the upright image; whether the result is mirrored.
+        plans: int64 (B, 10), by the names above: whether it is a JPEG file; height, width and EXIF
+            orientation as stored; the crop of the upright image; whether the result is mirrored.
         operations: what follows the crop, float64 (B, most of an image, `NUMBERS`), in order and
             padded with rows of kind `NOTHING`.
         erased: int64 (B, 5), as `Drawn` has it.
@@ -40,14 +40,11 @@ class Files(NamedTuple):
     """
 
     content: Tensor
-    lengths: Tensor
-    plans: Tensor
-    operations: Tensor
-    erased: Tensor
+    lengths: np.ndarray
+    plans: np.ndarray
+    operations: np.ndarray
+    erased: np.ndarray
     names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class Opened(NamedTuple):
@@ -141,10 +138,10 @@ def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, T
     ]
     files = Files(
         torch.cat(contents, out=whole.resize_(total)),
-        torch.tensor([len(content) for content in contents]),
-        torch.tensor(plans, dtype=torch.int64),
+        np.array([len(content) for content in contents]),
+        np.array(plans, dtype=np.int64),
         numbered([plan.operations for _, plan in drawn]),
-        torch.stack([plan.erased for _, plan in drawn]),
+        np.stack([plan.erased.numpy() for _, plan in drawn]),
         [file.name for file, _ in drawn],
     )
     return files, default_collate([target for _, target in samples])

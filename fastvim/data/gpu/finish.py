@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class DecodeAndFinish:
         self.finish, self.read = finish, read
         self.size, self.interpolation = size, interpolation
         self._decoder: Decoder | None = None
-        self._kept: list[Tensor] = []  # decoded images that a GPU may still read
+        self._kept: list[Any] = []  # decoded images that a GPU may still read
 
     def __call__(self, files: Files, device: torch.device = CPU) -> tuple[Tensor, list[int]]:
         """Normalised images.
@@ -56,13 +57,14 @@ class DecodeAndFinish:
             UnreadableImageError: no file of the batch can be read.
         """
         decoded, own = self._decode(files, device)
-        plans = files.plans[own]
-        images = crop_and_resize(_windows(decoded, plans), self.size, self.interpolation)
+        windows = _windows(decoded, files.plans[own])
+        images = crop_and_resize(windows, self.size, self.interpolation, device)
         self._kept = decoded
         images = augment(images, files.operations[own])
-        return self.finish(Drawn(images, files.erased[own]), device), own
+        erased = torch.from_numpy(files.erased[own])
+        return self.finish(Drawn(images, erased), device), own
 
-    def _decode(self, files: Files, device: torch.device) -> tuple[list[Tensor], list[int]]:
+    def _decode(self, files: Files, device: torch.device) -> tuple[list[Any], list[int]]:
         """The images of a batch, and the place in it that each has."""
         if self._decoder is None:
             self._decoder = make_decoder(device)
@@ -70,25 +72,25 @@ class DecodeAndFinish:
         jpeg = files.plans[:, places.JPEG].tolist()
         encoded = [content for content, is_jpeg in zip(contents, jpeg, strict=True) if is_jpeg]
         of_files = iter(self._decoder(encoded) if encoded else [])
-        found: list[Tensor | None] = []
-        for number, content in enumerate(contents):
-            if jpeg[number]:
-                image = next(of_files)
-                found.append(self._by_pillow(files, number, device) if image is None else image)
-            else:
-                height, width = files.plans[number, places.HEIGHT : places.WIDTH + 1].tolist()
-                found.append(content.view(height, width, 3).permute(2, 0, 1).to(device))
-        own = [number for number, image in enumerate(found) if image is not None]
-        if not own:
+        images = [next(of_files) if is_jpeg else None for is_jpeg in jpeg]
+        own = list(range(len(images)))  # the place of each image
+        for number, image in enumerate(images):
+            if image is None:
+                images[number] = self._by_pillow(files, number, contents[number], device)
+        readable = [number for number in own if images[number] is not None]
+        if not readable:
             raise UnreadableImageError(f"{files.names[0]}: no image of its batch can be read")
-        following = [
-            min((place for place in own if place >= n), default=own[0]) for n in range(len(found))
-        ]
-        return [found[place] for place in following], following  # type: ignore[misc]
+        if len(readable) < len(own):
+            own = [next(i for i in (*own[n:], *own) if images[i] is not None) for n in own]
+        return [images[number] for number in own], own
 
-    def _by_pillow(self, files: Files, number: int, device: torch.device) -> Tensor | None:
+    def _by_pillow(
+        self, files: Files, number: int, content: Tensor, device: torch.device
+    ) -> Tensor | None:
         """An image as stored, not turned; None with a warning if it cannot be read."""
-        content = files.content.split(files.lengths.tolist())[number]
+        is_jpeg, height, width = files.plans[number, places.JPEG : places.WIDTH + 1].tolist()
+        if not is_jpeg:
+            return content.view(height, width, 3).permute(2, 0, 1).to(device)
         try:
             image = self.read(BytesIO(content.numpy().tobytes()), files.names[number], exif=False)
         except UnreadableImageError as error:
@@ -97,17 +99,13 @@ class DecodeAndFinish:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
 
 
-def _windows(images: list[Tensor], plans: Tensor) -> Windows:
+def _windows(images: list[Any], plans: np.ndarray) -> Windows:
     """The crops in images as they are decoded, which may lie on their sides."""
-    rows = []
-    for image, plan in zip(images, plans.tolist(), strict=True):
-        _, _, _, orientation, left, top, right, bottom, across, down = plan
-        if orientation > 4:
-            image = image.mT
-        if orientation in (3, 4, 7, 8):
-            top, bottom, down = image.shape[1] - bottom, image.shape[1] - top, not down
-        if orientation in (2, 3, 6, 7):
-            left, right, across = image.shape[2] - right, image.shape[2] - left, not across
-        sides = (top, left, bottom - top, right - left)
-        rows.append((image, *sides, bool(down), bool(across)))
-    return Windows(*map(list, zip(*rows, strict=True)))
+    _, high, wide, orientation, left, top, right, bottom, across, down = plans.T
+    turned = orientation > 4
+    high, wide = np.where(turned, (wide, high), (high, wide))
+    mirrored = np.isin(orientation, (3, 4, 7, 8)), np.isin(orientation, (2, 3, 6, 7))
+    begin = np.where(mirrored[0], high - bottom, top), np.where(mirrored[1], wide - right, left)
+    boxes = np.stack((*begin, bottom - top, right - left), 1)
+    both = np.stack((mirrored[0] ^ (down > 0), mirrored[1] ^ (across > 0)), 1)
+    return Windows(images, turned, boxes, both)

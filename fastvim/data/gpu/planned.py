@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from PIL import Image
 from timm.data import auto_augment
 from timm.data.auto_augment import AutoAugment, RandAugment
@@ -42,11 +42,6 @@ class Operation(NamedTuple):
 
     kind: str
     values: tuple[float, ...] = ()
-
-    def numbers(self) -> list[float]:
-        """`NUMBERS` of them."""
-        padding = NUMBERS - 1 - len(self.values)
-        return [KINDS.index(self.kind), *self.values, *[0.0] * padding]
 
 
 class Planned(Image.Image):
@@ -201,11 +196,12 @@ def _operations(step: AutoAugment | RandAugment) -> list[Any]:
     return [operation for policy in step.policy for operation in policy]
 
 
-def numbered(operations: list[list[Operation]]) -> torch.Tensor:
+def numbered(operations: list[list[Operation]]) -> np.ndarray:
     """The operations of a batch: float64 (B, most of an image, `NUMBERS`)."""
-    most = max(map(len, operations), default=0)
-    nothing = [float(NOTHING), *[0.0] * (NUMBERS - 1)]
-    rows = [
-        [*(each.numbers() for each in row), *[nothing] * (most - len(row))] for row in operations
-    ]
-    return torch.tensor(rows, dtype=torch.float64).view(len(operations), most, NUMBERS)
+    numbers = np.zeros((len(operations), max(map(len, operations), default=0), NUMBERS))
+    numbers[..., 0] = NOTHING
+    for row, some in zip(numbers, operations, strict=True):
+        for place, operation in zip(row, some, strict=False):
+            place[0] = KINDS.index(operation.kind)
+            place[1 : 1 + len(operation.values)] = operation.values
+    return numbers
