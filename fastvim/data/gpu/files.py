@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import get_worker_info
 from torchvision.transforms import Compose
 
 from fastvim.data.decoding import check_size, orientation_of
@@ -121,8 +121,8 @@ class Draw:
         return file, self.steps(Planned(file.upright))
 
 
-def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, Tensor]:
-    """A batch of files, and the targets (B,)."""
+def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, np.ndarray]:
+    """A batch of files, and the targets int64 (B,)."""
     drawn = [sample for sample, _ in samples]
     contents = [file.content for file, _ in drawn]
     total = sum(map(len, contents))
@@ -144,4 +144,4 @@ def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, T
         np.stack([plan.erased.numpy() for _, plan in drawn]),
         [file.name for file, _ in drawn],
     )
-    return files, default_collate([target for _, target in samples])
+    return files, np.array([target for _, target in samples])

@@ -6,8 +6,8 @@ import copy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
@@ -65,8 +65,11 @@ def decode_batches(
 
 
 def _finished(
-    finish: DecodeAndFinish, device: torch.device, batch: tuple[Files, Tensor]
+    finish: DecodeAndFinish, device: torch.device, batch: tuple[Files, np.ndarray]
 ) -> list[Tensor]:
     files, targets = batch
     images, places = finish(files, device)
-    return [images, move_data_to_device(targets[places], device)]
+    moved = torch.from_numpy(targets[places])
+    if device.type == "cuda":
+        moved = moved.pin_memory().to(device, non_blocking=True)
+    return [images, moved]
