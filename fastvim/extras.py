@@ -11,6 +11,7 @@ EXTRAS = {
     "microscopy": ("fsspec", "imagecodecs", "pandas", "pyarrow", "s3fs", "tifffile"),
     "export": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "ray": ("ray",),
+    "gpu": ("nvidia",),
 }
 
 

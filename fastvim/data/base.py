@@ -207,7 +207,9 @@ class DataModule(L.LightningDataModule):
         if (finish := self.finish(role)) is not None:
             device = self.device
             loader.finish = partial(_finished, finish, device)
-            loader.ahead = device if device.type == "cuda" else None
+            if device.type == "cuda":
+                finish.warm_up(device)
+                loader.ahead = device
         return loader
 
     @property

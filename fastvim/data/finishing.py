@@ -103,12 +103,17 @@ class Finish:
         if erased is not None:
             every = images.view(-1, *images.shape[-3:])
             if device.type == "cuda" and has_triton():
-                from fastvim.data.gpu.erase_kernel import erase
+                from fastvim.data.gpu.kernels.erase import erase
 
                 erase(every, erased.view(-1, 5), self.fill)
             else:
                 self._erase(every, erased.view(-1, 5).tolist())
         return images
+
+    def warm_up(self, device: torch.device) -> None:
+        """Load the kernels of a GPU, which one thread of a process can do at a time."""
+        shape = len(self.mean), 8, 8
+        self(Drawn(torch.zeros(shape, dtype=torch.uint8), NOWHERE), device)
 
     def _erase(self, images: Tensor, rectangles: list[list[int]]) -> None:
         generator = torch.Generator(images.device)

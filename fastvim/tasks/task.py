@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn, optim
 
@@ -41,6 +40,7 @@ from fastvim.tasks.schedules import (
 )
 from fastvim.tasks.step_log import log_step
 from fastvim.tasks.strategies import ShardedStrategy
+from fastvim.tasks.streams import leave_default_stream, return_to_default_stream
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
 from fastvim.weights.files import check_finite
 from fastvim.weights.fit import differences
@@ -346,11 +346,7 @@ class Task(L.LightningModule):
         return run(images, **options)
 
     def on_fit_start(self) -> None:
-        if self.device.type == "cuda":
-            # On the default stream, each of the decoder's copies would wait for a whole step.
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            torch.cuda.set_stream(stream)
+        leave_default_stream(self.device)
         if self.origin and self.trainer.is_global_zero:
             source, licence = (self.origin[key] for key in ORIGIN)
             _logger.warning(
@@ -372,11 +368,8 @@ class Task(L.LightningModule):
         place_steps(schedule.optimizer)
 
     def on_fit_end(self) -> None:
-        self._captured = None  # the graphs hold memory
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device)
-            torch.cuda.set_stream(torch.cuda.default_stream(self.device))
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._captured = None  # graphs hold memory
+        return_to_default_stream(self.device)
 
     def log_training(self, loss: Tensor, batch_size: int | None = None) -> None:
         """Log a training step's loss, and the highest rate of any group.

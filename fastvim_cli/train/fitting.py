@@ -32,6 +32,8 @@ from fastvim_cli.train.every_run import only_run
 if TYPE_CHECKING:
     from fastvim_cli.train.cli import TrainingCLI
 
+# Seconds that a thread beside the training, as that which finishes batches, may keep it waiting.
+SWITCH = 0.0005
 # Options that may differ from machine to machine.
 _OWN = ("config", "data.init_args.root", "data.init_args.num_workers", "model.init_args.checkpoint")
 _OWN_SECTIONS = ("trainer.default_root_dir", "trainer.devices", "trainer.logger")
@@ -57,6 +59,7 @@ def fit(cli: TrainingCLI) -> None:
             checkpoint = _begin(cli, peers, stack)
             own = [CompareStart(peers), watch.progress, StopAtSignal(signals, peers)]
             trainer.callbacks += own
+            sys.setswitchinterval(SWITCH)
             trainer.fit(model=cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
             stop_if_refused(trainer)
         if signals.reason == INTERRUPT and peers.size == 1:  # after the last step

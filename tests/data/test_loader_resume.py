@@ -41,8 +41,11 @@ class Probe(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def fit(root: Path, workers: int = 0, resume: Path | None = None, **settings: Any) -> Probe:
-    data = ImageData(str(root), batch_size=BATCH, num_workers=workers, img_size=8, seed=3)
+def fit(
+    root: Path, workers: int = 0, resume: Path | None = None, decode: str = "cpu", **settings: Any
+) -> Probe:
+    how = {"batch_size": BATCH, "num_workers": workers, "img_size": 8, "seed": 3}
+    data = ImageData(str(root), decode=decode, **how)
     module = Probe()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings = {"max_epochs": 3, "limit_val_batches": 0, **settings}
@@ -68,10 +71,10 @@ def assert_resumes(root: Path, folder: Path, saving: dict, workers: int, **setti
         assert torch.equal(resumed.layer.weight, whole.layer.weight)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_from_steps(image_root: Path, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "decode"), [(0, "cpu"), (2, "cpu"), (1, "gpu")])
+def test_resumed_from_steps(image_root: Path, tmp_path: Path, workers: int, decode: str) -> None:
     # Steps 4, 8, 12, 16: two in the middle of an epoch, one at the end of one.
-    assert_resumes(image_root, tmp_path, {"every_n_train_steps": 4}, workers)
+    assert_resumes(image_root, tmp_path, {"every_n_train_steps": 4}, workers, decode=decode)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,7 +1,6 @@
 """The operations of `fastvim.data.gpu.planned` on a batch of images, as Pillow does them.
 
-All but the affine maps and the sharpness are equal to Pillow's, bit for bit; those come within a
-level of it, since they are summed in another order.
+They are equal to Pillow's, bit for bit.
 
 B: images of a batch; h, w: height and width; n: images that get one kind of operation
 """
@@ -31,11 +30,11 @@ def augment(images: Tensor, operations: np.ndarray) -> Tensor:
     """
     if not operations.size:
         return images
-    turns = torch.from_numpy(operations).transpose(0, 1).contiguous()
+    known = torch.from_numpy(operations)
     if images.device.type == "cuda":
-        return _by_kernels(images, turns)
+        return _by_kernels(images, known)
     images = images.clone()
-    for turn in turns:
+    for turn in known.unbind(1):
         kinds = turn[:, 0].int().tolist()
         for of in ({AFFINE}, TABLES, {COLOUR}, {SHARPNESS}):
             rows = [row for row, kind in enumerate(kinds) if kind in of]
@@ -54,15 +53,15 @@ def augment(images: Tensor, operations: np.ndarray) -> Tensor:
     return images
 
 
-def _by_kernels(images: Tensor, turns: Tensor) -> Tensor:
-    from fastvim.data.gpu.augment_kernels import augment_once  # needs Triton
+def _by_kernels(images: Tensor, known: Tensor) -> Tensor:
+    from fastvim.data.gpu.kernels.augment import augment_once  # needs Triton
 
     if images.is_cuda:
-        turns = turns.pin_memory().to(images.device, non_blocking=True)
+        known = known.pin_memory().to(images.device, non_blocking=True)
     table = images.new_empty(len(images), 3, 256)
-    for turn in turns:
+    for turn in range(known.shape[1]):
         result = torch.empty_like(images)
-        augment_once(images, turn, table, result)
+        augment_once(images, known, turn, table, result)
         images = result
     return images
 
@@ -80,35 +79,30 @@ def affine(images: Tensor, numbers: Tensor) -> Tensor:
     a, b, c, d, e, f, bicubic = numbers[:, :7, None, None].unbind(1)
     across, down = a * x + b * y + c, d * x + e * y + f  # (n, h, w)
     inside = (across >= 0) & (across < wide) & (down >= 0) & (down < high)
-    columns, of_columns = _four(across - 0.5, bicubic, wide)
-    rows, of_rows = _four(down - 0.5, bicubic, high)
+    columns, of_x = _four(across - 0.5, wide)
+    rows, of_y = _four(down - 0.5, high)
     flat = images.flatten(2)
-    total = torch.zeros_like(images, dtype=torch.float32)
-    for row, of_row in zip(rows, of_rows, strict=True):
-        line = torch.zeros_like(total)
-        for column, of_column in zip(columns, of_columns, strict=True):
-            places = (row * wide + column).view(count, 1, -1).expand(-1, 3, -1)
-            line += of_column[:, None] * flat.gather(2, places).view_as(images)
-        total += of_row[:, None] * line
-    fill = numbers[:, 7:10, None, None].to(torch.uint8)
-    return torch.where(inside[:, None], total.clamp(0, 255).to(torch.uint8), fill)
+    lines = []
+    for row in rows:
+        places = ((row * wide + column).view(count, 1, -1).expand(-1, 3, -1) for column in columns)
+        old = [flat.gather(2, each).view_as(images).double() for each in places]
+        lines.append(_between(old, of_x[:, None], bicubic[:, None]))
+    new = _between(lines, of_y[:, None], bicubic[:, None]).clamp(0, 255).to(torch.uint8)
+    return torch.where(inside[:, None], new, numbers[:, 7:10, None, None].to(torch.uint8))
 
 
-def _four(place: Tensor, bicubic: Tensor, size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The four old pixels along an axis that make a new one, and their weights."""
+def _four(place: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
+    """The four old pixels along an axis that make a new one, and how far from the second it is."""
     first = place.floor()
-    d = (place - first).float()
-    linear = (torch.zeros_like(d), 1 - d, d, torch.zeros_like(d))
-    squared, cubed = d * d, d * d * d
-    cubic = (
-        -d + 2 * squared - cubed,
-        1 - 2 * squared + cubed,
-        d + squared - cubed,
-        cubed - squared,
-    )
-    weights = [torch.where(bicubic > 0, *both) for both in zip(cubic, linear, strict=True)]
     middle = first.long()
-    return [(middle + step).clamp(0, size - 1) for step in (-1, 0, 1, 2)], weights
+    return [(middle + step).clamp(0, size - 1) for step in (-1, 0, 1, 2)], place - first
+
+
+def _between(old: list[Tensor], d: Tensor, bicubic: Tensor) -> Tensor:
+    """The value between the second and the third of four, `d` behind the second."""
+    a, b, c, e = old
+    cubic = b + d * (-a + c + d * (2 * (a - b) + c - e + d * (-a + b - c + e)))
+    return torch.where(bicubic > 0, cubic, b + d * (c - b))
 
 
 def look_up(images: Tensor, table: Tensor) -> Tensor:

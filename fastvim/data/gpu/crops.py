@@ -151,7 +151,7 @@ def _resize_last(image: Tensor, first: Tensor, weights: Tensor) -> Tensor:
 def _resize_on_gpu(
     windows: Windows, size: tuple[int, int], interpolation: str, device: torch.device
 ) -> Tensor:
-    from fastvim.data.gpu.crop_kernel import resize  # needs Triton
+    from fastvim.data.gpu.kernels.crops import resize  # needs Triton
 
     address, channel, line, step = np.array([locate(image) for image in windows.images]).T
     line, step = np.where(windows.turned, (step, line), (line, step))

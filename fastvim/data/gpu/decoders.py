@@ -1,8 +1,11 @@
-"""JPEG files decoded in batches: by nvImageCodec or torchvision on a GPU, by Pillow on a CPU."""
+"""JPEG files decoded in batches: by nvImageCodec on a GPU, by Pillow on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastvim.extras import install
 from fastvim.machine import has_triton
 
 # Files, each of uint8 (bytes,) -> uint8 (3, H, W) on the device, or what `crops.locate` finds
@@ -19,63 +23,56 @@ Decoder = Callable[[Sequence[Tensor]], list[Any]]
 
 
 def make_decoder(device: torch.device) -> Decoder:
-    """What decodes on a device.
-
-    nvImageCodec's pixels are Pillow's within a level. torchvision's differ where colours change
-    from pixel to pixel: each colour of a file serves four of them, and is not interpolated there.
-    """
-    if device.type != "cuda":
-        return _by_pillow
-    try:
-        from nvidia import nvimgcodec
-    except ImportError:
-        return _ByTorchvision(device)
-    return _ByImageCodec(nvimgcodec, device)
+    """What decodes on a device: pixels within a level of Pillow's, as a rule equal to them."""
+    return _by_pillow if device.type != "cuda" else _OnGPU(device)
 
 
 def why_not_decoded() -> str:
-    """What is missing for decoding on a GPU of this machine; "" if nothing is."""
-    if not has_triton() or torch.version.cuda is None:
+    """What is missing for decoding on a GPU; "" if nothing is."""
+    if torch.version.cuda is None or not has_triton():
         return "it takes an NVIDIA GPU and Triton"
-    return ""
+    try:
+        found = importlib.util.find_spec("nvidia.nvimgcodec") is not None
+    except ModuleNotFoundError:
+        found = False
+    return "" if found else f"decoding on a GPU {install('gpu')}"
 
 
-class _ByImageCodec:
-    def __init__(self, library: Any, device: torch.device) -> None:
-        self._decoder = library.Decoder(device_id=device.index or 0)
-        self._wanted = library.DecodeParams(apply_exif_orientation=False)
+class _OnGPU:
+    """Decodes on torch's current stream.
+
+    Not by torchvision: it does not interpolate colours, of which most files hold a quarter.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # What is said of formats that are not wanted here.
+        os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
+        with _silent():
+            from nvidia import nvimgcodec
+
+            self._decoder = nvimgcodec.Decoder(device_id=device.index or 0)
+        self._wanted = nvimgcodec.DecodeParams(apply_exif_orientation=False)
 
     def __call__(self, files: Sequence[Tensor]) -> list[Any]:
         stream = torch.cuda.current_stream().cuda_stream
         values = [file.numpy() for file in files]
-        images = self._decoder.decode(values, params=self._wanted, cuda_stream=stream)
-        return list(images)
+        return list(self._decoder.decode(values, params=self._wanted, cuda_stream=stream))
 
 
-class _ByTorchvision:
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __call__(self, files: Sequence[Tensor]) -> list[Tensor | None]:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        def decode(some: list[Tensor]) -> list[Tensor]:
-            return decode_jpeg(some, mode=ImageReadMode.RGB, device=self._device)
-
-        try:
-            return list(decode(list(files)))
-        except RuntimeError:  # which one it was, it does not tell
-            pass
-        images: list[Tensor | None] = []
-        for file in files:
-            try:
-                images += decode([file])
-            except RuntimeError:
-                images.append(None)
-        return images
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what libraries in C write to standard error."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
-def _by_pillow(files: Sequence[Tensor]) -> list[Tensor | None]:
+def _by_pillow(files: Sequence[Tensor]) -> list[Any]:
     images: list[Tensor | None] = []
     for file in files:
         try:

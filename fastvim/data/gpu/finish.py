@@ -17,6 +17,7 @@ from fastvim.data.gpu.augment import augment
 from fastvim.data.gpu.crops import Windows, crop_and_resize
 from fastvim.data.gpu.decoders import Decoder, make_decoder
 from fastvim.data.gpu.files import Files
+from fastvim.data.gpu.planned import NOTHING, NUMBERS
 from fastvim.data.pixels import PictureReader
 
 _logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class DecodeAndFinish:
         self.finish, self.read = finish, read
         self.size, self.interpolation = size, interpolation
         self._decoder: Decoder | None = None
-        self._kept: list[Any] = []  # decoded images that a GPU may still read
+        # Decoded images, whose memory is not torch's, until the GPU has read them.
+        self._kept: tuple[list[Any], torch.cuda.Event] | None = None
 
     def __call__(self, files: Files, device: torch.device = CPU) -> tuple[Tensor, list[int]]:
         """Normalised images.
@@ -59,10 +61,24 @@ class DecodeAndFinish:
         decoded, own = self._decode(files, device)
         windows = _windows(decoded, files.plans[own])
         images = crop_and_resize(windows, self.size, self.interpolation, device)
-        self._kept = decoded
+        if device.type == "cuda":
+            read = torch.cuda.current_stream(device).record_event()
+            if self._kept is not None:
+                self._kept[1].synchronize()
+            self._kept = decoded, read
         images = augment(images, files.operations[own])
         erased = torch.from_numpy(files.erased[own])
         return self.finish(Drawn(images, erased), device), own
+
+    def warm_up(self, device: torch.device) -> None:
+        """Load decoder and kernels of a GPU, which one thread of a process can do at a time."""
+        self._decoder = self._decoder or make_decoder(device)
+        image = torch.zeros(3, 8, 8, dtype=torch.uint8, device=device)
+        still = np.zeros((1, 2), dtype=bool)
+        window = Windows([image], still[0, :1], np.array([[0, 0, 8, 8]]), still)
+        images = crop_and_resize(window, self.size, self.interpolation, device)
+        augment(images, np.full((1, 1, NUMBERS), float(NOTHING)))
+        self.finish.warm_up(device)
 
     def _decode(self, files: Files, device: torch.device) -> tuple[list[Any], list[int]]:
         """The images of a batch, and the place in it that each has."""

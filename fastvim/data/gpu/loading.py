@@ -60,6 +60,8 @@ def decode_batches(
     crop = next(step for step in steps.transforms if isinstance(step, Crop))
     interpolation = crop.resample.name.lower()
     finish = DecodeAndFinish(transform.finish, read, tuple(crop.size), interpolation)
+    if device.type == "cuda":
+        finish.warm_up(device)
     loader.collate_fn, loader.pin_memory = collate, False
     loader.finish = partial(_finished, finish, device)
 

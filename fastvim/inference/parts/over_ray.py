@@ -6,6 +6,7 @@ is done. So a lost worker or node, or a driver that is started again, costs unfi
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections import Counter, deque
@@ -59,7 +60,7 @@ def compute_over_ray(
     if began:
         try:
             _knock(address)
-            ray.init(address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--ray {address}: no cluster ({one_line(error)})") from error
     try:

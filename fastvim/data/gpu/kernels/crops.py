@@ -15,13 +15,13 @@ FIELDS = 8  # of a crop: see `resize`
 
 
 @triton.jit
-def _sinc(x):  # type: ignore[no-untyped-def]
+def _sinc(x):
     turn = x * 3.141592653589793
     return tl.where(x == 0, 1.0, tl.sin(turn) / tl.where(x == 0, 1.0, turn))
 
 
 @triton.jit
-def _share(x, FILTER: tl.constexpr):  # type: ignore[no-untyped-def]
+def _share(x, FILTER: tl.constexpr):
     """As the filter of that name in `FILTERS`."""
     far = tl.abs(x)
     if FILTER == "box":
@@ -40,8 +40,8 @@ def _share(x, FILTER: tl.constexpr):  # type: ignore[no-untyped-def]
     return share
 
 
-@triton.jit
-def _taps_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["count", "most", "high", "wide", "taps", "radius"])
+def _taps_kernel(
     crops,
     first,  # (2, B, most), the width's first
     weights,  # (2, B, most, taps)
@@ -92,13 +92,14 @@ def _taps_kernel(  # type: ignore[no-untyped-def]
         tl.store(first + place, begin)
 
 
-@triton.jit
-def _resize_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["count", "most", "taps", "tall", "high", "wide"])
+def _resize_kernel(
     crops,
     between,  # (B, 3, tall, wide)
-    first,  # (B, most)
-    weights,  # (B, most, taps)
+    first,  # (2, B, most), the width's first
+    weights,  # (2, B, most, taps)
     result,  # `between`, or (B, 3, high, wide)
+    count,
     most,
     taps,
     tall,
@@ -117,6 +118,8 @@ def _resize_kernel(  # type: ignore[no-untyped-def]
         size, lines = wide, tl.load(crop + 5)
     else:
         size, lines = high, wide.to(tl.int64)
+        first += count * most
+        weights += count * most * taps
     blocks = tl.cdiv(size, NEW)
     new = tl.program_id(1) % blocks * NEW + tl.arange(0, NEW)
     line = tl.program_id(1) // blocks * LINES + tl.arange(0, LINES)
@@ -187,8 +190,8 @@ def resize(
     result = torch.empty(count, 3, high, wide, dtype=torch.uint8, device=crops.device)
     for axis, (new, lines, written) in enumerate(((wide, tall, between), (high, wide, result))):
         _resize_kernel[(count, triton.cdiv(new, NEW) * triton.cdiv(lines, LINES), 3)](
-            *(crops, between, first[axis], weights[axis], written),
-            *(most, number, tall, high, wide),
+            *(crops, between, first, weights, written),
+            *(count, most, number, tall, high, wide),
             WIDTH=axis == 0,
             BITS=bits,
             FIELDS=FIELDS,

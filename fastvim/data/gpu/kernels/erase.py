@@ -9,8 +9,8 @@ from torch import Tensor
 BLOCK = 1024  # pixels of a program
 
 
-@triton.jit
-def _erase_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["channels", "pixels", "wide"])
+def _erase_kernel(
     images,
     rectangles,  # (B, 5): top, left, height, width, seed
     channels,

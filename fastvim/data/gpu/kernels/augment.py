@@ -27,25 +27,26 @@ _SHARPNESS = tl.constexpr(KINDS.index("sharpness"))
 
 
 @triton.jit
-def _blended(first, second, share):  # type: ignore[no-untyped-def]
+def _blended(first, second, share):
     mixed = first + share * (second - first)
     return tl.minimum(tl.maximum(mixed, 0.0), 255.0).to(tl.int32)
 
 
 @triton.jit
-def _grey(image, place, pixels, inside):  # type: ignore[no-untyped-def]
+def _grey(image, place, pixels, inside):
     red = tl.load(image + place, mask=inside, other=0).to(tl.int32)
     green = tl.load(image + pixels + place, mask=inside, other=0).to(tl.int32)
     blue = tl.load(image + 2 * pixels + place, mask=inside, other=0).to(tl.int32)
     return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
 
 
-@triton.jit
-def _tables_kernel(images, operations, tables, stride, pixels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["stride", "pixels", "begin"])
+def _tables_kernel(images, operations, begin, tables, stride, pixels, BLOCK: tl.constexpr):
     number = tl.program_id(0).to(tl.int64)
     image = images + number * 3 * pixels
-    kind = tl.load(operations + number * stride).to(tl.int32)
-    strength = tl.load(operations + number * stride + 1)
+    numbers = operations + begin + number * stride
+    kind = tl.load(numbers).to(tl.int32)
+    strength = tl.load(numbers + 1)
     value = tl.arange(0, 256)
     exact = value.to(tl.float64)
     table = value
@@ -64,8 +65,8 @@ def _tables_kernel(images, operations, tables, stride, pixels, BLOCK: tl.constex
         table = _blended(level * 0.0, level, share)
     elif kind == _CONTRAST:
         total = tl.zeros((BLOCK,), tl.int64)
-        for begin in range(0, pixels, BLOCK):
-            place = begin + tl.arange(0, BLOCK)
+        for first in range(0, pixels, BLOCK):
+            place = first + tl.arange(0, BLOCK)
             total += _grey(image, place, pixels, place < pixels).to(tl.int64)
         mean = tl.floor(tl.sum(total, 0).to(tl.float64) / pixels + 0.5).to(tl.float32)
         table = _blended(
@@ -74,8 +75,8 @@ def _tables_kernel(images, operations, tables, stride, pixels, BLOCK: tl.constex
     elif (kind == _AUTOCONTRAST) | (kind == _EQUALIZE):
         channel = image + tl.program_id(1) * pixels
         counts = tl.zeros((256,), tl.int32)
-        for begin in range(0, pixels, BLOCK):
-            place = begin + tl.arange(0, BLOCK)
+        for first in range(0, pixels, BLOCK):
+            place = first + tl.arange(0, BLOCK)
             old = tl.load(channel + place, mask=place < pixels, other=0).to(tl.int32)
             counts += tl.histogram(old, 256)
         padding = tl.cdiv(pixels, BLOCK) * BLOCK - pixels
@@ -97,22 +98,27 @@ def _tables_kernel(images, operations, tables, stride, pixels, BLOCK: tl.constex
 
 
 @triton.jit
-def _weight(d, tap: tl.constexpr, bicubic):  # type: ignore[no-untyped-def]
-    squared = d * d
-    cubed = d * d * d
-    if tap == 0:
-        weight = tl.where(bicubic, -d + 2 * squared - cubed, 0.0)
-    elif tap == 1:
-        weight = tl.where(bicubic, 1 - 2 * squared + cubed, 1 - d)
-    elif tap == 2:
-        weight = tl.where(bicubic, d + squared - cubed, d)
-    else:
-        weight = tl.where(bicubic, cubed - squared, 0.0)
-    return weight
+def _between(a, b, c, e, d, bicubic):
+    cubic = b + d * (-a + c + d * (2 * (a - b) + c - e + d * (-a + b - c + e)))
+    return tl.where(bicubic, cubic, b + d * (c - b))
 
 
 @triton.jit
-def _affine(image, new, numbers, place, inside, high, wide):  # type: ignore[no-untyped-def]
+def _line(line, column, wide, d, bicubic, inside):
+    """A row of an image between its second and third of four columns."""
+    x0 = tl.minimum(tl.maximum(column - 1, 0), wide - 1)
+    x1 = tl.minimum(tl.maximum(column, 0), wide - 1)
+    x2 = tl.minimum(tl.maximum(column + 1, 0), wide - 1)
+    x3 = tl.minimum(tl.maximum(column + 2, 0), wide - 1)
+    a = tl.load(line + x0, mask=inside, other=0).to(tl.float64)
+    b = tl.load(line + x1, mask=inside, other=0).to(tl.float64)
+    c = tl.load(line + x2, mask=inside, other=0).to(tl.float64)
+    e = tl.load(line + x3, mask=inside, other=0).to(tl.float64)
+    return _between(a, b, c, e, d, bicubic)
+
+
+@triton.jit
+def _affine(image, new, numbers, place, inside, high, wide):
     pixels = high * wide
     x = (place % wide).to(tl.float64) + 0.5
     y = (place // wide).to(tl.float64) + 0.5
@@ -122,21 +128,21 @@ def _affine(image, new, numbers, place, inside, high, wide):  # type: ignore[no-
     within = (across >= 0) & (across < wide) & (down >= 0) & (down < high)
     first_x = tl.floor(across - 0.5)
     first_y = tl.floor(down - 0.5)
-    of_x = (across - 0.5 - first_x).to(tl.float32)
-    of_y = (down - 0.5 - first_y).to(tl.float32)
+    of_x = across - 0.5 - first_x
+    of_y = down - 0.5 - first_y
     column = first_x.to(tl.int32)
     row = first_y.to(tl.int32)
+    y0 = tl.minimum(tl.maximum(row - 1, 0), high - 1) * wide
+    y1 = tl.minimum(tl.maximum(row, 0), high - 1) * wide
+    y2 = tl.minimum(tl.maximum(row + 1, 0), high - 1) * wide
+    y3 = tl.minimum(tl.maximum(row + 2, 0), high - 1) * wide
     for channel in range(3):
-        total = of_x * 0.0
-        for j in tl.static_range(4):
-            line = of_x * 0.0
-            old_y = tl.minimum(tl.maximum(row + (j - 1), 0), high - 1)
-            for i in tl.static_range(4):
-                old_x = tl.minimum(tl.maximum(column + (i - 1), 0), wide - 1)
-                old = image + channel * pixels + old_y * wide + old_x
-                values = tl.load(old, mask=within & inside, other=0).to(tl.float32)
-                line += _weight(of_x, i, bicubic) * values
-            total += _weight(of_y, j, bicubic) * line
+        old = image + channel * pixels
+        a = _line(old + y0, column, wide, of_x, bicubic, within & inside)
+        b = _line(old + y1, column, wide, of_x, bicubic, within & inside)
+        c = _line(old + y2, column, wide, of_x, bicubic, within & inside)
+        e = _line(old + y3, column, wide, of_x, bicubic, within & inside)
+        total = _between(a, b, c, e, of_y, bicubic)
         total = tl.minimum(tl.maximum(total, 0.0), 255.0).to(tl.int32)
         fill = tl.load(numbers + 8 + channel).to(tl.int32)
         total = tl.where(within, total, fill).to(tl.uint8)
@@ -144,7 +150,7 @@ def _affine(image, new, numbers, place, inside, high, wide):  # type: ignore[no-
 
 
 @triton.jit
-def _colour(image, new, share, place, inside, pixels):  # type: ignore[no-untyped-def]
+def _colour(image, new, share, place, inside, pixels):
     grey = _grey(image, place, pixels, inside).to(tl.float32)
     for channel in tl.static_range(3):
         old = tl.load(image + channel * pixels + place, mask=inside, other=0).to(tl.float32)
@@ -153,7 +159,7 @@ def _colour(image, new, share, place, inside, pixels):  # type: ignore[no-untype
 
 
 @triton.jit
-def _sharpen(image, new, share, place, inside, high, wide):  # type: ignore[no-untyped-def]
+def _sharpen(image, new, share, place, inside, high, wide):
     pixels = high * wide
     x = place % wide
     y = place // wide
@@ -172,7 +178,7 @@ def _sharpen(image, new, share, place, inside, high, wide):  # type: ignore[no-u
 
 
 @triton.jit
-def _look_up(image, new, table, kind, place, inside, pixels):  # type: ignore[no-untyped-def]
+def _look_up(image, new, table, kind, place, inside, pixels):
     for channel in tl.static_range(3):
         old = tl.load(image + channel * pixels + place, mask=inside, other=0)
         if kind >= 0:
@@ -180,15 +186,17 @@ def _look_up(image, new, table, kind, place, inside, pixels):  # type: ignore[no
         tl.store(new + channel * pixels + place, old, mask=inside)
 
 
-@triton.jit
-def _apply_kernel(images, operations, tables, result, stride, high, wide, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["begin", "stride", "high", "wide"])
+def _apply_kernel(
+    images, operations, begin, tables, result, stride, high, wide, BLOCK: tl.constexpr
+):
     number = tl.program_id(0).to(tl.int64)
     pixels = high * wide
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < pixels
     image = images + number * 3 * pixels
     new = result + number * 3 * pixels
-    numbers = operations + number * stride
+    numbers = operations + begin + number * stride
     kind = tl.load(numbers).to(tl.int32)
     share = tl.load(numbers + 1).to(tl.float32)
     if kind == _AFFINE:
@@ -201,18 +209,22 @@ def _apply_kernel(images, operations, tables, result, stride, high, wide, BLOCK:
         _look_up(image, new, tables + number * 768, kind, place, inside, pixels)
 
 
-def augment_once(images: Tensor, operations: Tensor, tables: Tensor, result: Tensor) -> None:
+def augment_once(
+    images: Tensor, operations: Tensor, turn: int, tables: Tensor, result: Tensor
+) -> None:
     """One operation of every image.
 
     Args:
         images: uint8 (B, 3, h, w), contiguous.
-        operations: float64 (B, `NUMBERS`), of kind `NOTHING` where there is none.
+        operations: float64 (B, most of an image, `NUMBERS`), contiguous.
+        turn: which of an image's operations.
         tables: uint8 (B, 3, 256), written.
         result: uint8 (B, 3, h, w), contiguous, written.
     """
     count, _, high, wide = images.shape
+    known = operations, turn * operations.stride(1)
     stride = operations.stride(0)
     exact = {"BLOCK": BLOCK, "enable_fp_fusion": False}
-    _tables_kernel[(count, 3)](images, operations, tables, stride, high * wide, **exact)
+    _tables_kernel[(count, 3)](images, *known, tables, stride, high * wide, **exact)
     grid = (count, triton.cdiv(high * wide, BLOCK))
-    _apply_kernel[grid](images, operations, tables, result, stride, high, wide, **exact)
+    _apply_kernel[grid](images, *known, tables, result, stride, high, wide, **exact)
