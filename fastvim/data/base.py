@@ -209,7 +209,8 @@ class DataModule(L.LightningDataModule):
             loader.finish = partial(_finished, finish, device)
             if device.type == "cuda":
                 finish.warm_up(device)
-                loader.ahead = device
+                # Without processes the thread would draw from the generators of the training.
+                loader.ahead = device if loader.num_workers else None
         return loader
 
     @property

@@ -138,7 +138,7 @@ def decode(source: Source, name: str, max_pixels: int | None) -> Decoded:
 
 
 def _decode(file: IO[bytes], name: str, max_pixels: int | None) -> Decoded:
-    with _without_pillows_limit():
+    with without_pillows_limit():
         try:
             image = Image.open(file)
         except UnidentifiedImageError as error:
@@ -213,7 +213,7 @@ def stored_size(path: Path) -> tuple[tuple[int, int], int]:
     """
     try:
         require_file(path)
-        with _without_pillows_limit(), Image.open(path) as image:
+        with without_pillows_limit(), Image.open(path) as image:
             return image.size, 1 if image.format == "TIFF" else orientation_of(image)
     except Exception:  # reading the whole file says what is wrong
         return (0, 0), 1
@@ -315,7 +315,7 @@ _limit: int | None = None  # Pillow's, meanwhile
 
 
 @contextmanager
-def _without_pillows_limit() -> Iterator[None]:
+def without_pillows_limit() -> Iterator[None]:
     """`max_pixels` alone limits the size: Pillow's own limit is one global of the process."""
     global _reading, _limit
     with _lock:

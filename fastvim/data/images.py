@@ -102,8 +102,8 @@ class ImageData(DataModule):
         re_mode: what fills an erased rectangle: "const", "rand" or "pixel".
         decode: where training images are decoded, cropped and augmented: "gpu" in batches on the
             trainer's device, "cpu" in the loading processes, "auto" on a GPU where there is one
-            and it can. The random numbers are the same; pixels differ by about a level
-            (`fastvim.data.gpu`). Evaluation always has Pillow's.
+            and it can. The random numbers are the same, and the pixels but for a few levels in
+            some (`fastvim.data.gpu`). Evaluation always has Pillow's.
         kwargs: further arguments of `DataModule`.
 
     Raises:
@@ -245,6 +245,9 @@ class ImageData(DataModule):
         why = why or (why_not_decoded() if self.device.type == "cuda" else "")
         if why and not auto:
             raise OptionError("decode", self.decode, f"cpu, as {why}")
+        if why and "decode" not in self._examined:
+            self._examined.add("decode")
+            _logger.warning("the loading processes decode the images, not the GPU: %s", why)
         return not why
 
     def check(self, role: str) -> SplitReport:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from threading import Event, Thread, Timer
 from typing import Any
 
@@ -55,6 +57,7 @@ class WatchedLoader(DataLoader[Any]):
         self.ahead: torch.device | None = None
         self.waited = 0.0
         self._work: _Work | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self._work is not None:
@@ -63,7 +66,9 @@ class WatchedLoader(DataLoader[Any]):
             batches = _Batches(super().__iter__(), self)
         if self.ahead is None:
             return batches
-        self._work = _Work(batches, self.ahead)
+        if self._stream is None:  # one for all epochs: torch keeps freed memory for each
+            self._stream = torch.cuda.Stream(self.ahead)
+        self._work = _Work(batches, self._stream)
         return _Ahead(self._work, self)
 
 
@@ -85,25 +90,26 @@ class _Work:
 
     Args:
         batches: gives finished ones.
-        device: a GPU.
+        stream: of a GPU.
 
     Attributes:
         ready: batches, each with the event of its end on the GPU; at last an error, with None.
     """
 
-    def __init__(self, batches: Iterator[Any], device: torch.device) -> None:
+    def __init__(self, batches: Iterator[Any], stream: torch.cuda.Stream) -> None:
         self.ready: Queue[tuple[Any, torch.cuda.Event | None]] = Queue(AHEAD)
         self.over = Event()
-        self._batches, self._device = batches, device
+        self._batches, self._stream = batches, stream
         self._thread = Thread(target=self._run, daemon=True, name="fastvim-loader")
         self._thread.start()
+        _at_work.add(self)
 
     def _run(self) -> None:
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             try:
                 while not self.over.is_set():
                     batch = next(self._batches)
-                    self._put((batch, torch.cuda.current_stream().record_event()))
+                    self._put((batch, self._stream.record_event()))
             except BaseException as error:  # StopIteration too
                 self._put((error, None))
 
@@ -113,9 +119,13 @@ class _Work:
                 return self.ready.put(item, timeout=0.1)
 
     def end(self) -> None:
-        """Ask for no more batches, and wait for the last one."""
+        """Ask for no more batches, wait for the last one, and let go of those that are ready."""
         self.over.set()
         self._thread.join()
+        with suppress(Empty):
+            while True:
+                self.ready.get_nowait()
+        self.ready.put((StopIteration(), None))  # for who still waits
 
 
 class _Ahead(Iterator[Any]):
@@ -126,7 +136,10 @@ class _Ahead(Iterator[Any]):
 
     def __next__(self) -> Any:
         begun = time.monotonic()
-        batch, done = self._work.ready.get()
+        try:
+            batch, done = self._work.ready.get()
+        except RuntimeError:  # torch's of a process that died, raised here; the thread knows which
+            batch, done = self._last()
         self._loader.waited += time.monotonic() - begun
         if done is None:
             self._work.ready.put((batch, None))  # for whoever asks again
@@ -138,8 +151,25 @@ class _Ahead(Iterator[Any]):
                 each.record_stream(stream)
         return batch
 
+    def _last(self) -> tuple[Any, None]:
+        """What ends the batches."""
+        while True:
+            batch, done = self._work.ready.get()
+            if done is None:
+                return batch, None
+
     def __del__(self) -> None:
         self._work.over.set()
+
+
+def _end_all() -> None:
+    """A thread inside of CUDA would not survive the end of the process."""
+    for work in list(_at_work):
+        work.end()
+
+
+_at_work: weakref.WeakSet[_Work] = weakref.WeakSet()
+atexit.register(_end_all)
 
 
 @contextmanager

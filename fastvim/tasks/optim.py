@@ -92,7 +92,10 @@ def make_adamw(
             _logger.warning("trainer.precision 16-true: AdamW's eps is %g, not 1e-08", eps)
     fused = trainer.strategy.root_device.type == "cuda" and trainer.precision != "16-mixed"
     # False would rule out steps of several tensors at a time as well.
-    return optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
+    optimizer = optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
+    # Of gradients that are not scaled; Lightning would refuse to clip them.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def place_steps(optimizer: optim.Optimizer) -> None:

@@ -40,7 +40,7 @@ from fastvim.tasks.schedules import (
 )
 from fastvim.tasks.step_log import log_step
 from fastvim.tasks.strategies import ShardedStrategy
-from fastvim.tasks.streams import leave_default_stream, return_to_default_stream
+from fastvim.tasks.streams import OwnStream
 from fastvim.weights import METADATA_KEY, Checkpoint, find, load_state
 from fastvim.weights.files import check_finite
 from fastvim.weights.fit import differences
@@ -271,7 +271,8 @@ class Task(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         refuse_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if self.ema_decay is None else [EMA(self.ema_decay)]
+        average = [] if self.ema_decay is None else [EMA(self.ema_decay)]
+        return [OwnStream(), *average]
 
     def warmup(self, steps_per_epoch: int) -> tuple[int, str]:
         """Optimiser steps of the warm-up, and a line that says where they come from."""
@@ -346,7 +347,6 @@ class Task(L.LightningModule):
         return run(images, **options)
 
     def on_fit_start(self) -> None:
-        leave_default_stream(self.device)
         if self.origin and self.trainer.is_global_zero:
             source, licence = (self.origin[key] for key in ORIGIN)
             _logger.warning(
@@ -369,7 +369,6 @@ class Task(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self._captured = None  # graphs hold memory
-        return_to_default_stream(self.device)
 
     def log_training(self, loss: Tensor, batch_size: int | None = None) -> None:
         """Log a training step's loss, and the highest rate of any group.

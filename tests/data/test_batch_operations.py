@@ -218,3 +218,12 @@ def test_what_batches_cannot_be_given_is_not_planned(policy: str) -> None:
     from fastvim.data.gpu.planned import planned
 
     assert planned(training_transform(32, auto_augment=policy).pixels) is None
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "lanczos"])
+def test_what_pillow_does_otherwise_is_not_planned(interpolation: str) -> None:
+    from fastvim.data.gpu.planned import planned
+
+    assert planned(training_transform(32, interpolation=interpolation).pixels) is None
+    settings = {"interpolation": interpolation, "auto_augment": ""}
+    assert planned(training_transform(32, **settings).pixels) is not None  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 import fastvim  # noqa: F401  registers the models
 from fastvim.tasks.optim import make_adamw, parameter_groups, place_steps
@@ -115,6 +116,14 @@ def test_steps_on_a_gpu_are_fused(device, precision, fused, eps):
     assert group["fused"] is fused
     assert group["foreach"] is None
     assert group["eps"] == eps
+
+
+def test_gradients_of_a_fused_step_can_be_clipped():
+    parameter = torch.zeros(3, requires_grad=True)
+    parameter.grad = torch.full((3,), 5.0)
+    optimizer = optimizer_of(parameter, "cuda", "bf16-mixed")
+    MixedPrecision("bf16-mixed", "cpu").clip_gradients(optimizer, 1.0)
+    assert parameter.grad.norm() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("before", ["cpu", "cuda"])

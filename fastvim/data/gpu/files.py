@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision.transforms import Compose
 
-from fastvim.data.decoding import check_size, orientation_of
+from fastvim.data.decoding import check_size, orientation_of, without_pillows_limit
 from fastvim.data.gpu.planned import Planned, numbered
 from fastvim.data.pixels import PictureReader
 
@@ -87,7 +87,8 @@ class FileReader:
         content = file.read()
         if content[:3] == b"\xff\xd8\xff" and content.rfind(END, -64) >= 0:
             try:
-                image = Image.open(BytesIO(content))
+                with without_pillows_limit():
+                    image = Image.open(BytesIO(content))
             except Exception:  # told below, as of every file
                 return self._decoded(content, name)
             check_size(image.size, self.read.max_pixels, name)

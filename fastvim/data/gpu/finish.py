@@ -86,9 +86,11 @@ class DecodeAndFinish:
             self._decoder = make_decoder(device)
         contents = files.content.split(files.lengths.tolist())
         jpeg = files.plans[:, places.JPEG].tolist()
-        encoded = [content for content, is_jpeg in zip(contents, jpeg, strict=True) if is_jpeg]
-        of_files = iter(self._decoder(encoded) if encoded else [])
-        images = [next(of_files) if is_jpeg else None for is_jpeg in jpeg]
+        encoded = [number for number, is_jpeg in enumerate(jpeg) if is_jpeg]
+        decoded = self._decoder([contents[number] for number in encoded]) if encoded else []
+        images: list[Any] = [None] * len(contents)
+        for number, image in zip(encoded, decoded, strict=True):
+            images[number] = image
         own = list(range(len(images)))  # the place of each image
         for number, image in enumerate(images):
             if image is None:
@@ -106,13 +108,20 @@ class DecodeAndFinish:
         """An image as stored, not turned; None with a warning if it cannot be read."""
         is_jpeg, height, width = files.plans[number, places.JPEG : places.WIDTH + 1].tolist()
         if not is_jpeg:
-            return content.view(height, width, 3).permute(2, 0, 1).to(device)
+            return _moved(content.view(height, width, 3), device)
         try:
             image = self.read(BytesIO(content.numpy().tobytes()), files.names[number], exif=False)
         except UnreadableImageError as error:
             _logger.warning("%s; the next one of its batch takes its place", error)
             return None
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+        return _moved(torch.from_numpy(np.array(image)), device)
+
+
+def _moved(image: Tensor, device: torch.device) -> Tensor:
+    """(3, H, W) on the device, of (H, W, 3) here; never waits for it."""
+    if device.type == "cuda":
+        image = image.pin_memory().to(device, non_blocking=True)
+    return image.permute(2, 0, 1)
 
 
 def _windows(images: list[Any], plans: np.ndarray) -> Windows:

@@ -18,7 +18,7 @@ from timm.data.auto_augment import AutoAugment, RandAugment
 from torchvision.transforms import ColorJitter, Compose
 
 from fastvim.data.finishing import NOWHERE, DrawErasing
-from fastvim.data.steps import Crop, Flip
+from fastvim.data.steps import Crop, Flip, to_pixels
 from fastvim.data.transforms import posterize_to_black
 
 # What is done to pixels. An affine map reads from a place of the image for each new pixel; a table
@@ -111,6 +111,7 @@ def _desaturate(image: Planned, factor: float, **_: Any) -> Planned:
     return image.add("colour", min(1.0, max(0.0, 1.0 - factor)))
 
 
+_WAYS = {Image.Resampling.BILINEAR, Image.Resampling.BICUBIC}
 # Geometric operations of timm ask the picture itself.
 _NOTED: dict[Any, Callable[..., Planned]] = {
     auto_augment.auto_contrast: _noted("autocontrast"),
@@ -181,13 +182,19 @@ def planned(transform: Any) -> Compose | None:
         elif isinstance(step, AutoAugment | RandAugment):
             step = copy.deepcopy(step)
             for operation in _operations(step):
-                if operation.aug_fn not in _NOTED:
+                if operation.aug_fn not in _NOTED or not _WAYS.issuperset(_ways(operation)):
                     return None
                 operation.aug_fn = _NOTED[operation.aug_fn]
             steps.append(step)
-        elif getattr(step, "__name__", "") != "to_pixels":
+        elif step is not to_pixels:
             return None
     return Compose(steps)
+
+
+def _ways(operation: Any) -> tuple[Any, ...]:
+    """How an operation of timm may interpolate."""
+    way = operation.kwargs.get("resample", ())
+    return tuple(way) if isinstance(way, tuple | list) else (way,)
 
 
 def _operations(step: AutoAugment | RandAugment) -> list[Any]:
