@@ -271,8 +271,7 @@ class Task(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         refuse_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
-        average = [] if self.ema_decay is None else [EMA(self.ema_decay)]
-        return [OwnStream(), *average]
+        return [OwnStream(), *([] if self.ema_decay is None else [EMA(self.ema_decay)])]
 
     def warmup(self, steps_per_epoch: int) -> tuple[int, str]:
         """Optimiser steps of the warm-up, and a line that says where they come from."""
@@ -358,7 +357,7 @@ class Task(L.LightningModule):
         # Recomputing blocks restores random states, which a graph cannot.
         if self.capture and not sharded and not self.grad_checkpointing:
             assert self.model is not None
-            # Its method alone: a submodule would list the model's weights a second time.
+            # A submodule would list the model's weights a second time.
             self._captured = GraphedModel(self.model).__call__
 
     def on_train_start(self) -> None:
