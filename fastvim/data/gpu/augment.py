@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvim.data.gpu.planned import KINDS, NUMBERS
+from fastvim.data.gpu.sending import send
 
 AFFINE, COLOUR, SHARPNESS = map(KINDS.index, ("affine", "colour", "sharpness"))
 TABLES = set(range(len(KINDS))) - {AFFINE, COLOUR, SHARPNESS}
@@ -56,8 +57,7 @@ def augment(images: Tensor, operations: np.ndarray) -> Tensor:
 def _by_kernels(images: Tensor, known: Tensor) -> Tensor:
     from fastvim.data.gpu.kernels.augment import augment_once  # needs Triton
 
-    if images.is_cuda:
-        known = known.pin_memory().to(images.device, non_blocking=True)
+    known = send(known, images.device)
     table = images.new_empty(len(images), 3, 256)
     for turn in range(known.shape[1]):
         result = torch.empty_like(images)

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvim.data.gpu.sending import send
+
 BITS = 22  # of a weight behind the point
 
 
@@ -158,9 +160,7 @@ def _resize_on_gpu(
     top, left, height, width = windows.boxes.T
     address = address + top * line + left * step
     rows = (address, channel, line, step, width, height, *windows.mirrored.T[::-1])
-    crops = torch.from_numpy(np.stack(rows, 1).astype(np.int64))
-    if device.type == "cuda":
-        crops = crops.pin_memory().to(device, non_blocking=True)
+    crops = send(torch.from_numpy(np.stack(rows, 1).astype(np.int64)), device)
     radius = 0.0 if interpolation == "nearest" else FILTERS[interpolation].radius
     longest = int(height.max()), int(width.max())
     return resize(crops, longest, size, interpolation, radius, BITS)

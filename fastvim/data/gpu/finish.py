@@ -18,6 +18,7 @@ from fastvim.data.gpu.crops import Windows, crop_and_resize
 from fastvim.data.gpu.decoders import Decoder, make_decoder
 from fastvim.data.gpu.files import Files
 from fastvim.data.gpu.planned import NOTHING, NUMBERS
+from fastvim.data.gpu.sending import send
 from fastvim.data.pixels import PictureReader
 
 _logger = logging.getLogger(__name__)
@@ -119,9 +120,7 @@ class DecodeAndFinish:
 
 def _moved(image: Tensor, device: torch.device) -> Tensor:
     """(3, H, W) on the device, of (H, W, 3) here; never waits for it."""
-    if device.type == "cuda":
-        image = image.pin_memory().to(device, non_blocking=True)
-    return image.permute(2, 0, 1)
+    return send(image, device).permute(2, 0, 1)
 
 
 def _windows(images: list[Any], plans: np.ndarray) -> Windows:

@@ -16,6 +16,7 @@ from fastvim.data.files import Chosen, ImageFiles
 from fastvim.data.gpu.files import Draw, FileReader, Files, collate
 from fastvim.data.gpu.finish import DecodeAndFinish
 from fastvim.data.gpu.planned import planned
+from fastvim.data.gpu.sending import send
 from fastvim.data.pixels import PictureReader
 from fastvim.data.steps import Crop
 from fastvim.data.transforms import ImageTransform
@@ -71,7 +72,4 @@ def _finished(
 ) -> list[Tensor]:
     files, targets = batch
     images, places = finish(files, device)
-    moved = torch.from_numpy(targets[places])
-    if device.type == "cuda":
-        moved = moved.pin_memory().to(device, non_blocking=True)
-    return [images, moved]
+    return [images, send(torch.from_numpy(targets[places]), device)]

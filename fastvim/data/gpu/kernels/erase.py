@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvim.data.gpu.sending import send
+
 BLOCK = 1024  # pixels of a program
 
 
@@ -51,8 +53,7 @@ def erase(images: Tensor, rectangles: Tensor, fill: str) -> None:
         rectangles: int64 (B, 5), on the CPU, as `Drawn` has them.
         fill: as of `Finish`.
     """
-    if images.is_cuda:
-        rectangles = rectangles.pin_memory().to(images.device, non_blocking=True)
+    rectangles = send(rectangles, images.device)
     count, channels, high, wide = images.shape
     grid = (count, triton.cdiv(high * wide, BLOCK))
     _erase_kernel[grid](*(images, rectangles, channels, high * wide, wide), FILL=fill, BLOCK=BLOCK)
