@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from fastvim.data.images import ImageData
@@ -18,6 +19,7 @@ from fastvim.errors import UserError
 
 STD = 0.225 * 255  # of a level, about
 ORIENTATION = 0x0112
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def picture(seed: int, high: int = 90, wide: int = 120) -> Image.Image:
@@ -66,11 +68,33 @@ def test_batches_are_those_of_the_loading_processes(
     for (images, targets), (others, same) in zip(found, expected, strict=True):
         assert torch.equal(targets, same)
         assert images.shape == (4, 3, 40, 40)
-        assert images.dtype == torch.float32
-        apart = (images - others).abs() * STD
-        assert apart.mean() < 0.05
-        # Pillow may resize the height first, and beside edges be a few levels off.
-        assert (apart > 1.5).float().mean() < 0.002
+        assert_close(images, others)
+
+
+def assert_close(images: torch.Tensor, others: torch.Tensor) -> None:
+    """Equal but for some pixels of crops whose height Pillow resizes first."""
+    assert images.dtype == others.dtype == torch.float32
+    apart = (images - others).abs() * STD
+    assert apart.mean() < 0.05
+    assert (apart > 1.5).float().mean() < 0.002  # a few levels, beside edges
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_pretraining(root: Path, tmp_path: Path, workers: int) -> None:
+    """As the recipe says, of images outside class folders."""
+    recipe = yaml.safe_load((RECIPES / "mae/pretrain_fastvim_base.yaml").read_text())
+    settings = recipe["data"]["init_args"]
+    settings = {**settings, "img_size": 40, "batch_size": 4, "num_workers": workers}
+    for number, file in enumerate(sorted((root / "train").rglob("*.*"))):
+        place = tmp_path / "train" / f"{number}{file.suffix}"
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(file.read_bytes())
+    expected = batches(tmp_path, "cpu", **settings)
+    found = batches(tmp_path, "gpu", **settings)
+    assert len(found) == len(expected) == 3
+    for (images, targets), (others, same) in zip(found, expected, strict=True):
+        assert targets.tolist() == same.tolist() == [-1] * 4
+        assert_close(images, others)
 
 
 def test_part_of_the_images(root: Path) -> None:

@@ -19,6 +19,19 @@ from fastvim.weights import read
 from fastvim_cli import main
 
 MODEL = "fastvim_tiny_patch16_224"
+# As recipes/mae has it, decoded in batches.
+PRETRAINING_IN_BATCHES = {
+    "model": PRETRAINING,
+    **{
+        f"data.init_args.{name}": value
+        for name, value in {
+            "scale": [0.2, 1.0],
+            "auto_augment": None,
+            "re_prob": 0.0,
+            "decode": "gpu",
+        }.items()
+    },
+}
 BY_STEPS = {"trainer.max_epochs": -1, "trainer.check_val_every_n_epoch": None}
 CHANNELS = {
     "model.init_args.model": "fastchannelvim_small_patch16_224",
@@ -119,6 +132,7 @@ KILLED_TWICE = (End("KillAt", 7, 2), End("KillAt", 20, 10, {"validation": True})
 CASES = {
     "classifier": ({}, None, KILLED_TWICE),
     "autoencoder": ({"model": PRETRAINING}, None, KILLED_TWICE),
+    "autoencoder-in-batches": (PRETRAINING_IN_BATCHES, None, [End("KillAt", 7, 2)]),
     "channels": (CHANNELS, None, KILLED_TWICE),
     # With what is folded into its weights.
     "probe": ({"model": PROBE}, None, [End("StopAt", 7, 2)]),
