@@ -25,6 +25,9 @@ class MachineError(UserError):
     """
 
 
+NOT_FINITE = "the model's result is not finite"
+
+
 class NotFiniteError(UserError):
     """A result that is not finite: no answer."""
 
@@ -32,7 +35,7 @@ class NotFiniteError(UserError):
 def require_finite(*results: Tensor) -> None:
     """Raise NotFiniteError for results of a model that are not finite."""
     if not all(result.isfinite().all() for result in results):
-        raise NotFiniteError("the model's result is not finite")
+        raise NotFiniteError(NOT_FINITE)
 
 
 class OptionError(UserError):

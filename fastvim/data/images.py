@@ -20,8 +20,7 @@ from fastvim.data.classes import places
 from fastvim.data.files import Chosen, ImageFiles, reader_classes
 from fastvim.data.finishing import Finish
 from fastvim.data.folders import ClassFolder, ClassFolders
-from fastvim.data.gpu.decoders import why_not_decoded
-from fastvim.data.gpu.loading import decode_batches, encoded, why_not_planned
+from fastvim.data.gpu.loading import are_files, decode_batches, encoded, why_not_in_batches
 from fastvim.data.issues import NoFiles, SplitReport
 from fastvim.data.pixels import DAMAGED
 from fastvim.data.splits import find_split, open_folder
@@ -240,9 +239,9 @@ class ImageData(DataModule):
         auto = self.decode == "auto"
         if role != "train" or self.decode == "cpu" or (auto and self.device.type != "cuda"):
             return False
-        read = self.read_picture
-        why = why_not_planned(self._datasets[role], self._transform(role), read)
-        why = why or (why_not_decoded() if self.device.type == "cuda" else "")
+        why = "the images are not files in folders"
+        if are_files(self._datasets[role]):
+            why = why_not_in_batches(self._transform(role), self.read_picture, self.device)
         if why and not auto:
             raise OptionError("decode", self.decode, f"cpu, as {why}")
         if why and "decode" not in self._examined:

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from fastvim.data import channel_transforms
 from fastvim.data.arrays import DECODERS, read_array
+from fastvim.data.decoding import Source
 from fastvim.data.folders import image_endings
 from fastvim.data.issues import SEVERAL_IMAGES
 from fastvim.data.pixels import MAX_PIXELS, Brightest, PictureReader, stored
 from fastvim.data.remote import is_url, read_bytes
-from fastvim.data.transforms import IMAGE_MODES, Transform, evaluation_transform
+from fastvim.data.transforms import IMAGE_MODES, ImageTransform, evaluation_transform
 from fastvim.errors import UserError
 from fastvim.inference.parts.work import Item
 from fastvim.models import FastChannelVim
@@ -60,20 +62,27 @@ class Pictures:
 
     Args:
         reader: from a path, or an open file and its name, to an image.
-        transform: of the image.
+        transform: of the image, such as the `pixels` of an `ImageTransform`.
         exif: turn images as their EXIF orientation says; False leaves them as stored.
     """
 
-    def __init__(self, reader: PictureReader, transform: Transform, exif: bool = True) -> None:
+    def __init__(
+        self, reader: PictureReader, transform: Callable[[Any], Any], exif: bool = True
+    ) -> None:
         self.reader, self.transform, self.exif = reader, transform, exif
         self._seen = Seen()
 
     def __call__(self, path: str) -> Tensor:
-        source = BytesIO(read_bytes(path)) if is_url(path) else path
+        return self.image(BytesIO(read_bytes(path)) if is_url(path) else path, path)
+
+    def image(self, source: Source, path: str) -> Tensor:
+        """The image in a file, or in the content of one, of that path."""
         image = self.reader(source, path, exif=self.exif)
         self._seen.brightest.add(image)
         self._seen.several += stored(image).several
         return self.transform(image)
+
+    batch = staticmethod(default_collate)
 
     def told(self) -> Seen:
         """What it has seen since the last call."""
@@ -100,6 +109,8 @@ class Arrays:
         if len(values) != self.in_chans:
             raise UserError(f"shape {values.shape}; expected ({self.in_chans}, height, width)")
         return self.transform(torch.from_numpy(values.astype(np.float32)))
+
+    batch = staticmethod(default_collate)
 
     def told(self) -> Seen:
         """Nothing: the values have no white."""
@@ -138,8 +149,10 @@ def picture_reader(
 
 def reader(
     model: nn.Module, settings: dict[str, Any], read_picture: PictureReader
-) -> tuple[Pictures | Arrays, Collection[str]]:
+) -> tuple[Pictures | Arrays, ImageTransform | None, Collection[str]]:
     """How a classifier's images are read, and the endings of the files that it takes.
+
+    Of pictures, uint8 pixels are read, which the `finish` of the transform normalises.
 
     Args:
         model: the classifier.
@@ -151,7 +164,8 @@ def reader(
             raise UserError("value_range: a channel model takes the values as stored")
         size = (settings["img_size"], settings["mean"], settings["std"])
         transform = channel_transforms.evaluation_transform(*size)
-        return Arrays(transform, len(settings["mean"]), read_picture.max_pixels), DECODERS
+        arrays = Arrays(transform, len(settings["mean"]), read_picture.max_pixels)
+        return arrays, None, DECODERS
     prepare = evaluation_transform(**settings)
     read_picture = replace(read_picture, mode=IMAGE_MODES[settings["in_chans"]])
-    return Pictures(read_picture, prepare), image_endings()
+    return Pictures(read_picture, prepare.pixels), prepare, image_endings()

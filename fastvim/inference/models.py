@@ -16,8 +16,8 @@ from torch import nn
 from fastvim.data.pixels import PictureReader
 from fastvim.errors import UserError
 from fastvim.inference.exported import open_exported
-from fastvim.inference.inputs import Arrays, Pictures, Seen, picture_reader
-from fastvim.inference.parts.work import Item
+from fastvim.inference.inputs import Seen, picture_reader
+from fastvim.inference.parts.work import Item, Read
 from fastvim.models import (
     CascadeMaskRCNN,
     FastChannelVim,
@@ -152,7 +152,7 @@ class OpenedModel:
 
     batch_size = 1
     endings: Collection[str] | None = None
-    read: Pictures | Arrays
+    read: Read
 
     def __init__(
         self,
@@ -169,6 +169,10 @@ class OpenedModel:
             self.metadata, work.value_range, work.max_pixels
         )
         self._seen = Seen()
+
+    def prepare(self, images: Any) -> tuple[Any, dict[int, UserError]]:
+        """As of `Opened`."""
+        return images, {}
 
     def common_settings(self) -> dict[str, Any]:
         """What changes rows of any work."""

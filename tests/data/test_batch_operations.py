@@ -119,7 +119,7 @@ def test_kernels_of_augmentation_do_as_defined() -> None:
     assert torch.equal(found.cpu(), augment(images, operations))
 
 
-def windows(seed: int, count: int = 3) -> Windows:
+def windows(seed: int, size: tuple[int, int], count: int = 3) -> Windows:
     generator = np.random.default_rng(seed)
     images, boxes = [], []
     for _ in range(count):
@@ -133,25 +133,35 @@ def windows(seed: int, count: int = 3) -> Windows:
         images.append(torch.from_numpy(values).permute(2, 0, 1))
         boxes.append((top, left, height, width))
     mirrored = generator.integers(0, 2, (count, 2)) > 0
-    return Windows(images, np.zeros(count, dtype=bool), np.array(boxes), mirrored)
+    more = generator.integers(0, 40, (count, 2)) * generator.integers(0, 2, (count, 1))
+    begin = generator.integers(0, more + 1)
+    turned = np.zeros(count, dtype=bool)
+    return Windows(images, turned, np.array(boxes), size + more, begin, mirrored)
 
 
 @pytest.mark.parametrize("interpolation", [*FILTERS, "nearest"])
 def test_crops_are_those_of_pillow(interpolation: str) -> None:
     way = Image.Resampling[interpolation.upper()]
     for seed in range(6):
-        given = windows(seed)
+        given = windows(seed, (48, 64))
+        if interpolation == "nearest":  # where Pillow adds up steps, and rounds each sum
+            given = given._replace(whole=given.whole * 0 + (48, 64), begin=given.begin * 0)
         found = crop_and_resize(given, (48, 64), interpolation, CPU)
-        for image, box, mirrored, one in zip(*given[0:1], *given[2:], found, strict=True):
+        for image, box, whole, begin, mirrored, one in zip(
+            *given[:1], *given[2:], found, strict=True
+        ):
             top, left, height, width = (int(each) for each in box)
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             picture = picture.crop((left, top, left + width, top + height))
             # One axis at a time: Pillow itself would begin with the cheaper one.
-            picture = picture.resize((64, height), way).resize((64, 48), way)
+            high, wide = (int(each) for each in whole)
+            picture = picture.resize((wide, height), way).resize((wide, high), way)
             for flip, way_of in zip(
                 mirrored, (Image.Transpose(1), Image.Transpose(0)), strict=True
             ):
                 picture = picture.transpose(way_of) if flip else picture
+            top, left = (int(each) for each in begin)
+            picture = picture.crop((left, top, left + 64, top + 48))
             apart = (batch([np.array(picture)])[0].int() - one.int()).abs()
             assert apart.max() <= (1 if interpolation == "hamming" else 0)
             assert (apart > 0).sum() <= 4
@@ -159,7 +169,8 @@ def test_crops_are_those_of_pillow(interpolation: str) -> None:
 
 @pytest.mark.parametrize("interpolation", [*FILTERS, "nearest"])
 def test_kernels_of_crops_do_as_defined(interpolation: str) -> None:
-    given = windows(7, 2)
+    given = windows(8, (20, 13), 2)
+    assert (given.begin > 0).any()
     given = given._replace(turned=np.array([True, False]))
     given = given._replace(boxes=np.concatenate((given.boxes[:1, [1, 0, 3, 2]], given.boxes[1:])))
     there = given._replace(images=[image.to(KERNELS) for image in given.images])

@@ -39,6 +39,9 @@ class OpenToy:
         for number, item in enumerate(found):
             yield {**item, "number": number}
 
+    def prepare(self, images):
+        return images, {}
+
     def rows(self, items, images, out):
         assert len(items) == len(images) <= self.batch_size
         time.sleep(self.work.seconds * len(items))
@@ -86,6 +89,8 @@ class ToyRead:
             raise UserError(f"{path}: no bytes")
         self.count += 1
         return torch.tensor([[[sum(content) / len(content)]]])
+
+    batch = staticmethod(torch.stack)
 
     def told(self):
         count, self.count = self.count, 0

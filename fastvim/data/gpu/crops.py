@@ -1,9 +1,10 @@
-"""Crops of images of any size, resized to one size in two launches.
+"""Crops of images of any size, resized in two launches, of which parts of one size are kept.
 
 An axis is resized at a time, the width first, each bit for bit as Pillow does: a new pixel is a sum
 of old ones, with weights that are multiples of 2 ** -22. Between the two, values are rounded to 8
 bits. Pillow resizes the height first where it finds that cheaper, and then differs by a level or
-two in some pixels, more only beside edges as hard as noise has them.
+two in some pixels, more only beside edges as hard as noise has them: in crops of training, and in
+evaluation's images that are more than twice as high as wide.
 
 B: images of a batch; H, W: of an image as decoded; h, w: of the result; K: old pixels that a new
 one is made of, at most; S: lines of an image that are resized, at most
@@ -67,18 +68,27 @@ class Taps(NamedTuple):
     weights: Tensor
 
 
-def taps(lengths: Tensor, mirrored: Tensor, size: int, interpolation: str) -> Taps:
+def taps(
+    lengths: Tensor,
+    whole: Tensor,
+    begin: Tensor,
+    mirrored: Tensor,
+    size: int,
+    interpolation: str,
+) -> Taps:
     """The taps of an axis.
 
     Args:
         lengths: float64 (B,), of the crops, in pixels.
+        whole: float64 (B,), new pixels of the whole crops.
+        begin: float64 (B,), the first of these that is kept.
         mirrored: bool (B,).
         size: of the result.
         interpolation: one of `FILTERS`, or "nearest".
     """
-    place = torch.arange(size, dtype=torch.float64)
-    place = torch.where(mirrored[:, None], size - 1 - place, place) + 0.5
-    scale = (lengths / size)[:, None]
+    place = begin[:, None] + torch.arange(size, dtype=torch.float64)
+    place = torch.where(mirrored[:, None], whole[:, None] - 1 - place, place) + 0.5
+    scale = (lengths / whole)[:, None]
     middle = place * scale
     if interpolation == "nearest":
         weights = torch.full((*middle.shape, 1), 1 << BITS, dtype=torch.int32)
@@ -86,14 +96,14 @@ def taps(lengths: Tensor, mirrored: Tensor, size: int, interpolation: str) -> Ta
     radius, weight = FILTERS[interpolation]
     wide = scale.clamp(min=1)
     reach = radius * wide
-    begin = (middle - reach + 0.5).clamp(min=0).int()
+    first = (middle - reach + 0.5).clamp(min=0).int()
     end = torch.minimum((middle + reach + 0.5).int(), lengths[:, None].int())
     count = math.ceil(radius * max(float(scale.max()), 1)) * 2 + 1
-    old = begin[..., None] + torch.arange(count, dtype=torch.int32)
+    old = first[..., None] + torch.arange(count, dtype=torch.int32)
     shares = weight((old - middle[..., None] + 0.5) / wide[..., None])
     shares = torch.where(old < end[..., None], shares, 0.0)
     shares = shares / shares.sum(-1, keepdim=True) * (1 << BITS)
-    return Taps(begin, (shares + torch.where(shares < 0, -0.5, 0.5)).int())
+    return Taps(first, (shares + torch.where(shares < 0, -0.5, 0.5)).int())
 
 
 class Windows(NamedTuple):
@@ -103,12 +113,16 @@ class Windows(NamedTuple):
         images: of the decoder: uint8 (3, H, W), or what `locate` finds.
         turned: bool (B,), whether the axes change places before all else.
         boxes: int64 (B, 4), top, left, height and width of a crop in pixels.
+        whole: int64 (B, 2), height and width that a crop is resized to.
+        begin: int64 (B, 2), of what is kept of that, from the end where it is mirrored.
         mirrored: bool (B, 2), whether the result is mirrored down, and across.
     """
 
     images: list[Any]
     turned: np.ndarray
     boxes: np.ndarray
+    whole: np.ndarray
+    begin: np.ndarray
     mirrored: np.ndarray
 
 
@@ -128,10 +142,7 @@ def crop_and_resize(
     """
     if device.type == "cuda":
         return _resize_on_gpu(windows, size, interpolation, device)
-    lengths = torch.from_numpy(windows.boxes[:, 2:]).double()
-    mirrored = torch.from_numpy(windows.mirrored)
-    down = taps(lengths[:, 0], mirrored[:, 0], size[0], interpolation)
-    across = taps(lengths[:, 1], mirrored[:, 1], size[1], interpolation)
+    down, across = (_taps_along(axis, windows, size, interpolation) for axis in (0, 1))
     results = []
     for number, image in enumerate(windows.images):
         top, left, height, width = windows.boxes[number]
@@ -140,6 +151,13 @@ def crop_and_resize(
         part = _resize_last(part, across.first[number], across.weights[number])
         results.append(_resize_last(part.mT, down.first[number], down.weights[number]).mT)
     return torch.stack(results)
+
+
+def _taps_along(axis: int, windows: Windows, size: tuple[int, int], interpolation: str) -> Taps:
+    known = (windows.boxes[:, 2:], windows.whole, windows.begin)
+    lengths, whole, begin = (torch.from_numpy(each[:, axis]).double() for each in known)
+    mirrored = torch.from_numpy(windows.mirrored[:, axis])
+    return taps(lengths, whole, begin, mirrored, size[axis], interpolation)
 
 
 def _resize_last(image: Tensor, first: Tensor, weights: Tensor) -> Tensor:
@@ -159,11 +177,12 @@ def _resize_on_gpu(
     line, step = np.where(windows.turned, (step, line), (line, step))
     top, left, height, width = windows.boxes.T
     address = address + top * line + left * step
-    rows = (address, channel, line, step, width, height, *windows.mirrored.T[::-1])
+    sizes = (width, height, *windows.mirrored.T[::-1], *windows.whole.T[::-1])
+    rows = (address, channel, line, step, *sizes, *windows.begin.T[::-1])
     crops = send(torch.from_numpy(np.stack(rows, 1).astype(np.int64)), device)
     radius = 0.0 if interpolation == "nearest" else FILTERS[interpolation].radius
-    longest = int(height.max()), int(width.max())
-    return resize(crops, longest, size, interpolation, radius, BITS)
+    scale = max(1.0, float((windows.boxes[:, 2:] / windows.whole).max()))
+    return resize(crops, int(height.max()), scale, size, interpolation, radius, BITS)
 
 
 def locate(image: Any) -> tuple[int, int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch import Tensor
 from fastvim.extras import install
 from fastvim.machine import has_triton
 
+_logger = logging.getLogger(__name__)
+
 # Files, each of uint8 (bytes,) -> uint8 (3, H, W) on the device, or what `crops.locate` finds
 # there, or None for one that it cannot.
 Decoder = Callable[[Sequence[Tensor]], list[Any]]
@@ -24,7 +27,10 @@ Decoder = Callable[[Sequence[Tensor]], list[Any]]
 
 def make_decoder(device: torch.device) -> Decoder:
     """What decodes on a device: pixels within a level of Pillow's, as a rule equal to them."""
-    return _by_pillow if device.type != "cuda" else _OnGPU(device)
+    if device.type == "cuda":
+        return _OnGPU(device)
+    _logger.warning("there is no GPU to decode on: Pillow decodes in one process, not in several")
+    return _by_pillow
 
 
 def why_not_decoded() -> str:

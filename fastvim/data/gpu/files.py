@@ -5,6 +5,7 @@ B: images of a batch; H, W: height and width of an image as stored
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from fastvim.data.pixels import PictureReader
 
 END = b"\xff\xd9"  # of a JPEG file
 # Places in `Files.plans`.
-JPEG, HEIGHT, WIDTH, ORIENTATION, LEFT, TOP, RIGHT, BOTTOM, ACROSS, DOWN = range(10)
+JPEG, HEIGHT, WIDTH, ORIENTATION, LEFT, TOP, RIGHT, BOTTOM = range(8)
+WHOLE_WIDTH, WHOLE_HEIGHT, BEGIN_X, BEGIN_Y, ACROSS, DOWN = range(8, 14)
 
 
 class Files(NamedTuple):
@@ -31,8 +33,9 @@ class Files(NamedTuple):
         content: uint8, all files one after the other: JPEG files as they are, others as the
             pixels (H, W, 3) that Pillow gives.
         lengths: int64 (B,), bytes of each.
-        plans: int64 (B, 10), by the names above: whether it is a JPEG file; height, width and EXIF
-            orientation as stored; the crop of the upright image; whether the result is mirrored.
+        plans: int64 (B, 14), by the names above: whether it is a JPEG file; height, width and EXIF
+            orientation as stored; the crop of the upright image, what it is resized to, and the
+            corner of what is kept of that; whether the result is mirrored.
         operations: what follows the crop, float64 (B, most of an image, `NUMBERS`), in order and
             padded with rows of kind `NOTHING`.
         erased: int64 (B, 5), as `Drawn` has it.
@@ -73,11 +76,8 @@ class Opened(NamedTuple):
 class FileReader:
     """Opens files for `Files`, in the place of a `PictureReader`.
 
-    What a GPU does not decode as Pillow does, or not fast, is decoded here: other formats and
-    colours, progressive JPEG files, and those whose end is missing.
-
     Args:
-        read: of whole images.
+        read: of whole images, where `open_jpeg` gives none.
     """
 
     def __init__(self, read: PictureReader) -> None:
@@ -85,21 +85,36 @@ class FileReader:
 
     def __call__(self, file: Any, name: str) -> Opened:
         content = file.read()
-        if content[:3] == b"\xff\xd8\xff" and content.rfind(END, -64) >= 0:
-            try:
-                with without_pillows_limit():
-                    image = Image.open(BytesIO(content))
-            except Exception:  # told below, as of every file
-                return self._decoded(content, name)
-            check_size(image.size, self.read.max_pixels, name)
-            plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-            if plain and not image.info.get("progressive"):
-                values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                return Opened(values, True, image.size, orientation_of(image), name)
-        return self._decoded(content, name)
+        opened = open_jpeg(content, name, self.read.max_pixels)
+        return opened or decoded(self.read(BytesIO(content), name), name)
 
-    def _decoded(self, content: bytes, name: str) -> Opened:
-        return decoded(self.read(BytesIO(content), name), name)
+
+def open_jpeg(content: bytes, name: str, max_pixels: int | None) -> Opened | None:
+    """A JPEG file that a GPU decodes as Pillow does, and fast; None for any other file.
+
+    Those are other formats and colours, progressive JPEG files, and those whose end is missing.
+
+    Args:
+        content: of the file.
+        name: of the file, for messages.
+        max_pixels: of an image; None for any number.
+
+    Raises:
+        UnreadableImageError: an image of more pixels.
+    """
+    if content[:3] != b"\xff\xd8\xff" or content.rfind(END, -64) < 0:
+        return None
+    try:
+        with without_pillows_limit():
+            image = Image.open(BytesIO(content))
+    except Exception:  # told by who reads the file instead
+        return None
+    check_size(image.size, max_pixels, name)
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    if not plain or image.info.get("progressive"):
+        return None
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return Opened(values, True, image.size, orientation_of(image), name)
 
 
 def decoded(image: Image.Image, name: str) -> Opened:
@@ -124,7 +139,12 @@ class Draw:
 
 def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, np.ndarray]:
     """A batch of files, and the targets int64 (B,)."""
-    drawn = [sample for sample, _ in samples]
+    drawn, targets = zip(*samples, strict=True)
+    return gather(drawn), np.array(targets)
+
+
+def gather(drawn: Sequence[tuple[Opened, Planned]]) -> Files:
+    """A batch of files."""
     contents = [file.content for file, _ in drawn]
     total = sum(map(len, contents))
     whole = torch.empty(0, dtype=torch.uint8)
@@ -133,11 +153,11 @@ def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, n
     plans = [
         (
             *(file.jpeg, *file.size[::-1], file.orientation),
-            *(*plan.box, plan.across, plan.down),
+            *(*plan.box, *plan.whole, *plan.begin, plan.across, plan.down),
         )
         for file, plan in drawn
     ]
-    files = Files(
+    return Files(
         torch.cat(contents, out=whole.resize_(total)),
         np.array([len(content) for content in contents]),
         np.array(plans, dtype=np.int64),
@@ -145,4 +165,3 @@ def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, n
         np.stack([plan.erased.numpy() for _, plan in drawn]),
         [file.name for file, _ in drawn],
     )
-    return files, np.array([target for _, target in samples])

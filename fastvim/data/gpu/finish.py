@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from fastvim.data.decoding import UnreadableImageError
-from fastvim.data.finishing import CPU, Drawn, Finish
+from fastvim.data.finishing import CPU, Drawn
 from fastvim.data.gpu import files as places
 from fastvim.data.gpu.augment import augment
 from fastvim.data.gpu.crops import Windows, crop_and_resize
 from fastvim.data.gpu.decoders import Decoder, make_decoder
 from fastvim.data.gpu.files import Files
-from fastvim.data.gpu.planned import NOTHING, NUMBERS
+from fastvim.data.gpu.planned import NOTHING, NUMBERS, size_and_filter
 from fastvim.data.gpu.sending import send
 from fastvim.data.pixels import PictureReader
+from fastvim.data.transforms import ImageTransform
+from fastvim.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -27,27 +29,25 @@ _logger = logging.getLogger(__name__)
 class DecodeAndFinish:
     """Decodes, crops, augments, normalises and erases a batch.
 
-    A file that the device's decoder refuses is read by Pillow. Where that cannot read it either,
-    the next image of the batch takes its place, with a warning.
+    A file that the device's decoder refuses is read by Pillow.
 
     Args:
-        finish: normalises and erases.
+        transform: of the images, which can be `planned`.
         read: files, as Pillow does.
-        size: height and width of the images.
-        interpolation: of the crops.
     """
 
-    def __init__(
-        self, finish: Finish, read: PictureReader, size: tuple[int, int], interpolation: str
-    ) -> None:
-        self.finish, self.read = finish, read
-        self.size, self.interpolation = size, interpolation
+    def __init__(self, transform: ImageTransform, read: PictureReader) -> None:
+        self.finish, self.read = transform.finish, read
+        self.size, self.interpolation = size_and_filter(transform.pixels)
         self._decoder: Decoder | None = None
         # Decoded images, whose memory is not torch's, until the GPU has read them.
         self._kept: tuple[list[Any], torch.cuda.Event] | None = None
 
     def __call__(self, files: Files, device: torch.device = CPU) -> tuple[Tensor, list[int]]:
-        """Normalised images.
+        """Normalised images of training.
+
+        Where Pillow cannot read a file either, the next image of the batch takes its place, with
+        a warning.
 
         Args:
             files: of a batch.
@@ -59,8 +59,47 @@ class DecodeAndFinish:
         Raises:
             UnreadableImageError: no file of the batch can be read.
         """
-        decoded, own = self._decode(files, device)
-        windows = _windows(decoded, files.plans[own])
+        decoded, errors = self._decode(files, device)
+        for error in errors.values():
+            _logger.warning("%s; the next one of its batch takes its place", error)
+        own = list(range(len(decoded)))
+        if len(errors) == len(own):
+            raise UnreadableImageError(f"{files.names[0]}: no image of its batch can be read")
+        if errors:
+            own = [next(i for i in (*own[n:], *own) if i not in errors) for n in own]
+        return self._finished(files, decoded, own, device), own
+
+    def each(self, files: Files, device: torch.device = CPU) -> tuple[Tensor, dict[int, UserError]]:
+        """Normalised images of the files that can be read.
+
+        Args:
+            files: of a batch.
+            device: of the result.
+
+        Returns:
+            float32 (n, 3, h, w), and the errors of the others by their place in the batch.
+        """
+        decoded, errors = self._decode(files, device)
+        own = [number for number in range(len(decoded)) if number not in errors]
+        if not own:
+            return torch.empty(0, 3, *self.size, device=device), errors
+        return self._finished(files, decoded, own, device), errors
+
+    def warm_up(self, device: torch.device) -> None:
+        """Load decoder and kernels of a GPU, which one thread of a process can do at a time."""
+        self._decoder = self._decoder or make_decoder(device)
+        image = torch.zeros(3, 8, 8, dtype=torch.uint8, device=device)
+        still, sizes = np.zeros((1, 2), dtype=bool), np.array([[0, 0, 8, 8]])
+        window = Windows([image], still[0, :1], sizes, sizes[:, 2:], sizes[:, :2], still)
+        images = crop_and_resize(window, self.size, self.interpolation, device)
+        augment(images, np.full((1, 1, NUMBERS), float(NOTHING)))
+        self.finish.warm_up(device)
+
+    def _finished(
+        self, files: Files, decoded: list[Any], own: list[int], device: torch.device
+    ) -> Tensor:
+        """Normalised images of some places of a batch."""
+        windows = _windows([decoded[number] for number in own], files.plans[own], self.size)
         images = crop_and_resize(windows, self.size, self.interpolation, device)
         if device.type == "cuda":
             read = torch.cuda.current_stream(device).record_event()
@@ -68,21 +107,10 @@ class DecodeAndFinish:
                 self._kept[1].synchronize()
             self._kept = decoded, read
         images = augment(images, files.operations[own])
-        erased = torch.from_numpy(files.erased[own])
-        return self.finish(Drawn(images, erased), device), own
+        return self.finish(Drawn(images, torch.from_numpy(files.erased[own])), device)
 
-    def warm_up(self, device: torch.device) -> None:
-        """Load decoder and kernels of a GPU, which one thread of a process can do at a time."""
-        self._decoder = self._decoder or make_decoder(device)
-        image = torch.zeros(3, 8, 8, dtype=torch.uint8, device=device)
-        still = np.zeros((1, 2), dtype=bool)
-        window = Windows([image], still[0, :1], np.array([[0, 0, 8, 8]]), still)
-        images = crop_and_resize(window, self.size, self.interpolation, device)
-        augment(images, np.full((1, 1, NUMBERS), float(NOTHING)))
-        self.finish.warm_up(device)
-
-    def _decode(self, files: Files, device: torch.device) -> tuple[list[Any], list[int]]:
-        """The images of a batch, and the place in it that each has."""
+    def _decode(self, files: Files, device: torch.device) -> tuple[list[Any], dict[int, UserError]]:
+        """The images of a batch, and why there is none at some places."""
         if self._decoder is None:
             self._decoder = make_decoder(device)
         contents = files.content.split(files.lengths.tolist())
@@ -92,29 +120,23 @@ class DecodeAndFinish:
         images: list[Any] = [None] * len(contents)
         for number, image in zip(encoded, decoded, strict=True):
             images[number] = image
-        own = list(range(len(images)))  # the place of each image
+        errors: dict[int, UserError] = {}
         for number, image in enumerate(images):
             if image is None:
-                images[number] = self._by_pillow(files, number, contents[number], device)
-        readable = [number for number in own if images[number] is not None]
-        if not readable:
-            raise UnreadableImageError(f"{files.names[0]}: no image of its batch can be read")
-        if len(readable) < len(own):
-            own = [next(i for i in (*own[n:], *own) if images[i] is not None) for n in own]
-        return [images[number] for number in own], own
+                try:
+                    images[number] = self._by_pillow(files, number, contents[number], device)
+                except UnreadableImageError as error:
+                    errors[number] = error
+        return images, errors
 
     def _by_pillow(
         self, files: Files, number: int, content: Tensor, device: torch.device
-    ) -> Tensor | None:
-        """An image as stored, not turned; None with a warning if it cannot be read."""
+    ) -> Tensor:
+        """An image as stored, not turned."""
         is_jpeg, height, width = files.plans[number, places.JPEG : places.WIDTH + 1].tolist()
         if not is_jpeg:
             return _moved(content.view(height, width, 3), device)
-        try:
-            image = self.read(BytesIO(content.numpy().tobytes()), files.names[number], exif=False)
-        except UnreadableImageError as error:
-            _logger.warning("%s; the next one of its batch takes its place", error)
-            return None
+        image = self.read(BytesIO(content.numpy().tobytes()), files.names[number], exif=False)
         return _moved(torch.from_numpy(np.array(image)), device)
 
 
@@ -123,13 +145,21 @@ def _moved(image: Tensor, device: torch.device) -> Tensor:
     return send(image, device).permute(2, 0, 1)
 
 
-def _windows(images: list[Any], plans: np.ndarray) -> Windows:
+def _windows(images: list[Any], plans: np.ndarray, size: tuple[int, int]) -> Windows:
     """The crops in images as they are decoded, which may lie on their sides."""
-    _, high, wide, orientation, left, top, right, bottom, across, down = plans.T
+    orientation = plans[:, places.ORIENTATION]
     turned = orientation > 4
-    high, wide = np.where(turned, (wide, high), (high, wide))
-    mirrored = np.isin(orientation, (3, 4, 7, 8)), np.isin(orientation, (2, 3, 6, 7))
-    begin = np.where(mirrored[0], high - bottom, top), np.where(mirrored[1], wide - right, left)
-    boxes = np.stack((*begin, bottom - top, right - left), 1)
-    both = np.stack((mirrored[0] ^ (down > 0), mirrored[1] ^ (across > 0)), 1)
-    return Windows(images, turned, boxes, both)
+    ways = (3, 4, 7, 8), (2, 3, 6, 7)  # down, across
+    mirrored = np.stack([np.isin(orientation, way) for way in ways], 1)
+    stored = plans[:, [places.HEIGHT, places.WIDTH]]
+    upright = np.where(turned[:, None], stored[:, ::-1], stored)
+    first, last = plans[:, [places.TOP, places.LEFT]], plans[:, [places.BOTTOM, places.RIGHT]]
+    boxes = np.concatenate((np.where(mirrored, upright - last, first), last - first), 1)
+    whole = plans[:, [places.WHOLE_HEIGHT, places.WHOLE_WIDTH]]
+    begin, flipped = (
+        plans[:, [places.BEGIN_Y, places.BEGIN_X]],
+        plans[:, [places.DOWN, places.ACROSS]],
+    )
+    flipped = flipped > 0
+    begin = np.where(flipped, whole - begin - size, begin)
+    return Windows(images, turned, boxes, whole, begin, mirrored ^ flipped)

@@ -10,29 +10,38 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose
 
 from fastvim.data.files import Chosen, ImageFiles
+from fastvim.data.gpu.decoders import why_not_decoded
 from fastvim.data.gpu.files import Draw, FileReader, Files, collate
 from fastvim.data.gpu.finish import DecodeAndFinish
 from fastvim.data.gpu.planned import planned
 from fastvim.data.gpu.sending import send
 from fastvim.data.pixels import PictureReader
-from fastvim.data.steps import Crop
 from fastvim.data.transforms import ImageTransform
 from fastvim.data.workers import WatchedLoader
 
 
-def why_not_planned(files: Any, transform: ImageTransform, read: PictureReader) -> str:
-    """Why batches of some files cannot be decoded and augmented on a device; "" if they can."""
-    inner = files.dataset if isinstance(files, Chosen) else files
-    if not isinstance(inner, ImageFiles):
-        return "the images are not files in folders"
+def are_files(images: Any) -> bool:
+    """Whether the images of a dataset are files, which `encoded` can take as they are."""
+    return isinstance(images.dataset if isinstance(images, Chosen) else images, ImageFiles)
+
+
+def why_not_in_batches(transform: ImageTransform, read: PictureReader, device: torch.device) -> str:
+    """Why a device cannot decode files in batches; "" if it can.
+
+    Args:
+        transform: of the images.
+        read: whole images, as Pillow does.
+        device: that decodes.
+    """
     if read.mode != "RGB":
         return "the images are grey"
     if read.value_range is not None:
         return "a value_range is given"
-    return "" if planned(transform.pixels) is not None else "auto_augment has other operations"
+    if planned(transform.pixels) is None:
+        return "auto_augment has other operations"
+    return why_not_decoded() if device.type == "cuda" else ""
 
 
 def encoded(files: Any, transform: ImageTransform) -> Dataset[Any]:
@@ -57,10 +66,7 @@ def decode_batches(
         read: whole images, as Pillow does.
         device: that decodes.
     """
-    steps: Compose = transform.pixels
-    crop = next(step for step in steps.transforms if isinstance(step, Crop))
-    interpolation = crop.resample.name.lower()
-    finish = DecodeAndFinish(transform.finish, read, tuple(crop.size), interpolation)
+    finish = DecodeAndFinish(transform, read)
     if device.type == "cuda":
         finish.warm_up(device)
     loader.collate_fn, loader.pin_memory = collate, False

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from timm.data import auto_augment
 from timm.data.auto_augment import AutoAugment, RandAugment
-from torchvision.transforms import ColorJitter, Compose
+from timm.data.transforms import ResizeKeepRatio
+from torchvision.transforms import CenterCrop, ColorJitter, Compose, Resize
 
 from fastvim.data.finishing import NOWHERE, DrawErasing
 from fastvim.data.steps import Crop, Flip, to_pixels
@@ -51,7 +53,9 @@ class Planned(Image.Image):
         size: width and height.
 
     Attributes:
-        box: left, top, right and bottom of the crop, which is resized to `size`.
+        box: left, top, right and bottom of the crop, which is resized.
+        whole: width and height that it is resized to.
+        begin: left and top of what is kept of that: `size` pixels.
         across, down: whether the result is mirrored.
         operations: what follows, in order.
         erased: as `Drawn` has it.
@@ -61,16 +65,26 @@ class Planned(Image.Image):
         super().__init__()
         self._mode, self._size = "RGB", size
         self.box = (0, 0, *size)
+        self.whole, self.begin = size, (0, 0)
+        self._resized = False
         self.across = self.down = False
         self.operations: list[Operation] = []
         self.erased = NOWHERE
 
     def crop(self, box: Any = None) -> Planned:
-        self.box = box
+        """Before it is resized, and after that."""
+        left, top, right, bottom = box
+        self._size = right - left, bottom - top
+        if self._resized:
+            self.begin = left, top
+        else:
+            self.box, self.whole = box, self._size
         return self
 
     def resize(self, size: Any, *_: Any, **__: Any) -> Planned:
-        self._size = size
+        assert not self._resized
+        self._size = self.whole = size
+        self._resized = True
         return self
 
     def transpose(self, method: Image.Transpose) -> Planned:
@@ -162,8 +176,9 @@ class _Erase:
         return image
 
 
+@lru_cache(maxsize=16)
 def planned(transform: Any) -> Compose | None:
-    """The steps of a training transform for a `Planned` picture.
+    """The steps of a transform for a `Planned` picture.
 
     Args:
         transform: the `pixels` of an `ImageTransform`.
@@ -173,7 +188,7 @@ def planned(transform: Any) -> Compose | None:
     """
     steps: list[Callable[[Any], Any]] = []
     for step in transform.transforms:
-        if isinstance(step, Crop | Flip):
+        if isinstance(step, Crop | Flip | Resize | ResizeKeepRatio | CenterCrop):
             steps.append(step)
         elif isinstance(step, ColorJitter) and step.hue is None:
             steps.append(_Jitter(step))
@@ -189,6 +204,24 @@ def planned(transform: Any) -> Compose | None:
         elif step is not to_pixels:
             return None
     return Compose(steps)
+
+
+def size_and_filter(transform: Any) -> tuple[tuple[int, int], str]:
+    """Height and width of what a transform gives, and how it resizes.
+
+    Args:
+        transform: that can be `planned`.
+    """
+    size, interpolation = (0, 0), ""
+    for step in transform.transforms:
+        if isinstance(step, Crop | CenterCrop):
+            size = tuple(step.size)
+        if isinstance(step, Crop):
+            interpolation = step.resample.name.lower()
+        elif isinstance(step, Resize | ResizeKeepRatio):
+            way: Any = step.interpolation  # torchvision's
+            interpolation = way.value
+    return size, interpolation
 
 
 def _ways(operation: Any) -> tuple[Any, ...]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastvim.data.workers import WatchedLoader
@@ -137,11 +138,20 @@ def rows(
         batch_sampler=batches,  # of items instead of indices
         num_workers=workers,
         collate_fn=_as_it_is,  # `_Reading` gives whole batches
-        pin_memory=device.type == "cuda",
         patience=0,
+        finish=partial(_prepared, opened),
     )
+    if device.type == "cuda" and workers:
+        loader.ahead = device
+    with _own_stream(device):
+        yield from _computed(opened, loader, out, report)
+
+
+def _computed(
+    opened: Opened, batches: Iterable[_Batch], out: Store | None, report: Report
+) -> Iterator[list[Row]]:
     begun = time.perf_counter()
-    for batch in loader:
+    for batch in batches:
         read = time.perf_counter()
         good = [item for item, reason in zip(batch.items, batch.reasons, strict=True) if not reason]
         results = iter(opened.rows(good, batch.images, out) if good else ())
@@ -159,6 +169,19 @@ def rows(
         begun = time.perf_counter()
 
 
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Compute on a stream that is not the default one, which waits for what a decoder does."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
 def readers(device: torch.device, processes: int | None = None) -> int:
     """How many processes read images for one that computes: none for a CPU, which has no idle core.
 
@@ -174,7 +197,7 @@ def readers(device: torch.device, processes: int | None = None) -> int:
 class _Batch(NamedTuple):
     items: Sequence[Item]
     reasons: Sequence[str]  # "" for each that could be read
-    images: Tensor | None  # (B, C, H, W) of those
+    images: Any  # of those, by `Read.batch`, then by `Opened.prepare`; None of none
     told: Any  # of `Read.told`
 
 
@@ -191,9 +214,25 @@ class _Reading(Dataset[_Batch]):
                 if not (reason := item.get("error", "")):
                     images.append(self.read(item["path"]))
             except UserError as error:
-                reason = str(error).removeprefix(f"{item['path']}: ")
+                reason = _reason(item, error)
             reasons.append(reason)
-        return _Batch(items, reasons, torch.stack(images) if images else None, self.read.told())
+        return _Batch(items, reasons, self.read.batch(images) if images else None, self.read.told())
+
+
+def _prepared(opened: Opened, batch: _Batch) -> _Batch:
+    """A batch with images for `Opened.rows`, and without those that could not be decoded."""
+    if batch.images is None:
+        return batch
+    images, errors = opened.prepare(batch.images)
+    reasons = list(batch.reasons)
+    read = [number for number, reason in enumerate(reasons) if not reason]
+    for place, error in errors.items():
+        reasons[read[place]] = _reason(batch.items[read[place]], error)
+    return batch._replace(images=images, reasons=reasons)
+
+
+def _reason(item: Item, error: UserError) -> str:
+    return str(error).removeprefix(f"{item['path']}: ")
 
 
 def _as_it_is(batch: Any) -> Any:

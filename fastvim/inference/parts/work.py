@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from torch import Tensor
-
 if TYPE_CHECKING:
     import pyarrow
     import torch
 
+    from fastvim.errors import UserError
     from fastvim.inference.parts.store import Store
 
 # A line of the list: "path", what else the work says of an image, "error" where there is none.
@@ -29,14 +28,18 @@ class Failure(NamedTuple):
 
 
 class Read(Protocol):
-    """From a file to a prepared image; called in the workers of a loader."""
+    """From a file to an image; called in the workers of a loader."""
 
-    def __call__(self, path: str) -> Tensor:
-        """The image (C, H, W) of a path or an address.
+    def __call__(self, path: str) -> Any:
+        """The image of a path or an address.
 
         Raises:
             UserError: it cannot be read.
         """
+        ...
+
+    def batch(self, images: list[Any]) -> Any:
+        """Several images, as they go to the process that computes."""
         ...
 
     def told(self) -> Any:
@@ -80,12 +83,23 @@ class Opened(Protocol):
         """What is found, with all that the rows of an image need to know of the whole list."""
         ...
 
-    def rows(self, items: Sequence[Item], images: Tensor, out: Store | None) -> list[Row]:
+    def prepare(self, images: Any) -> tuple[Any, dict[int, UserError]]:
+        """What `rows` takes of a batch; on a GPU, a thread makes it while earlier ones are used.
+
+        Args:
+            images: of `Read.batch`.
+
+        Returns:
+            Prepared images, and why there is none at some places of the batch.
+        """
+        ...
+
+    def rows(self, items: Sequence[Item], images: Any, out: Store | None) -> list[Row]:
         """The columns of each image, or its "error" alone.
 
         Args:
             items: of the images.
-            images: (B, C, H, W).
+            images: as `prepare` gives them, such as (B, C, H, W).
             out: for files by image; None where nothing is written.
         """
         ...

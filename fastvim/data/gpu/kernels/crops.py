@@ -11,7 +11,7 @@ from torch import Tensor
 
 NEW, LINES = 32, 32  # new pixels and lines of a program
 TAPS = 64  # of one new pixel, of a program that makes them
-FIELDS = 8  # of a crop: see `resize`
+FIELDS = 12  # of a crop: see `resize`
 
 
 @triton.jit
@@ -63,8 +63,10 @@ def _taps_kernel(
     row = crops + image * FIELDS + axis
     length = tl.load(row + 4).to(tl.float64)
     mirrored = tl.load(row + 6) > 0
-    scale = length / size.to(tl.float64)
-    middle = (tl.where(mirrored, size - 1 - new, new).to(tl.float64) + 0.5) * scale
+    whole = tl.load(row + 8)
+    kept = tl.load(row + 10) + new
+    scale = length / whole.to(tl.float64)
+    middle = (tl.where(mirrored, whole - 1 - kept, kept).to(tl.float64) + 0.5) * scale
     place = (axis * count + image) * most + new
     if new >= size:
         pass
@@ -151,7 +153,8 @@ def _resize_kernel(
 
 def resize(
     crops: Tensor,
-    longest: tuple[int, int],
+    tall: int,
+    scale: float,
     size: tuple[int, int],
     interpolation: str,
     radius: float,
@@ -160,10 +163,11 @@ def resize(
     """Crops of images that lie anywhere, resized.
 
     Args:
-        crops: int64 (B, 8), on the device: address of a crop's first byte, strides of channel, line
-            and step in bytes; width and height in pixels; whether the result is mirrored across,
-            and down.
-        longest: the largest height and width of them.
+        crops: int64 (B, 12), on the device: address of a crop's first byte, strides of channel,
+            line and step in bytes; width and height in pixels; whether the result is mirrored
+            across, and down; width and height that it is resized to; left and top of what is kept.
+        tall: the largest height of them.
+        scale: by which one shrinks at most, at least 1.
         size: height and width of the result.
         interpolation: as of `taps`.
         radius: of its filter, 0 for "nearest".
@@ -172,9 +176,8 @@ def resize(
     Returns:
         uint8 (B, 3, h, w).
     """
-    count, (tall, long), (high, wide) = len(crops), longest, size
+    count, (high, wide) = len(crops), size
     most = max(size)
-    scale = max(tall / high, long / wide, 1)
     number = math.ceil(radius * scale) * 2 + 1
     first = torch.empty(2, count, most, dtype=torch.int32, device=crops.device)
     weights = torch.empty(2, count, most, number, dtype=torch.int32, device=crops.device)
