@@ -100,9 +100,9 @@ class ImageData(DataModule):
         re_prob: probability of random erasing.
         re_mode: what fills an erased rectangle: "const", "rand" or "pixel".
         decode: where training images are decoded, cropped and augmented: "gpu" in batches on the
-            trainer's device, "cpu" in the loading processes, "auto" on a GPU where there is one
-            and it can. The random numbers are the same, and the pixels but for a few levels in
-            some (`fastvim.data.gpu`). Evaluation always has Pillow's.
+            trainer's device, "cpu" in the loading processes, "auto" on a GPU that can. The random
+            numbers are the same, and the pixels but for a few levels in some (`fastvim.data.gpu`).
+        eval_decode: likewise of validation and test; "cpu" has Pillow's pixels.
         kwargs: further arguments of `DataModule`.
 
     Raises:
@@ -135,11 +135,12 @@ class ImageData(DataModule):
         re_prob: float = 0.25,
         re_mode: str = "pixel",
         decode: Decode = "auto",
+        eval_decode: Decode = "cpu",
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
-        check_choice(get_args(Decode), decode=decode)
-        self.decode = decode
+        check_choice(get_args(Decode), decode=decode, eval_decode=eval_decode)
+        self.decode, self.eval_decode = decode, eval_decode
         check_given(COUNT, train_images=train_images, num_classes=num_classes)
         self.dataset = dataset
         self.train_split = train_split
@@ -231,21 +232,23 @@ class ImageData(DataModule):
     def _loader(self, role: str, *how: Any) -> WatchedLoader:
         loader = super()._loader(role, *how)
         if self._in_batches(role):
-            decode_batches(loader, self._transform(role), self.read_picture, self.device)
+            known = self._transform(role), self.read_picture, self.device
+            decode_batches(loader, *known, training=role == "train")
         return loader
 
     def _in_batches(self, role: str) -> bool:
         """Whether the images of a role are decoded in batches on the trainer's device."""
-        auto = self.decode == "auto"
-        if role != "train" or self.decode == "cpu" or (auto and self.device.type != "cuda"):
+        option = "decode" if role == "train" else "eval_decode"
+        decode = self.decode if role == "train" else self.eval_decode
+        if decode == "cpu" or (decode == "auto" and self.device.type != "cuda"):
             return False
         why = "the images are not files in folders"
         if are_files(self._datasets[role]):
             why = why_not_in_batches(self._transform(role), self.read_picture, self.device)
-        if why and not auto:
-            raise OptionError("decode", self.decode, f"cpu, as {why}")
-        if why and "decode" not in self._examined:
-            self._examined.add("decode")
+        if why and decode == "gpu":
+            raise OptionError(option, decode, f"cpu, as {why}")
+        if why and option not in self._examined:
+            self._examined.add(option)
             _logger.warning("the loading processes decode the images, not the GPU: %s", why)
         return not why
 

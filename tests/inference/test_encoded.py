@@ -148,6 +148,25 @@ def test_predictions_in_the_same_order_with_the_same_failures(
     assert ("there is no GPU to decode on" in caplog.text) == (device == "cpu")
 
 
+def test_large_images_are_decoded_in_turn(
+    files: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    transform = evaluation_transform(32)
+    (tmp_path / "broken.jpg").write_bytes(broken(Path(files[0]).read_bytes()))
+    pictures = Pictures(PictureReader(), transform.pixels)
+    read = EncodedPictures(pictures)
+    paths = [*files[:3], str(tmp_path / "broken.jpg"), *files[3:]]
+    batch = read.batch([read(path) for path in paths])
+    finish = decoded_in_batches("gpu", pictures, transform, CPU)
+    assert finish is not None
+    whole, _ = finish.each(batch)
+    for most in (1, 4000, 9000):
+        monkeypatch.setattr("fastvim.data.gpu.finish.MOST_PIXELS", most)
+        images, errors = finish.each(batch)
+        assert torch.equal(images, whole)
+        assert list(errors) == [3]
+
+
 def test_a_batch_without_any_image(files: list[str], weights: Path, tmp_path: Path) -> None:
     for number in range(2):
         content = broken(Path(files[number]).read_bytes())

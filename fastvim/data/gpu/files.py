@@ -5,8 +5,9 @@ B: images of a batch; H, W: height and width of an image as stored
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,23 @@ class Files(NamedTuple):
     operations: np.ndarray
     erased: np.ndarray
     names: list[str]
+
+
+def in_parts(files: Files, most: int) -> Iterator[tuple[int, Files]]:
+    """Files of at most that many pixels together, or single ones, with the place of the first."""
+    pixels = (files.plans[:, HEIGHT] * files.plans[:, WIDTH]).tolist()
+    starts, total = [0], 0
+    for number, own in enumerate(pixels):
+        total += own
+        if total > most and number > starts[-1]:
+            starts.append(number)
+            total = own
+    ends = np.cumsum(files.lengths)
+    for first, last in pairwise((*starts, len(pixels))):
+        begin = int(ends[first] - files.lengths[first])
+        content = files.content[begin : int(ends[last - 1])]
+        rest: Any = (each[first:last] for each in files[1:])
+        yield first, Files(content, *rest)
 
 
 class Opened(NamedTuple):

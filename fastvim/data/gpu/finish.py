@@ -25,6 +25,8 @@ from fastvim.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
+MOST_PIXELS = 2**28  # decoded at a time, where a batch may be of photographs of any size
+
 
 class DecodeAndFinish:
     """Decodes, crops, augments, normalises and erases a batch.
@@ -42,32 +44,41 @@ class DecodeAndFinish:
         self._decoder: Decoder | None = None
         # Decoded images, whose memory is not torch's, until the GPU has read them.
         self._kept: tuple[list[Any], torch.cuda.Event] | None = None
+        # The last batch of training with an image, whose place is the last.
+        self._before: tuple[Files, np.ndarray, list[Any], int] | None = None
 
-    def __call__(self, files: Files, device: torch.device = CPU) -> tuple[Tensor, list[int]]:
+    def __call__(
+        self, files: Files, targets: np.ndarray, device: torch.device = CPU
+    ) -> tuple[Tensor, np.ndarray]:
         """Normalised images of training.
 
         Where Pillow cannot read a file either, the next image of the batch takes its place, with
-        a warning.
+        a warning; one of the batch before, where there is none.
 
         Args:
             files: of a batch.
+            targets: int64 (B,), of the files.
             device: of the result.
 
         Returns:
-            float32 (B, 3, h, w), and for each the place in the batch whose image it is.
+            float32 (B, 3, h, w), and int64 (B,).
 
         Raises:
-            UnreadableImageError: no file of the batch can be read.
+            UnreadableImageError: no file of the first batch can be read.
         """
         decoded, errors = self._decode(files, device)
         for error in errors.values():
-            _logger.warning("%s; the next one of its batch takes its place", error)
+            _logger.warning("%s; another one takes its place", error)
         own = list(range(len(decoded)))
-        if len(errors) == len(own):
-            raise UnreadableImageError(f"{files.names[0]}: no image of its batch can be read")
-        if errors:
+        if len(errors) < len(own):
             own = [next(i for i in (*own[n:], *own) if i not in errors) for n in own]
-        return self._finished(files, decoded, own, device), own
+            self._before = files, targets, decoded, own[0]
+        elif self._before is None:
+            raise UnreadableImageError(f"{files.names[0]}: no image of its batch can be read")
+        else:
+            files, targets, decoded, place = self._before
+            own = [place] * len(own)
+        return self._finished(files, decoded, own, device), targets[own]
 
     def each(self, files: Files, device: torch.device = CPU) -> tuple[Tensor, dict[int, UserError]]:
         """Normalised images of the files that can be read.
@@ -79,11 +90,14 @@ class DecodeAndFinish:
         Returns:
             float32 (n, 3, h, w), and the errors of the others by their place in the batch.
         """
-        decoded, errors = self._decode(files, device)
-        own = [number for number in range(len(decoded)) if number not in errors]
-        if not own:
-            return torch.empty(0, 3, *self.size, device=device), errors
-        return self._finished(files, decoded, own, device), errors
+        images = [torch.empty(0, 3, *self.size, device=device)]
+        errors: dict[int, UserError] = {}
+        for first, part in places.in_parts(files, MOST_PIXELS):
+            decoded, refused = self._decode(part, device)
+            errors |= {first + number: error for number, error in refused.items()}
+            if own := [number for number in range(len(decoded)) if number not in refused]:
+                images.append(self._finished(part, decoded, own, device))
+        return torch.cat(images), errors
 
     def warm_up(self, device: torch.device) -> None:
         """Load decoder and kernels of a GPU, which one thread of a process can do at a time."""

@@ -56,7 +56,11 @@ def encoded(files: Any, transform: ImageTransform) -> Dataset[Any]:
 
 
 def decode_batches(
-    loader: WatchedLoader, transform: ImageTransform, read: PictureReader, device: torch.device
+    loader: WatchedLoader,
+    transform: ImageTransform,
+    read: PictureReader,
+    device: torch.device,
+    training: bool,
 ) -> None:
     """Let a loader of `encoded` files give what one of images does.
 
@@ -65,17 +69,27 @@ def decode_batches(
         transform: of the images.
         read: whole images, as Pillow does.
         device: that decodes.
+        training: replace images that cannot be read, which else are an error.
     """
     finish = DecodeAndFinish(transform, read)
     if device.type == "cuda":
         finish.warm_up(device)
     loader.collate_fn, loader.pin_memory = collate, False
-    loader.finish = partial(_finished, finish, device)
+    loader.finish = partial(_training if training else _evaluation, finish, device)
 
 
-def _finished(
+def _training(
+    finish: DecodeAndFinish, device: torch.device, batch: tuple[Files, np.ndarray]
+) -> list[Tensor]:
+    images, targets = finish(*batch, device)
+    return [images, send(torch.from_numpy(targets), device)]
+
+
+def _evaluation(
     finish: DecodeAndFinish, device: torch.device, batch: tuple[Files, np.ndarray]
 ) -> list[Tensor]:
     files, targets = batch
-    images, places = finish(files, device)
-    return [images, send(torch.from_numpy(targets[places]), device)]
+    images, errors = finish.each(files, device)
+    for error in errors.values():
+        raise error
+    return [images, send(torch.from_numpy(targets), device)]
