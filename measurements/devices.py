@@ -19,41 +19,18 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
+from fastvim.benchmark.photographs import draw_photograph
 from fastvim.benchmark.record import device_name
 from fastvim.models import create_model
 from fastvim.weights import save
 
 PART, LIMIT = 256, 1e-5  # rows of a part; the largest difference of a probability
-
-
-@cache
-def field() -> np.ndarray:
-    """Noise (3, 2048, 2048) with a spectrum like photographs', of mean 0 and deviation 1."""
-    side = 2048
-    generator = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
-    phases = generator.uniform(0, 2 * np.pi, (3, *frequency.shape))
-    noise = np.fft.irfft2(np.exp(1j * phases) / np.maximum(frequency, 1 / 500) ** 1.2)
-    return (noise / noise.std((1, 2), keepdims=True)).astype(np.float32)
-
-
-def draw(folder: Path, number: int) -> int:
-    """A JPEG file of 500 x 375 pixels, 4:2:0, cut from the field; its bytes."""
-    generator = np.random.default_rng(number)
-    top, left = generator.integers(0, 2048 - 500, 2)
-    pixels = field()[:, top : top + 375, left : left + 500]
-    image = 128 + 45 * np.moveaxis(pixels, 0, 2) + generator.normal(0, 4, (375, 500, 3))
-    path = folder / f"{number:05d}.jpg"
-    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=88)
-    return path.stat().st_size
 
 
 def predict(words: list[str], out: Path, cores: int, gpus: int) -> dict[str, Any]:
@@ -114,7 +91,9 @@ def main() -> int:
     folder = arguments.work / "images"
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
-        sizes = list(pool.map(partial(draw, folder), range(arguments.images), chunksize=50))
+        sizes = list(
+            pool.map(partial(draw_photograph, folder), range(arguments.images), chunksize=50)
+        )
     weights = arguments.work / "model.safetensors"
     torch.manual_seed(0)
     model = create_model(arguments.model)

@@ -18,23 +18,20 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import PIL
 import timm
 import torch
-from devices import draw
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader
 
+from fastvim.benchmark.photographs import draw_folders
 from fastvim.benchmark.record import device_name
+from fastvim.data.finishing import CPU
 from fastvim.data.images import ImageData
 from fastvim.data.transforms import fix_posterize
-
-SPLITS = {"train": 0, "val": 100_000}
 
 
 class Stamped:
@@ -53,7 +50,7 @@ def ours(root: Path, batch: int, workers: int) -> Any:
     return data.train_dataloader()
 
 
-def theirs(root: Path, batch: int, workers: int) -> Any:
+def theirs(root: Path, batch: int, workers: int, device: torch.device = CPU) -> Any:
     dataset = create_dataset("", root=str(root / "train"), split="train", is_training=True)
     loader = create_loader(
         dataset,
@@ -66,7 +63,8 @@ def theirs(root: Path, batch: int, workers: int) -> Any:
         re_prob=0.25,
         re_mode="pixel",
         num_workers=workers,
-        device=torch.device("cpu"),
+        pin_memory=device.type == "cuda",
+        device=device,
     )
     fix_posterize(dataset.transform)  # Pillow 13 would end it
     return loader
@@ -100,16 +98,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/loader"))
     arguments = parser.parse_args()
-    sizes: list[int] = []
-    with ProcessPoolExecutor() as pool:
-        for split, first in SPLITS.items():
-            for number, name in enumerate(("ant", "bee")):
-                folder = arguments.work / split / name
-                folder.mkdir(parents=True, exist_ok=True)
-                begin = first + number * arguments.images // 2
-                numbers = range(begin, begin + arguments.images // 2)
-                sizes += pool.map(partial(draw, folder), numbers)
-
+    sizes = draw_folders(arguments.work, {"train": arguments.images, "val": arguments.images})
     batch = arguments.batch
     alone, several = {}, {}
     for name, make in LOADERS.items():

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from devices import draw
 
+from fastvim.benchmark.photographs import draw_folders
 from fastvim.benchmark.record import device_name
 from fastvim.data.folders import ClassFolders
 from fastvim.data.images import ImageData
@@ -89,11 +89,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shutil.rmtree(arguments.work, ignore_errors=True)
     roots = {"folders": arguments.work / "folders", "pack": arguments.work / "pack"}
-    size = 0
-    for number in range(arguments.images):
-        folder = roots["folders"] / "train" / f"class{number % 20}"
-        folder.mkdir(parents=True, exist_ok=True)
-        size += draw(folder, number)
+    size = sum(draw_folders(roots["folders"], {"train": arguments.images}, classes=20))
     pack(roots["folders"], roots["pack"])
 
     record: dict[str, Any] = {
