@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,15 @@ def own_checks(monkeypatch, tmp_path_factory):
     """What a check keeps of the files of a test does not lie in the user's folder."""
     folder = tmp_path_factory.getbasetemp() / "checked"
     monkeypatch.setattr("fastvim.data.known.cache_directory", lambda: folder)
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter():
+    """For kernels of Triton that are interpreted."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        from interpreter import quicken
+
+        quicken()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -18,6 +18,7 @@ from fastvim.data.gpu.planned import _NOTED, KINDS, Planned, numbered
 from fastvim.data.sampler import seeded
 from fastvim.data.transforms import training_transform
 
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 HIGH, WIDE = 48, 61
 CUDA = torch.device("cuda")
 DEVICES = [CPU, pytest.param(CUDA, marks=pytest.mark.gpu)]

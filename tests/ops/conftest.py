@@ -8,6 +8,11 @@ import pkgutil
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick(quick_interpreter):
+    """All of them may launch kernels."""
+
+
 @pytest.fixture
 def forget_launches():
     """For a test that changes what launches are made of: none is kept before or after it.
