@@ -7,6 +7,7 @@ import shlex
 import sys
 from typing import Any
 
+from fastvim_cli import fit_speed
 from fastvim_cli.arguments import Parser, add_device, at_least, local_path, usable_device
 from fastvim_cli.console import note, say, table, track
 
@@ -30,6 +31,8 @@ loss, AdamW and the average of the weights; uncompiled, over float32 weights (am
 Times are medians over --repeats groups of calls, each of 50 ms or more (20 on a CPU). Memory is the
 most in live tensors, weights and a graph's own pool included. The roofline of our models is the
 time of the blocks' large products and of moving the other bytes once.
+
+fastvim benchmark --fit RECIPE times a run of fastvim fit instead (--fit RECIPE --help).
 """
 EPILOGUE = """\
 example:
@@ -75,9 +78,11 @@ def _parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     """Run the command; see `fastvim benchmark --help`."""
+    if any(word.partition("=")[0] == "--fit" for word in argv):
+        return fit_speed.run(argv)
     parser = _parser()
     options = vars(parser.parse_intermixed_args(argv))  # models may follow options
-    source, picture, as_markdown = (options.pop(name) for name in ("source", "plot", "markdown"))
+    source, picture, as_markdown = map(options.pop, ("source", "plot", "markdown"))
     if source is not None and options["models"]:
         parser.error(f"--from measures nothing: expected no models, got {options['models']}")
     if options["append"] and options["out"] is None:

@@ -6,15 +6,18 @@ import logging
 import warnings
 
 import lightning as L
+import torch
 from jsonargparse import Namespace
 
+from fastvim.benchmark.fit_speed import FitSpeed
 from fastvim.errors import UserError
 from fastvim_cli.console import say
+from fastvim_cli.train import timed
 from fastvim_cli.train.cli import DataCLI, TrainingCLI
 from fastvim_cli.train.config_errors import options_as_written
 from fastvim_cli.train.published import as_published
 
-__all__ = ["TrainingCLI", "load_data", "options_as_written", "run"]
+__all__ = ["TrainingCLI", "load_data", "options_as_written", "run", "time_fit"]
 
 
 def run(words: list[str]) -> None:
@@ -53,6 +56,22 @@ def load_data(words: list[str]) -> tuple[L.LightningDataModule, bool, Namespace]
     _quiet()
     cli = DataCLI(words)
     return cli.datamodule, cli.uses_labels, cli.config
+
+
+def time_fit(
+    recipe: str, words: list[str], seconds: float, images: int
+) -> tuple[FitSpeed, torch.device]:
+    """The speed of a run of `fit`, and its device; see `fastvim_cli.train.timed.time_fit`.
+
+    Args:
+        recipe: a file, or a name below `recipes/`.
+        words, seconds, images: as there.
+
+    Raises:
+        UserError: no such recipe, or a mistake in it or in the words.
+    """
+    _quiet()
+    return timed.time_fit(timed.find_recipe(recipe), words, seconds, images)
 
 
 def _quiet() -> None:
