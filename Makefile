@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Idle OpenMP threads that spin would take the cores from the workers that load images.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install test test-slow test-clients test-cluster test-faults test-wheel lint quickstart mae channels cells nuclei clean
+.PHONY: help install test test-slow test-clients test-cluster test-faults test-programs test-wheel lint quickstart mae channels cells nuclei clean
 
 help:
 	@echo "make quickstart   train, evaluate and look at a small FastVim on handwritten digits"
@@ -15,6 +15,7 @@ help:
 	@echo "make test         install what the tests need and run them"
 	@echo "make test-slow    those that take seconds each: whole programs, processes, signals"
 	@echo "make test-faults  drawn faults: 600 sets of images, 1,000 command lines, 1,000 files, 320 kills and more"
+	@echo "make test-programs  compiled and exported programs of every family"
 	@echo "make test-cluster runs spread over processes and a Ray cluster on this machine, with kills"
 	@echo "make test-clients what other libraries make of the models: segmentation_models_pytorch, transformers and more"
 	@echo "make test-wheel   install the built wheel alone and run every command of it"
@@ -38,7 +39,13 @@ test-slow: install
 # All draws of faulty and of odd data, words and files; make test runs some of them. A name as
 # test_a_command_line_ends_well[17] repeats one.
 test-faults: install
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "faults or not faults" tests/data/test_faults.py tests/faults
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "faults or not faults" tests/data/test_faults.py tests/faults \
+	    tests/cli/test_option_ranges.py
+
+# What torch.compile, torch.export and ONNX make of every family; make test-slow has some of them.
+test-programs: install
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "programs or not programs" \
+	    tests/compile tests/export
 
 # What needs Ray, or takes minutes: 20,000 images by every way of spreading them; trainings that get
 # signals at random moments (FASTVIM_DRAWS of each kind, 5 without it) and lose processes.

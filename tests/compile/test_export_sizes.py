@@ -27,10 +27,15 @@ def dynamic(family: str, image: dict[int, object]):
 
 
 def cases() -> list:
-    """One by default; the others take seconds each."""
+    """One by default; `make test-slow` has every way with one family and every family with one."""
     ways = [(False, named), (False, free), (True, named), (True, free)]
-    every = [(family, *way) for family in FAMILIES for way in ways]
-    return [every[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in every[1:])]
+    first, *every = [(family, *way) for family in FAMILIES for way in ways]
+    slow, programs = pytest.mark.slow, pytest.mark.programs
+
+    def mark(family: str, *way):
+        return slow if family == "chosen channels" or way == (True, named) else programs
+
+    return [first, *(pytest.param(*case, marks=mark(*case)) for case in every)]
 
 
 @pytest.mark.parametrize(("family", "strict", "image"), cases())

@@ -40,19 +40,20 @@ def assert_same(compiled, model, arguments) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def slow(cases):
-    """All but the first, which take seconds each."""
-    first, *others = cases
-    return [first, *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
-
-
 @pytest.mark.parametrize(
     ("family", "dynamic", "mode"),
-    slow(
-        [("fastvim", None, torch.inference_mode)]
-        + [(family, None, torch.no_grad) for family in FAMILIES[1:]]
-        + [("fastvim", True, contextlib.nullcontext)]
-    ),
+    [
+        ("fastvim", None, torch.inference_mode),
+        *(
+            pytest.param(family, None, torch.no_grad, marks=pytest.mark.programs)
+            for family in ("vim", "channelvim", "encoder", "maps")
+        ),
+        *(
+            pytest.param(family, None, torch.no_grad, marks=pytest.mark.slow)
+            for family in ("channels", "autoencoder")
+        ),
+        pytest.param("fastvim", True, contextlib.nullcontext, marks=pytest.mark.slow),
+    ],
 )
 def test_sizes_share_graphs(family, dynamic, mode):
     model = build(family)

@@ -17,7 +17,7 @@ from fault_sets import FAULTS, LAYOUTS, ODDITIES, draw, recipe
 from fastvim_cli import main
 
 FAULTY, SOUND = 400, 200  # draws
-FAULTY_IN_ALL_RUNS, SOUND_IN_ALL_RUNS = 40, 20
+FAULTY_IN_ALL_RUNS, SOUND_IN_ALL_RUNS = 40, 12
 STEPS = "images a step"  # printed where training begins
 
 

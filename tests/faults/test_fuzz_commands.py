@@ -9,7 +9,7 @@ from command_sets import Scene, command_line
 from damaged_sets import command_on_damaged
 from fuzzing import Warm
 
-DRAWS, IN_ALL_RUNS = 1000, 100  # of command lines, and of files
+DRAWS, IN_ALL_RUNS = 1000, 40  # of command lines, and of files
 SEEDS = [
     pytest.param(seed, marks=[] if seed < IN_ALL_RUNS else pytest.mark.faults)
     for seed in range(DRAWS)

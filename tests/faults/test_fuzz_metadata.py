@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastvim.weights import METADATA_KEY, read, save
 
-DRAWS, IN_ALL_RUNS = 1000, 100
+DRAWS, IN_ALL_RUNS = 1000, 60
 TRAP = "snare"  # a module that leaves a file behind where it is imported
 
 # The command that uses each kind of weights.

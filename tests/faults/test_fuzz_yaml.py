@@ -15,7 +15,7 @@ from fuzzing import groups
 from PIL import Image
 from small_weights import SMALL, TINY
 
-DRAWS, IN_ALL_RUNS = 1000, 100
+DRAWS, IN_ALL_RUNS = 1000, 40
 # Modules of a user: what is no class of a training, and what is.
 TRAP = "open('ran', 'w')\n\n\nclass Thing:\n    def __init__(self, **options): pass\n"
 OWN = (
