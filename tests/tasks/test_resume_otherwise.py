@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
-from harness import PRETRAINING, PROBE
+from harness import PRETRAINING, PROBE, recipe_writer
 from torch import Tensor
 
 from fastvim.data.sampler import Seeded
@@ -44,6 +45,23 @@ def middle(write_recipe, changes: dict | None = None, steps: int = 6) -> Path:
     file = write_recipe({**STOPPED, **stops, **(changes or {})}, "first")
     assert main(["fit", "--config", str(file)]) == 0
     return file.with_suffix("") / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("refused")
+
+
+@pytest.fixture
+def refused(place, image_folder) -> Path:
+    """A checkpoint as of `middle`, made once, for tests in which no run goes on from it."""
+    return _made(place, image_folder)
+
+
+@functools.cache
+def _made(place: Path, images: Path) -> Path:
+    # Not a fixture of the module: those run without what `conftest.py` prepares for each test.
+    return middle(recipe_writer(place, images))
 
 
 def goes_on(write_recipe, checkpoint: Path, changes: dict) -> dict[str, Tensor]:
@@ -111,11 +129,10 @@ def test_a_run_limited_in_steps_keeps_its_steps(write_recipe, seen):
         ),
     ],
 )
-def test_what_cannot_go_on_is_said(write_recipe, capsys, changes, message):
-    checkpoint = middle(write_recipe)
+def test_what_cannot_go_on_is_said(write_recipe, refused, capsys, changes, message):
     capsys.readouterr()
     file = write_recipe({**STEPS, **changes}, "second")
-    assert main(["fit", "--config", str(file), "--ckpt_path", str(checkpoint)]) == 2
+    assert main(["fit", "--config", str(file), "--ckpt_path", str(refused)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"fastvim: error: {message}"), error
     assert "after 48 of its images" in error
@@ -136,10 +153,9 @@ def test_settings_of_the_optimiser_are_those_of_this_run(write_recipe):
     assert max(group["weight_decay"] for group in groups) == 0.3
 
 
-def test_other_groups_of_parameters_are_said(write_recipe, capsys):
-    checkpoint = middle(write_recipe)
+def test_other_groups_of_parameters_are_said(write_recipe, refused, capsys):
     file = write_recipe({**STEPS, "model.init_args.layer_decay": None}, "second")
-    assert main(["fit", "--config", str(file), "--ckpt_path", str(checkpoint)]) == 2
+    assert main(["fit", "--config", str(file), "--ckpt_path", str(refused)]) == 2
     assert ": model.layer_decay is not given, 0.8 in the checkpoint" in capsys.readouterr().err
 
 
@@ -155,22 +171,20 @@ def test_other_groups_of_parameters_are_said(write_recipe, capsys):
     ],
 )
 @pytest.mark.parametrize("command", ["fit", "test"])
-def test_another_model_is_said(write_recipe, capsys, command, changes, told):
-    checkpoint = middle(write_recipe)
+def test_another_model_is_said(write_recipe, refused, capsys, command, changes, told):
     capsys.readouterr()
     options = {f"model.init_args.{name}": value for name, value in changes.items()}
     file = write_recipe({**STEPS, **options}, "second")
-    assert main([command, "--config", str(file), "--ckpt_path", str(checkpoint)]) == 2
+    assert main([command, "--config", str(file), "--ckpt_path", str(refused)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("fastvim: error: the checkpoint is of another model: model.")
     assert all(each in error for each in told), error
 
 
-def test_another_task_is_said(write_recipe, capsys):
-    checkpoint = middle(write_recipe)
+def test_another_task_is_said(write_recipe, refused, capsys):
     for task in (PRETRAINING, PROBE):
         file = write_recipe({"model": task}, "second")
-        assert main(["fit", "--config", str(file), "--ckpt_path", str(checkpoint)]) == 2
+        assert main(["fit", "--config", str(file), "--ckpt_path", str(refused)]) == 2
         name = task["class_path"].rpartition(".")[2]
         error = capsys.readouterr().err
         assert f"of another model: model is {name}, Classification in the checkpoint" in error
