@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import math
 import signal
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from queue import Empty, Full, Queue
-from threading import Event, Thread, Timer
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ class WatchedLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self._work is not None:
             self._work.end()  # until then the processes work for it
-        with _watched(self._iterator, self.patience):  # persistent workers begin an epoch together
-            batches = _Batches(super().__iter__(), self)
+        with closing(_Watch(self._iterator, self.patience)) as watch, watch.waiting():
+            batches = _Batches(super().__iter__(), self)  # persistent workers begin it together
         if self.ahead is None:
             return batches
         if self._stream is None:  # one for all epochs: torch keeps freed memory for each
@@ -75,14 +76,18 @@ class WatchedLoader(DataLoader[Any]):
 class _Batches(Iterator[Any]):
     def __init__(self, batches: Any, loader: WatchedLoader) -> None:
         self._batches, self._loader = batches, loader
+        self._watch = _Watch(batches, loader.patience)
 
     def __next__(self) -> Any:
         loader, begun = self._loader, time.monotonic()
-        with _watched(self._batches, loader.patience):
+        with self._watch.waiting():
             batch = next(self._batches)
         if loader.ahead is None:
             loader.waited += time.monotonic() - begun
         return batch if loader.finish is None else loader.finish(batch)
+
+    def __del__(self) -> None:
+        self._watch.close()
 
 
 class _Work:
@@ -172,40 +177,60 @@ _at_work: weakref.WeakSet[_Work] = weakref.WeakSet()
 atexit.register(_end_all)
 
 
-@contextmanager
-def _watched(batches: Any, patience: float) -> Iterator[None]:
-    """Kill the workers after some seconds; say of a dead one what it was.
+class _Watch:
+    """Kills workers that give nothing for some seconds; says of a dead one what it was.
+
+    One thread looks at the clock now and then. A timer for each batch would be a thread for each.
 
     Args:
         batches: torch's iterator of a loader, or None.
-        patience: seconds.
+        patience: seconds; 0 waits for ever.
     """
-    workers = getattr(batches, "_workers", [])
-    hanging: list[str] = []
 
-    def kill() -> None:
-        hanging.append(_hanging(batches, workers))
-        for worker in workers:
-            worker.kill()  # what waits for them then raises
+    def __init__(self, batches: Any, patience: float) -> None:
+        self._batches, self._patience = batches, patience
+        self._workers: list[Any] = getattr(batches, "_workers", [])
+        self._until = math.inf  # when the patience ends
+        self._hanging = ""  # the worker that was waited for
+        self._over = Event()
+        if self._workers and patience:
+            Thread(target=self._look, daemon=True, name="fastvim-watch").start()
 
-    timer = Timer(patience, kill)
-    timer.daemon = True
-    if workers and patience:
-        timer.start()
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:
-        if hanging:
-            text = f"{hanging[0]}: no batch for {patience:g} s (data.timeout)"
-            raise MachineError(text) from error
-        for number, worker in enumerate(workers):
-            if isinstance(error, (ConnectionError, EOFError)):
-                worker.join(1)  # it closes its end of a connection a little earlier
-            if worker.exitcode:
-                raise MachineError(f"{_name(number, worker)} {_end(worker.exitcode)}") from error
-        raise
-    finally:
-        timer.cancel()
+    def close(self) -> None:
+        """Look no more."""
+        self._over.set()
+
+    def _look(self) -> None:
+        while not self._over.wait(min(1.0, self._patience / 8)):
+            if time.monotonic() > self._until:
+                self._hanging = _hanging(self._batches, self._workers)
+                for worker in self._workers:
+                    worker.kill()  # what waits for them then raises
+                return
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this process waits for a batch.
+
+        Raises:
+            MachineError: a worker died, or the patience has ended.
+        """
+        self._until = time.monotonic() + self._patience
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            if self._hanging:
+                text = f"{self._hanging}: no batch for {self._patience:g} s (data.timeout)"
+                raise MachineError(text) from error
+            for number, worker in enumerate(self._workers):
+                if isinstance(error, (ConnectionError, EOFError)):
+                    worker.join(1)  # it closes its end of a connection a little earlier
+                if worker.exitcode:
+                    text = f"{_name(number, worker)} {_end(worker.exitcode)}"
+                    raise MachineError(text) from error
+            raise
+        finally:
+            self._until = math.inf
 
 
 def _hanging(batches: Any, workers: list[Any]) -> str:

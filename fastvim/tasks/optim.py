@@ -5,9 +5,10 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from timm.models import group_parameters
 from torch import Tensor, optim
 
@@ -15,6 +16,8 @@ from fastvim.errors import OptionError, UserError
 from fastvim.tasks.protocols import TaskData
 
 _logger = logging.getLogger(__name__)
+
+STATE = ("exp_avg", "exp_avg_sq", "step")  # of a parameter, in AdamW
 
 
 def parameter_groups(
@@ -70,6 +73,66 @@ def parameter_groups(
     return list(groups.values())
 
 
+class ListedAdamW(optim.AdamW):
+    """AdamW whose fused steps find their tensors in lists, where torch gathers them at every step.
+
+    The kernel is the same. A step in which a parameter has no gradient is torch's.
+    """
+
+    _lists: list[tuple[list[Tensor], ...]] | None = None  # of a group: see `_look_up`
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        gradients = [[parameter.grad for parameter in group["params"]] for group in groups]
+        if self._lists is None or any(one is None for every in gradients for one in every):
+            super().step()
+            self._lists = self._look_up()
+            return loss
+        for group, every, lists in zip(groups, gradients, self._lists, strict=True):
+            parameters, averages, squares, steps = lists
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                *(parameters, every, averages, squares, [], steps),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+        return loss
+
+    def _look_up(self) -> list[tuple[list[Tensor], ...]] | None:
+        """Parameters, averages, squares and counts of steps; None where the kernel is not for them.
+
+        It is for tensors of one kind, all of which have been trained before.
+        """
+        found = []
+        for group in self.param_groups:
+            kept = group["params"]
+            states = [self.state[each] for each in kept if each in self.state]
+            kinds = {(each.dtype, each.device) for each in kept}
+            other = not group["fused"] or group["amsgrad"] or group["maximize"]
+            if other or len(kinds) != 1 or len(states) != len(kept):
+                return None
+            found.append((kept, *([state[key] for state in states] for key in STATE)))
+        return found
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self._lists = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._lists = None
+
+
 def make_adamw(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], trainer: Any
 ) -> optim.AdamW:
@@ -92,7 +155,7 @@ def make_adamw(
             _logger.warning("trainer.precision 16-true: AdamW's eps is %g, not 1e-08", eps)
     fused = trainer.strategy.root_device.type == "cuda" and trainer.precision != "16-mixed"
     # False would rule out steps of several tensors at a time as well.
-    optimizer = optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
+    optimizer = ListedAdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
     # Of gradients that are not scaled; Lightning would refuse to clip them.
     optimizer._step_supports_amp_scaling = False
     return optimizer

@@ -9,7 +9,7 @@ from stops import Poison
 
 from fastvim.errors import UserError
 from fastvim.tasks import Classification
-from fastvim.tasks.callbacks.health import Finite, _largest
+from fastvim.tasks.callbacks.health import Finite, _health
 from fastvim_cli import main
 
 POISONS = {
@@ -55,9 +55,12 @@ def test_read_late_it_is_the_same_step(tmp_path, data, device):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_the_largest_shows_what_is_not_finite(device, value):
-    tensors = [torch.ones(5, device=device), torch.ones(70000, device=device), None]
-    assert _largest(tensors) == 1
+def test_what_is_not_finite_is_seen(device, value):
+    tensors = [torch.randn(5, device=device), torch.randn(70000, device=device).double(), None]
+    tensors += [torch.zeros(0, device=device), torch.ones(3, dtype=torch.int64, device=device)]
+    before = [None if each is None else each.clone() for each in tensors]
+    assert _health(tensors) == 0
+    assert all(a is b or torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     tensors[1][40000] = value
-    assert not _largest(tensors).isfinite()
-    assert _largest([None]) is None
+    assert not _health(tensors).isfinite()
+    assert _health([None]) is None

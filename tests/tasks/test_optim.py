@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 import fastvim  # noqa: F401  registers the models
-from fastvim.tasks.optim import make_adamw, parameter_groups, place_steps
+from fastvim.tasks.optim import ListedAdamW, make_adamw, parameter_groups, place_steps
 from fastvim.tasks.schedules import Schedule, cosine_by_epochs
 
 DEPTH = 6
@@ -150,3 +150,38 @@ def test_a_run_goes_on_with_the_other_kind_of_step(before, after):
     assert bool(second.param_groups[0]["fused"]) == (after == "cuda")
     steps(parts, second, range(3, 5))
     torch.testing.assert_close(parts, whole, rtol=0 if before == after else 1e-6, atol=0)
+
+
+def test_steps_from_lists_are_those_of_torch() -> None:
+    """Bit for bit, also where a gradient is missing, a rate changes or a state is loaded."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 4), (5,), (2, 2, 2), ())
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    parameters = [[each.clone().requires_grad_() for each in start] for _ in range(2)]
+    ours, torchs = (
+        of(
+            [{"params": some[:2]}, {"params": some[2:], "weight_decay": 0.0, "lr": 0.05}],
+            lr=0.1,
+            weight_decay=0.3,
+            fused=True,
+        )
+        for of, some in zip((ListedAdamW, torch.optim.AdamW), parameters, strict=True)
+    )
+    listed = []
+    for step in range(9):
+        for number, pair in enumerate(zip(*parameters, strict=True)):
+            gradient = torch.randn(shapes[number], generator=generator)
+            for each in pair:
+                each.grad = None if (step, number) in ((0, 1), (4, 3)) else gradient.clone()
+        if step == 6:
+            ours.load_state_dict(ours.state_dict())
+            assert ours._lists is None
+        for optimizer in (ours, torchs):
+            optimizer.param_groups[1]["lr"] = 0.05 / (step + 1)
+            assert optimizer.step(lambda: 7) == 7
+        listed.append(ours._lists is not None)
+        assert all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+    assert listed == [False] + [True] * 8
+    for one, other in zip(*parameters, strict=True):
+        for key, value in ours.state[one].items():
+            assert torch.equal(value, torchs.state[other][key])

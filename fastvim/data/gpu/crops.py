@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -110,7 +110,9 @@ class Windows(NamedTuple):
     """Where the crops lie in the images as decoded.
 
     Attributes:
-        images: of the decoder: uint8 (3, H, W), or what `locate` finds.
+        pixels: uint8, on the device: the images (H, W, 3), somewhere in it.
+        begins: int64 (B,), of each image.
+        sizes: int64 (B, 2), height and width of each.
         turned: bool (B,), whether the axes change places before all else.
         boxes: int64 (B, 4), top, left, height and width of a crop in pixels.
         whole: int64 (B, 2), height and width that a crop is resized to.
@@ -118,12 +120,20 @@ class Windows(NamedTuple):
         mirrored: bool (B, 2), whether the result is mirrored down, and across.
     """
 
-    images: list[Any]
+    pixels: Tensor
+    begins: np.ndarray
+    sizes: np.ndarray
     turned: np.ndarray
     boxes: np.ndarray
     whole: np.ndarray
     begin: np.ndarray
     mirrored: np.ndarray
+
+    def image(self, number: int) -> Tensor:
+        """uint8 (3, H, W), of the pixels."""
+        begin, (high, wide) = self.begins[number], self.sizes[number]
+        whole = self.pixels[begin : begin + high * wide * 3]
+        return whole.view(high, wide, 3).permute(2, 0, 1)
 
 
 def crop_and_resize(
@@ -144,8 +154,8 @@ def crop_and_resize(
         return _resize_on_gpu(windows, size, interpolation, device)
     down, across = (_taps_along(axis, windows, size, interpolation) for axis in (0, 1))
     results = []
-    for number, image in enumerate(windows.images):
-        top, left, height, width = windows.boxes[number]
+    for number, (top, left, height, width) in enumerate(windows.boxes):
+        image = windows.image(number)
         part = image.mT if windows.turned[number] else image
         part = part[:, top : top + height, left : left + width]
         part = _resize_last(part, across.first[number], across.weights[number])
@@ -173,28 +183,13 @@ def _resize_on_gpu(
 ) -> Tensor:
     from fastvim.data.gpu.kernels.crops import resize  # needs Triton
 
-    address, channel, line, step = np.array([locate(image) for image in windows.images]).T
+    line, step = windows.sizes[:, 1] * 3, np.full(len(windows.sizes), 3)
     line, step = np.where(windows.turned, (step, line), (line, step))
     top, left, height, width = windows.boxes.T
-    address = address + top * line + left * step
+    address = windows.pixels.data_ptr() + windows.begins + top * line + left * step
     sizes = (width, height, *windows.mirrored.T[::-1], *windows.whole.T[::-1])
-    rows = (address, channel, line, step, *sizes, *windows.begin.T[::-1])
+    rows = (address, np.ones_like(line), line, step, *sizes, *windows.begin.T[::-1])
     crops = send(torch.from_numpy(np.stack(rows, 1).astype(np.int64)), device)
     radius = 0.0 if interpolation == "nearest" else FILTERS[interpolation].radius
     scale = max(1.0, float((windows.boxes[:, 2:] / windows.whole).max()))
     return resize(crops, int(height.max()), scale, size, interpolation, radius, BITS)
-
-
-def locate(image: Any) -> tuple[int, int, int, int]:
-    """Address of the first byte, and strides of channel, line and step in bytes.
-
-    Args:
-        image: a tensor (3, H, W), or another object of CUDA's array interface, (H, W, 3).
-    """
-    if isinstance(image, Tensor):
-        channel, line, step = image.stride()
-        return image.data_ptr(), channel, line, step
-    told = image.__cuda_array_interface__
-    _, width, channels = told["shape"]
-    line, step, channel = told["strides"] or (width * channels, channels, 1)
-    return told["data"][0], channel, line, step

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision.transforms import Compose
@@ -22,6 +23,8 @@ from fastvim.data.gpu.planned import Planned, numbered
 from fastvim.data.pixels import PictureReader
 
 END = b"\xff\xd9"  # of a JPEG file
+# Pixels across and down for one of colour: 4:4:4, 4:2:2, 4:4:0, 4:2:0.
+SUBSAMPLED = ((1, 1), (2, 1), (1, 2), (2, 2))
 # Places in `Files.plans`.
 JPEG, HEIGHT, WIDTH, ORIENTATION, LEFT, TOP, RIGHT, BOTTOM = range(8)
 WHOLE_WIDTH, WHOLE_HEIGHT, BEGIN_X, BEGIN_Y, ACROSS, DOWN = range(8, 14)
@@ -128,11 +131,25 @@ def open_jpeg(content: bytes, name: str, max_pixels: int | None) -> Opened | Non
     except Exception:  # told by who reads the file instead
         return None
     check_size(image.size, max_pixels, name)
-    plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-    if not plain or image.info.get("progressive"):
+    if not _is_plain(image):
         return None
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     return Opened(values, True, image.size, orientation_of(image), name)
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether the decoders of a GPU take a file, and find the size and colours that Pillow does."""
+    if not isinstance(image, JpegImageFile) or image.mode not in ("RGB", "L"):
+        return False
+    # More layers than it says it has: a second header, perhaps of another size.
+    if image.info.get("progressive") or len(image.layer) != image.layers:
+        return False
+    if image.mode == "L":
+        return True
+    (brightness, *colours), names = image.layer, [layer[0] for layer in image.layer]
+    as_rgb = image.info.get("adobe_transform") == 0 or bytes(names) == b"RGB"
+    whole = all(layer[1:3] == (1, 1) for layer in colours)
+    return not as_rgb and whole and brightness[1:3] in SUBSAMPLED
 
 
 def decoded(image: Image.Image, name: str) -> Opened:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from io import BytesIO
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from fastvim.data.finishing import CPU, Drawn
 from fastvim.data.gpu import files as places
 from fastvim.data.gpu.augment import augment
 from fastvim.data.gpu.crops import Windows, crop_and_resize
-from fastvim.data.gpu.decoders import Decoder, make_decoder
+from fastvim.data.gpu.decoders import Decoder, Encoded, make_decoder
 from fastvim.data.gpu.files import Files
 from fastvim.data.gpu.planned import NOTHING, NUMBERS, size_and_filter
 from fastvim.data.gpu.sending import send
@@ -26,6 +26,20 @@ from fastvim.errors import UserError
 _logger = logging.getLogger(__name__)
 
 MOST_PIXELS = 2**28  # decoded at a time, where a batch may be of photographs of any size
+
+
+class Decoded(NamedTuple):
+    """Images as stored.
+
+    Attributes:
+        pixels: uint8, on the device, of all images, (H, W, 3), one after the other.
+        begins: int64 (B,), of each image.
+        errors: why there is none at some places of the batch.
+    """
+
+    pixels: Tensor
+    begins: np.ndarray
+    errors: dict[int, UserError]
 
 
 class DecodeAndFinish:
@@ -42,10 +56,9 @@ class DecodeAndFinish:
         self.finish, self.read = transform.finish, read
         self.size, self.interpolation = size_and_filter(transform.pixels)
         self._decoder: Decoder | None = None
-        # Decoded images, whose memory is not torch's, until the GPU has read them.
-        self._kept: tuple[list[Any], torch.cuda.Event] | None = None
-        # The last batch of training with an image, whose place is the last.
-        self._before: tuple[Files, np.ndarray, list[Any], int] | None = None
+        self._pixels: Tensor | None = None  # of images as decoded, on a GPU
+        # The files of a batch, until the GPU has decoded them.
+        self._kept: tuple[Files, torch.cuda.Event] | None = None
 
     def __call__(
         self, files: Files, targets: np.ndarray, device: torch.device = CPU
@@ -53,7 +66,7 @@ class DecodeAndFinish:
         """Normalised images of training.
 
         Where Pillow cannot read a file either, the next image of the batch takes its place, with
-        a warning; one of the batch before, where there is none.
+        a warning.
 
         Args:
             files: of a batch.
@@ -64,20 +77,16 @@ class DecodeAndFinish:
             float32 (B, 3, h, w), and int64 (B,).
 
         Raises:
-            UnreadableImageError: no file of the first batch can be read.
+            UnreadableImageError: no file of the batch can be read.
         """
-        decoded, errors = self._decode(files, device)
-        for error in errors.values():
-            _logger.warning("%s; another one takes its place", error)
-        own = list(range(len(decoded)))
-        if len(errors) < len(own):
-            own = [next(i for i in (*own[n:], *own) if i not in errors) for n in own]
-            self._before = files, targets, decoded, own[0]
-        elif self._before is None:
+        decoded = self._decode(files, device)
+        for error in decoded.errors.values():
+            _logger.warning("%s; the next one of its batch takes its place", error)
+        own, lost = np.arange(len(files.lengths)), sorted(decoded.errors)
+        readable = np.setdiff1d(own, lost)
+        if not len(readable):
             raise UnreadableImageError(f"{files.names[0]}: no image of its batch can be read")
-        else:
-            files, targets, decoded, place = self._before
-            own = [place] * len(own)
+        own[lost] = readable[readable.searchsorted(lost) % len(readable)]
         return self._finished(files, decoded, own, device), targets[own]
 
     def each(self, files: Files, device: torch.device = CPU) -> tuple[Tensor, dict[int, UserError]]:
@@ -93,73 +102,77 @@ class DecodeAndFinish:
         images = [torch.empty(0, 3, *self.size, device=device)]
         errors: dict[int, UserError] = {}
         for first, part in places.in_parts(files, MOST_PIXELS):
-            decoded, refused = self._decode(part, device)
-            errors |= {first + number: error for number, error in refused.items()}
-            if own := [number for number in range(len(decoded)) if number not in refused]:
+            decoded = self._decode(part, device)
+            errors |= {first + number: error for number, error in decoded.errors.items()}
+            own = np.setdiff1d(np.arange(len(part.lengths)), sorted(decoded.errors))
+            if len(own):
                 images.append(self._finished(part, decoded, own, device))
         return torch.cat(images), errors
 
     def warm_up(self, device: torch.device) -> None:
         """Load decoder and kernels of a GPU, which one thread of a process can do at a time."""
         self._decoder = self._decoder or make_decoder(device)
-        image = torch.zeros(3, 8, 8, dtype=torch.uint8, device=device)
-        still, sizes = np.zeros((1, 2), dtype=bool), np.array([[0, 0, 8, 8]])
-        window = Windows([image], still[0, :1], sizes, sizes[:, 2:], sizes[:, :2], still)
+        pixels = torch.zeros(8 * 8 * 3, dtype=torch.uint8, device=device)
+        still, boxes = np.zeros((1, 2), dtype=bool), np.array([[0, 0, 8, 8]])
+        size, begin = boxes[:, 2:], boxes[:, :2]
+        window = Windows(pixels, begin[0, :1], size, still[0, :1], boxes, size, begin, still)
         images = crop_and_resize(window, self.size, self.interpolation, device)
         augment(images, np.full((1, 1, NUMBERS), float(NOTHING)))
         self.finish.warm_up(device)
 
     def _finished(
-        self, files: Files, decoded: list[Any], own: list[int], device: torch.device
+        self, files: Files, decoded: Decoded, own: np.ndarray, device: torch.device
     ) -> Tensor:
         """Normalised images of some places of a batch."""
-        windows = _windows([decoded[number] for number in own], files.plans[own], self.size)
+        windows = _windows(decoded.pixels, decoded.begins[own], files.plans[own], self.size)
         images = crop_and_resize(windows, self.size, self.interpolation, device)
-        if device.type == "cuda":
-            read = torch.cuda.current_stream(device).record_event()
-            if self._kept is not None:
-                self._kept[1].synchronize()
-            self._kept = decoded, read
         images = augment(images, files.operations[own])
         return self.finish(Drawn(images, torch.from_numpy(files.erased[own])), device)
 
-    def _decode(self, files: Files, device: torch.device) -> tuple[list[Any], dict[int, UserError]]:
-        """The images of a batch, and why there is none at some places."""
+    def _decode(self, files: Files, device: torch.device) -> Decoded:
         if self._decoder is None:
             self._decoder = make_decoder(device)
-        contents = files.content.split(files.lengths.tolist())
-        jpeg = files.plans[:, places.JPEG].tolist()
-        encoded = [number for number, is_jpeg in enumerate(jpeg) if is_jpeg]
-        decoded = self._decoder([contents[number] for number in encoded]) if encoded else []
-        images: list[Any] = [None] * len(contents)
-        for number, image in zip(encoded, decoded, strict=True):
-            images[number] = image
+        if self._kept is not None:
+            self._kept[1].synchronize()
+        sizes = files.plans[:, places.HEIGHT : places.WIDTH + 1]
+        room = sizes.prod(1) * 3
+        ends, content_ends = room.cumsum(), files.lengths.cumsum()
+        begins, content_begins = ends - room, content_ends - files.lengths
+        pixels = self._room(int(ends[-1]), device)
+        encoded = Encoded(files.content, content_begins, files.lengths, pixels, begins, sizes)
+        is_jpeg = files.plans[:, places.JPEG] > 0
+        jpeg, others = np.flatnonzero(is_jpeg), np.flatnonzero(~is_jpeg)
+        refused = jpeg[self._decoder(encoded.only(jpeg))] if len(jpeg) else jpeg
         errors: dict[int, UserError] = {}
-        for number, image in enumerate(images):
-            if image is None:
-                try:
-                    images[number] = self._by_pillow(files, number, contents[number], device)
-                except UnreadableImageError as error:
-                    errors[number] = error
-        return images, errors
+        for number in (*others.tolist(), *refused.tolist()):
+            content = files.content[content_begins[number] : content_ends[number]]
+            try:
+                if is_jpeg[number]:
+                    content = self._by_pillow(content, files.names[number])
+                pixels[begins[number] : ends[number]].copy_(send(content, device))
+            except UnreadableImageError as error:
+                errors[number] = error
+        if device.type == "cuda":
+            self._kept = files, torch.cuda.current_stream(device).record_event()
+        return Decoded(pixels, begins, errors)
 
-    def _by_pillow(
-        self, files: Files, number: int, content: Tensor, device: torch.device
-    ) -> Tensor:
-        """An image as stored, not turned."""
-        is_jpeg, height, width = files.plans[number, places.JPEG : places.WIDTH + 1].tolist()
-        if not is_jpeg:
-            return _moved(content.view(height, width, 3), device)
-        image = self.read(BytesIO(content.numpy().tobytes()), files.names[number], exif=False)
-        return _moved(torch.from_numpy(np.array(image)), device)
+    def _by_pillow(self, content: Tensor, name: str) -> Tensor:
+        """Pixels of an image as stored, not turned."""
+        image = self.read(BytesIO(content.numpy().tobytes()), name, exif=False)
+        return torch.from_numpy(np.array(image)).view(-1)
+
+    def _room(self, size: int, device: torch.device) -> Tensor:
+        """Memory for the pixels of a batch; on a GPU the same again, in the order of its stream."""
+        if device.type != "cuda":
+            return torch.empty(size, dtype=torch.uint8)
+        if self._pixels is None or len(self._pixels) < size:
+            self._pixels = torch.empty(size * 5 // 4, dtype=torch.uint8, device=device)
+        return self._pixels
 
 
-def _moved(image: Tensor, device: torch.device) -> Tensor:
-    """(3, H, W) on the device, of (H, W, 3) here; never waits for it."""
-    return send(image, device).permute(2, 0, 1)
-
-
-def _windows(images: list[Any], plans: np.ndarray, size: tuple[int, int]) -> Windows:
+def _windows(
+    pixels: Tensor, begins: np.ndarray, plans: np.ndarray, size: tuple[int, int]
+) -> Windows:
     """The crops in images as they are decoded, which may lie on their sides."""
     orientation = plans[:, places.ORIENTATION]
     turned = orientation > 4
@@ -176,4 +189,4 @@ def _windows(images: list[Any], plans: np.ndarray, size: tuple[int, int]) -> Win
     )
     flipped = flipped > 0
     begin = np.where(flipped, whole - begin - size, begin)
-    return Windows(images, turned, boxes, whole, begin, mirrored ^ flipped)
+    return Windows(pixels, begins, stored, turned, boxes, whole, begin, mirrored ^ flipped)

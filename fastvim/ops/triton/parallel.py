@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from fastvim.ops.triton.ahead import Request
 from fastvim.storage import alone
 
 _logger = logging.getLogger(__name__)
+
+# Of kernels that two threads load at once, one may get the other's launcher.
+_loading = Lock()
 
 
 class _Job(NamedTuple):
@@ -54,7 +58,8 @@ class _Job(NamedTuple):
             with torch.cuda.device(self.device):
                 kernel = self.compile()
                 self.keep(kernel)
-                kernel[1, 1, 1]  # loads it, and has a C compiler make its launcher
+                with _loading:
+                    kernel[1, 1, 1]  # loads it, and has a C compiler make its launcher
         except Exception as error:  # the launch compiles it again, and raises it
             _logger.debug("%s: %s", self.name, error)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,10 +22,10 @@ PARTS = ("the loss", "a gradient", "a weight")
 class Finite(L.Callback):
     """Stops the run at the first loss, gradient or weight that is not finite.
 
-    Nothing waits for a GPU: each step leaves its loss and the largest gradient and weight there,
-    which are read together every `log_every_n_steps` steps, and before a checkpoint is written.
-    Gradients under 16-mixed overflow by design, when the scale of the loss is too large, and are
-    not looked at.
+    Nothing waits for a GPU: each step leaves there its loss, and whether gradients and weights are
+    finite, for all steps to be read together every `log_every_n_steps` steps, and before a
+    checkpoint is written. Gradients under 16-mixed overflow by design, when the scale of the loss
+    is too large, and are not looked at.
     """
 
     def __init__(self) -> None:
@@ -42,7 +41,7 @@ class Finite(L.Callback):
     ) -> None:
         if trainer.precision != "16-mixed":
             assert self._tensors is not None
-            self._gradient = _largest(each.grad for each in self._tensors.find()[0])
+            self._gradient = _health(each.grad for each in self._tensors.find()[0])
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -50,7 +49,7 @@ class Finite(L.Callback):
         loss = outputs["loss"].detach().float()
         gradient, self._gradient = self._gradient, None
         assert self._tensors is not None
-        weight = _largest(self._tensors.find()[0])
+        weight = _health(self._tensors.find()[0])
         parts = [loss if part is None else part for part in (loss, gradient, weight)]
         self._unread.append((torch.stack(parts), trainer.global_step, batch_idx))
         patience = trainer.log_every_n_steps if loss.is_cuda else 1
@@ -146,13 +145,19 @@ class NameModules(L.Callback):
 
 
 @torch.no_grad()
-def _largest(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    """The largest magnitude, or what is not finite, on the tensors' device; None of nothing."""
+def _health(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """0 on the tensors' device, or infinity where a value is not finite; None of nothing.
+
+    The loss scaler's check, at a scale of 1: no tensor is changed, and unlike with a norm there is
+    no result of each tensor to make and to read.
+    """
     parts = [local(each) for each in tensors if each is not None]
     parts = [part for part in parts if part.numel() and part.is_floating_point()]
     if not parts:
         return None
-    return torch.stack(torch._foreach_norm(parts, math.inf)).max().float()
+    found = parts[0].new_zeros(1, dtype=torch.float32)
+    torch._amp_foreach_non_finite_check_and_unscale_(parts, found, torch.ones_like(found))
+    return -torch.log1p(-found[0])
 
 
 def _finite(values: Iterable[Any]) -> bool:
