@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jpeg_files import broken
 from PIL import Image
 
 from fastvim.data.finishing import CPU
@@ -28,12 +29,6 @@ def jpeg(seed: int, high: int, wide: int, **settings: Any) -> bytes:
     file = BytesIO()
     image.save(file, "JPEG", quality=90, **settings)
     return file.getvalue()
-
-
-def broken(content: bytes) -> bytes:
-    """With more codes in a table than there can be; its header says what it is."""
-    table = content.index(b"\xff\xc4") + 5
-    return content[:table] + b"\xff" * 16 + content[table + 16 :]
 
 
 def encoded(contents: list[bytes], device: torch.device) -> Encoded:

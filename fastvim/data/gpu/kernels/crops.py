@@ -63,10 +63,10 @@ def _taps_kernel(
     row = crops + image * FIELDS + axis
     length = tl.load(row + 4).to(tl.float64)
     mirrored = tl.load(row + 6) > 0
-    whole = tl.load(row + 8)
+    sides = tl.load(row + 8)
     kept = tl.load(row + 10) + new
-    scale = length / whole.to(tl.float64)
-    middle = (tl.where(mirrored, whole - 1 - kept, kept).to(tl.float64) + 0.5) * scale
+    scale = length / sides.to(tl.float64)
+    middle = (tl.where(mirrored, sides - 1 - kept, kept).to(tl.float64) + 0.5) * scale
     place = (axis * count + image) * most + new
     if new >= size:
         pass
