@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jpeg_files import broken
 from PIL import Image
 
 from fastvim.data.images import ImageData
