@@ -109,12 +109,6 @@ def test_a_cpu_decodes_in_the_loading_processes_by_itself(root: Path) -> None:
         assert torch.equal(images, others)
 
 
-def without_tables(content: bytes) -> bytes:
-    """A JPEG file whose header says what it is; its tables do not follow."""
-    scan = content.index(b"\xff\xc4")
-    return content[: scan + 4] + b"\xff" * (len(content) - scan - 6) + b"\xff\xd9"
-
-
 def jpeg(seed: int) -> bytes:
     file = BytesIO()
     picture(seed).save(file, "JPEG")
@@ -141,7 +135,7 @@ def test_a_file_that_no_decoder_takes_is_named_and_replaced(
     for number in range(4):
         place = tmp_path / "train" / "ab"[number % 2] / f"{number}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(without_tables(jpeg(number)) if number == 1 else jpeg(number))
+        place.write_bytes(broken(jpeg(number)) if number == 1 else jpeg(number))
     with caplog.at_level(logging.WARNING):
         ((images, targets),) = batches(tmp_path, "gpu", auto_augment="", re_prob=0.0)
     assert "1.jpg: unreadable image" in caplog.text
@@ -156,29 +150,9 @@ def test_a_batch_without_any_image_ends_the_run(tmp_path: Path) -> None:
     for number in range(2):
         place = tmp_path / "train" / "ab"[number] / f"{number}.jpg"
         place.parent.mkdir(parents=True)
-        place.write_bytes(without_tables(jpeg(number)))
+        place.write_bytes(broken(jpeg(number)))
     with pytest.raises(UnreadableImageError, match="no image of its batch can be read"):
         batches(tmp_path, "gpu", batch_size=2)
-
-
-def test_one_of_the_batch_before_stands_for_a_batch_without_any_image(tmp_path: Path) -> None:
-    whole = "abcdefgh"
-    for number, name in enumerate(whole):
-        place = tmp_path / "train" / name / f"{number}.jpg"
-        place.parent.mkdir(parents=True)
-        place.write_bytes(jpeg(number))
-    order = torch.cat([targets for _, targets in batches(tmp_path, "cpu", batch_size=2)])
-    for number in order[2:4].tolist():
-        place = tmp_path / "train" / whole[number] / f"{number}.jpg"
-        place.write_bytes(without_tables(place.read_bytes()))
-    found = batches(tmp_path, "gpu", batch_size=2, auto_augment="", re_prob=0.0)
-    assert torch.cat([targets for _, targets in found]).tolist() == [
-        *order[:2].tolist(),
-        *[int(order[0])] * 2,
-        *order[4:].tolist(),
-    ]
-    for image in found[1][0]:
-        assert torch.equal(image, found[0][0][0])
 
 
 def test_evaluation(root: Path, tmp_path: Path) -> None:
@@ -194,7 +168,7 @@ def test_evaluation(root: Path, tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         place = tmp_path / "val" / name / "0.jpg"
         place.parent.mkdir(parents=True)
-        place.write_bytes(without_tables(jpeg(0)) if name == "bee" else jpeg(0))
+        place.write_bytes(broken(jpeg(0)) if name == "bee" else jpeg(0))
     data = ImageData(str(tmp_path), batch_size=2, num_workers=0, eval_decode="gpu")
     data.setup("validate")
     with pytest.raises(UnreadableImageError, match=r"bee/0\.jpg: unreadable image"):
