@@ -25,9 +25,10 @@ from typing import Any
 
 import timm
 import torch
-from devices import PART, draw, predict, rows
+from devices import PART, predict, rows
 from timm.data import create_dataset, create_loader
 
+from fastvim.benchmark.photographs import draw_photograph
 from fastvim.benchmark.record import device_name
 from fastvim.inference import Predictor
 from fastvim.models import create_model
@@ -53,8 +54,7 @@ def by_command(words: list[str], out: Path, decode: str, cores: int, images: int
 def by_timm(model: torch.nn.Module, folder: Path, cores: int, images: int) -> float:
     settings: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 0.875, "pin_memory": True}
     run = Predictor(model.cuda(), (BATCH, 3, 224, 224), dtype=torch.float32)
-    files, size = create_dataset("", root=str(folder)), (3, 224, 224)
-    times = []
+    files, size, times = create_dataset("", root=str(folder)), (3, 224, 224), []
     for batch, _ in create_loader(files, size, BATCH, num_workers=cores, **settings):
         run(batch).softmax(-1).topk(5).values.cpu()
         times.append(time.perf_counter())
@@ -85,7 +85,7 @@ def main() -> None:
     folder, count = arguments.work / "images", arguments.images
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
-        sizes = list(pool.map(partial(draw, folder), range(count), chunksize=50))
+        sizes = list(pool.map(partial(draw_photograph, folder), range(count), chunksize=50))
     torch.manual_seed(0)
     model = create_model(arguments.model).eval()
     model.get_classifier().weight.data.mul_(STRENGTH)
