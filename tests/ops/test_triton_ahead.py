@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 
@@ -119,7 +120,8 @@ def test_kernels_compiled_ahead_compute_the_same(tmp_path, forget_launches, monk
         request.kernel.device_caches.clear()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compile_ahead(scan)
-    (line,) = caplog.messages
+    line, end = caplog.messages
+    assert end.startswith("compiled ")
     assert line.startswith("compiling ")
     assert line.endswith(f" kernels for {torch.cuda.get_device_name()}, once")
     for request in requests:
@@ -168,4 +170,7 @@ def test_kernels_are_compiled_for_a_gpu_that_is_elsewhere(tmp_path):
         done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         said.append(done.stderr.strip())
-    assert said == ["compiling 3 kernels for stub, once", ""]
+    assert said[1] == ""
+    begun, ended = said[0].splitlines()
+    assert begun == "compiling 3 kernels for stub, once"
+    assert re.fullmatch(r"compiled 3 kernels in \d+ s", ended)

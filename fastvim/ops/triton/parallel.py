@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,6 +106,9 @@ def compile_all(requests: Iterable[Request]) -> None:
                 if missing:
                     device = torch.cuda.get_device_name(missing[0].device)
                     _logger.warning("compiling %d kernels for %s, once", len(missing), device)
+                    begun = time.monotonic()
                     [*pool.map(_Job.run, missing)]
+                    seconds = time.monotonic() - begun
+                    _logger.warning("compiled %d kernels in %.0f s", len(missing), seconds)
                     jobs = [job for job in jobs if job not in missing]
         [*pool.map(_Job.run, jobs)]
