@@ -114,8 +114,10 @@ class DecodeAndFinish:
         self._decoder = self._decoder or make_decoder(device)
         pixels = torch.zeros(8 * 8 * 3, dtype=torch.uint8, device=device)
         still, boxes = np.zeros((1, 2), dtype=bool), np.array([[0, 0, 8, 8]])
-        size, begin = boxes[:, 2:], boxes[:, :2]
-        window = Windows(pixels, begin[0, :1], size, still[0, :1], boxes, size, begin, still)
+        whole, begin = np.array([self.size]), boxes[:, :2]
+        window = Windows(
+            pixels, begin[0, :1], boxes[:, 2:], still[0, :1], boxes, whole, begin, still
+        )
         images = crop_and_resize(window, self.size, self.interpolation, device)
         augment(images, np.full((1, 1, NUMBERS), float(NOTHING)))
         self.finish.warm_up(device)
