@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from timm.data import IterableImageDataset, create_dataset
@@ -20,7 +20,7 @@ from fastvim.data.classes import places
 from fastvim.data.files import Chosen, ImageFiles, reader_classes
 from fastvim.data.finishing import Finish
 from fastvim.data.folders import ClassFolder, ClassFolders
-from fastvim.data.gpu.loading import are_files, decode_batches, encoded, why_not_in_batches
+from fastvim.data.gpu.loading import Decode, decode_batches, encoded, why_not_files, why_pillow
 from fastvim.data.issues import NoFiles, SplitReport
 from fastvim.data.pixels import DAMAGED
 from fastvim.data.splits import find_split, open_folder
@@ -45,7 +45,6 @@ from fastvim.options import COUNT, check_choice, check_given
 
 _logger = logging.getLogger(__name__)
 
-Decode = Literal["auto", "cpu", "gpu"]
 READERS = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's, besides folders and tar files
 
 
@@ -240,17 +239,16 @@ class ImageData(DataModule):
         """Whether the images of a role are decoded in batches on the trainer's device."""
         option = "decode" if role == "train" else "eval_decode"
         decode = self.decode if role == "train" else self.eval_decode
-        if decode == "cpu" or (decode == "auto" and self.device.type != "cuda"):
-            return False
-        why = "the images are not files in folders"
-        if are_files(self._datasets[role]):
-            why = why_not_in_batches(self._transform(role), self.read_picture, self.device)
-        if why and decode == "gpu":
-            raise OptionError(option, decode, f"cpu, as {why}")
+
+        def why_not() -> str:
+            known = self._transform(role), self.read_picture, self.device
+            return why_not_files(self._datasets[role], *known)
+
+        why = why_pillow(option, decode, self.device, why_not)
         if why and option not in self._examined:
             self._examined.add(option)
             _logger.warning("the loading processes decode the images, not the GPU: %s", why)
-        return not why
+        return why is None
 
     def check(self, role: str) -> SplitReport:
         self._examined.add(role)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from fastvim.data.gpu.files import Opened, gather, open_jpeg
 from fastvim.data.gpu.finish import DecodeAndFinish
-from fastvim.data.gpu.loading import why_not_in_batches
+from fastvim.data.gpu.loading import Decode, why_not_in_batches, why_pillow
 from fastvim.data.gpu.planned import Planned, planned
 from fastvim.data.remote import is_url, read_bytes
 from fastvim.data.transforms import ImageTransform
-from fastvim.errors import OptionError, UserError
+from fastvim.errors import UserError
 from fastvim.inference.inputs import Arrays, Pictures, Seen
 from fastvim.storage import require_file
 
 _logger = logging.getLogger(__name__)
 
-DECODES = ("cpu", "gpu", "auto")
+DECODES = get_args(Decode)
 
 
 class EncodedPictures:
@@ -66,16 +66,15 @@ def decoded_in_batches(
     Raises:
         UserError: "gpu" is asked for what it does not decode.
     """
-    if decode == "cpu" or (decode == "auto" and device.type != "cuda"):
-        return None
-    if isinstance(read, Arrays) or transform is None:
-        why = "the model takes arrays"
-    else:
-        why = why_not_in_batches(transform, read.reader, device)
-    if why and decode == "gpu":
-        raise OptionError("decode", decode, f"cpu, as {why}")
-    if why or isinstance(read, Arrays) or transform is None:
+
+    def why_not() -> str:
+        if isinstance(read, Arrays) or transform is None:
+            return "the model takes arrays"
+        return why_not_in_batches(transform, read.reader, device)
+
+    if why := why_pillow("decode", decode, device, why_not):
         _logger.warning("Pillow decodes the images, not the GPU: %s", why)
+    if why is not None or isinstance(read, Arrays) or transform is None:
         return None
     finish = DecodeAndFinish(transform, read.reader)
     if device.type == "cuda":

@@ -100,7 +100,7 @@ class _OnGPU:
         if status == ARCHITECTURE_MISMATCH:
             status = self._library.nvjpegCreateEx(ANY_BACKEND, *arguments)
         if status:
-            raise MachineError(f"nvJPEG does not start (status {status}): set data.decode to cpu")
+            raise MachineError(f"nvJPEG does not start (status {status}): let the CPU decode")
         self._state: ctypes.c_void_p | None = None
         self._size = 0  # of the batches that the state is for
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,11 +21,34 @@ from fastvim.data.gpu.sending import send
 from fastvim.data.pixels import PictureReader
 from fastvim.data.transforms import ImageTransform
 from fastvim.data.workers import WatchedLoader
+from fastvim.errors import OptionError
+
+Decode = Literal["auto", "cpu", "gpu"]
 
 
-def are_files(images: Any) -> bool:
-    """Whether the images of a dataset are files, which `encoded` can take as they are."""
-    return isinstance(images.dataset if isinstance(images, Chosen) else images, ImageFiles)
+def why_pillow(
+    option: str, decode: str, device: torch.device, why_not: Callable[[], str]
+) -> str | None:
+    """Why Pillow decodes files, though a device was to: "" if nobody asked for that.
+
+    Args:
+        option: that says who decodes, for the message.
+        decode: its value, a `Decode`.
+        device: that would decode.
+        why_not: why it cannot; "" if it can.
+
+    Returns:
+        None where the device decodes.
+
+    Raises:
+        UserError: "gpu" is asked for what it does not decode.
+    """
+    if decode == "cpu" or (decode == "auto" and device.type != "cuda"):
+        return ""
+    why = why_not()
+    if why and decode == "gpu":
+        raise OptionError(option, decode, f"cpu, as {why}")
+    return why or None
 
 
 def why_not_in_batches(transform: ImageTransform, read: PictureReader, device: torch.device) -> str:
@@ -42,6 +66,16 @@ def why_not_in_batches(transform: ImageTransform, read: PictureReader, device: t
     if planned(transform.pixels) is None:
         return "auto_augment has other operations"
     return why_not_decoded() if device.type == "cuda" else ""
+
+
+def why_not_files(
+    images: Any, transform: ImageTransform, read: PictureReader, device: torch.device
+) -> str:
+    """Likewise of the images of a dataset, which `encoded` takes if they are files."""
+    files = images.dataset if isinstance(images, Chosen) else images
+    if not isinstance(files, ImageFiles):
+        return "the images are not files in folders"
+    return why_not_in_batches(transform, read, device)
 
 
 def encoded(files: Any, transform: ImageTransform) -> Dataset[Any]:

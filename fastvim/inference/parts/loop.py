@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +24,7 @@ from fastvim.inference.parts.shards import local_share
 from fastvim.inference.parts.store import Store
 from fastvim.inference.parts.work import Failure, Item, Opened, Read, Row, Work
 from fastvim.machine import cores
+from fastvim.streams import own_stream
 
 SAFE = "the parts that exist are safe: the same command goes on from them"
 
@@ -143,7 +143,7 @@ def rows(
     )
     if device.type == "cuda" and workers:
         loader.ahead = device
-    with _own_stream(device):
+    with own_stream(device):  # the default one waits for what a decoder does
         yield from _computed(opened, loader, out, report)
 
 
@@ -167,19 +167,6 @@ def _computed(
         report.advance(len(done), Spent(ended - begun, read - begun))
         yield done
         begun = time.perf_counter()
-
-
-@contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
-    """Compute on a stream that is not the default one, which waits for what a decoder does."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def readers(device: torch.device, processes: int | None = None) -> int:
