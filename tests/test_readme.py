@@ -142,8 +142,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("published")
 @pytest.mark.parametrize("command", TO_RUN)
 def test_run(command: str, home: Path) -> None:
-    """In the home, where `/data` is a folder too."""
+    """In the home, where `/data` is a folder too, and each in any process."""
     words = [word.replace("/data/", f"{home}/data/") for word in shlex.split(command)]
+    if "--status" in words and not Path(words[-1]).exists():  # of the command before it
+        before = TO_RUN[TO_RUN.index(command) - 1]
+        assert main(shlex.split(before)[1:]) == 0
     assert main(words[1:]) == 0
 
 
