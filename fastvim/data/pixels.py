@@ -204,8 +204,10 @@ class Brightest:
 
     def add(self, image: Image.Image) -> None:
         """Look at an image that a `PictureReader` has read."""
+        if not self._whole and stored(image).highest is None:
+            return  # before its values are looked at
         highest, white = highest_value(image)
-        if white and (self._whole or stored(image).highest is not None):
+        if white:
             self.add_value(highest, white)
 
     def add_value(self, highest: float, white: float) -> None:

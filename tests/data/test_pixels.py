@@ -254,6 +254,15 @@ def test_images_that_use_little_of_their_range(path):
     assert not brightest(dark, GREY, path=path)
 
 
+def test_values_are_looked_at_only_where_they_count(path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(Image.Image, "getextrema", lambda image: looked.append(image) or (0, 9))
+    brightest(GREY, GREY, path=path, whole=False)
+    assert not looked
+    assert brightest(GREY, GREY, path=path)
+    assert len(looked) == 2
+
+
 def deep_png(values: np.ndarray) -> bytes:
     """A PNG file of 16-bit values (H, W, C), whose rows take the five filters in turn."""
     height, width, channels = values.shape
