@@ -18,6 +18,7 @@ from fastvim.ops.cpu.forward import (
     load_scan,
     load_taps,
     mix,
+    standardise,
     step_size,
 )
 from fastvim.ops.cpu.threads import BLOCK
@@ -26,12 +27,15 @@ from fastvim.ops.cpu.vector import (
     aligned,
     as_float,
     exp2,
+    exp_below,
     floats,
-    inlined,
     integers,
     next_task,
+    reciprocal,
     sigmoid,
     softplus,
+    summing,
+    wide,
     words,
 )
 
@@ -40,6 +44,7 @@ CHUNK = 16  # steps whose states the scan's backward pass holds
 
 def conv_pool(data):
     """Fill dx (B, L, E) and sums (B x chunks, 2, K + 2, E), of taps, bias and D."""
+    wide()
     p = words(data)
     B, L, E, K, S, chunks, stretch = p[1], p[2], p[3], p[4], p[5], p[6], p[7]
     x_batch, x_token, order_batch, index_direction, index_batch = p[8], p[9], p[10], p[11], p[12]
@@ -48,7 +53,7 @@ def conv_pool(data):
     dpooled, dskip = floats(p[20], (2, B, S, E)), floats(p[21], (B, L, E))
     dx, sums = floats(p[22], (B, L, E)), floats(p[23], (B * chunks, 2, K + 2, E))
     blocks, H = (E + BLOCK - 1) // BLOCK, K - 1
-    memory = np.zeros((3 * ROWS + 10 * K + 11) * BLOCK, np.float32)
+    memory = np.zeros((3 * ROWS + 10 * K + 12) * BLOCK, np.float32)
     base = aligned(memory)
     rows = floats(base, (ROWS + 2 * H, BLOCK))
     at = base + 4 * rows.size
@@ -58,7 +63,8 @@ def conv_pool(data):
     at += 4 * taps.size
     start, skips = floats(at, (2, BLOCK)), floats(at + 8 * BLOCK, (2, BLOCK))
     out, upstream = floats(at + 16 * BLOCK, (BLOCK,)), floats(at + 20 * BLOCK, (BLOCK,))
-    at += 24 * BLOCK
+    below = floats(at + 24 * BLOCK, (BLOCK,))
+    at += 28 * BLOCK
     total = floats(at, (2, K + 2, BLOCK))
     part = floats(at + 4 * total.size, (2, K + 2, BLOCK))
     task = next_task(data)
@@ -92,7 +98,9 @@ def conv_pool(data):
                         grad[e] = scale * pools[e]
                         upstream[e] = skipped[e]
                     for e in range(BLOCK):
-                        share = sigmoid(out[e])
+                        below[e] = exp_below(out[e])
+                    for e in range(BLOCK):
+                        share = reciprocal(below[e])
                         value = out[e] * share
                         slope = share + value * (float32(1.0) - share)
                         grad[e] = (grad[e] + skips[d, e] * upstream[e]) * slope
@@ -127,6 +135,7 @@ def scan(data):
 
     sums (shares, 2, R + N + 1, E) holds the gradients of dt_proj, A_log and dt_bias.
     """
+    wide()
     p = words(data)
     B, S, E, N, R, shares = p[1], p[2], p[3], p[4], p[5], p[6]
     u, selected = floats(p[7], (2, B, S, E)), floats(p[8], (2, B, S, R + 2 * N))
@@ -226,9 +235,10 @@ def scan(data):
         task = next_task(data)
 
 
-@inlined
+@summing
 def norm_gradient(grad, unit, scale, centred, target):
     """Gradient of a norm's input, from that of its unit values; `centred`: a mean was taken off."""
+    wide()
     width = grad.shape[0]
     along, mean = float32(0.0), float32(0.0)
     for e in range(width):
@@ -241,6 +251,7 @@ def norm_gradient(grad, unit, scale, centred, target):
 
 def expand_gate(data):
     """Fill dskip and dz (B, L, E), and sums (tasks, 2, E) of weight and bias."""
+    wide()
     p = words(data)
     B, L, E, S, stretch, normed = p[1], p[2], p[3], p[4], p[5], p[6]
     z_batch, z_token, index_direction, index_batch = p[7], p[8], p[9], p[10]
@@ -254,6 +265,8 @@ def expand_gate(data):
     dskip, dz = floats(p[19], (B * L, E)), floats(p[20], (B * L, E))
     sums = floats(p[21], ((B * L + stretch - 1) // stretch, 2, E))
     row, grad, part = np.zeros(E, np.float32), np.zeros(E, np.float32), np.zeros((2, E), np.float32)
+    below, ones = np.zeros(E, np.float32), np.ones(E, np.float32)
+    unit = np.zeros(E, np.float32) if normed else row
     task = next_task(data)
     while task * stretch < B * L:
         first, last = task * stretch, min(B * L, (task + 1) * stretch)
@@ -266,33 +279,34 @@ def expand_gate(data):
             scale = float32(1.0)
             if normed:
                 scale = inverse_deviation(row, mean, eps)
-                for e in range(E):
-                    row[e] = (row[e] - mean) * scale
+                standardise(row, mean, scale, ones, unit)
             for e in range(E):
-                share = sigmoid(gate[e])
+                below[e] = exp_below(gate[e])
+            for e in range(E):
+                share = reciprocal(below[e])
                 value = gate[e] * share
                 dgate[e] = upstream[e] * (share + value * (float32(1.0) - share))
                 grad[e] = upstream[e] * value
             if not normed:
                 for e in range(E):
-                    dgate[e] *= row[e]
+                    dgate[e] *= unit[e]
                     target[e] = grad[e]
                 continue
             for e in range(E):
-                part[0, e] += grad[e] * row[e]
+                part[0, e] += grad[e] * unit[e]
                 part[1, e] += grad[e]
-                dgate[e] *= row[e] * weight[e]
+                dgate[e] *= unit[e] * weight[e]
                 grad[e] *= weight[e]
             if p[17]:
                 for e in range(E):
-                    share = sigmoid(gate[e])
+                    share = reciprocal(below[e])
                     dgate[e] += (
                         upstream[e]
                         * bias[e]
                         * share
                         * (float32(1.0) + gate[e] * (float32(1.0) - share))
                     )
-            norm_gradient(grad, row, scale, True, target)
+            norm_gradient(grad, unit, scale, True, target)
             if (m + 1 - first) % ROWS == 0 or m + 1 == last:
                 sums[task] += part
                 part[:] = float32(0.0)
@@ -301,6 +315,7 @@ def expand_gate(data):
 
 def sum_segments(data):
     """Add half of values (B, L, E) over each segment to out (2, B, S, E)."""
+    wide()
     p = words(data)
     B, L, E, S, index_direction, index_batch = p[1], p[2], p[3], p[4], p[5], p[6]
     values, out = floats(p[7], (B, L, E)), floats(p[10], (2, B, S, E))
@@ -328,12 +343,14 @@ def sum_segments(data):
 
 def add_norm(data):
     """Fill dhidden (M, d), and sums (tasks, 2, d) of weight and bias."""
+    wide()
     p = words(data)
     M, d, stretch, rms, eps = p[1], p[2], p[3], p[4], as_float(int32(p[5]))
     total, weight = floats(p[6], (M, d)), floats(p[7], (d,))
     dnormed, dtotal, dhidden = floats(p[8], (M, d)), floats(p[9], (M, d)), floats(p[10], (M, d))
     sums = floats(p[11], ((M + stretch - 1) // stretch, 2, d))
     row, grad, part = np.zeros(d, np.float32), np.zeros(d, np.float32), np.zeros((2, d), np.float32)
+    ones = np.ones(d, np.float32)
     task = next_task(data)
     while task * stretch < M:
         first, last = task * stretch, min(M, (task + 1) * stretch)
@@ -345,8 +362,8 @@ def add_norm(data):
                     mean += source[e]
                 mean /= float32(d)
             scale = inverse_deviation(source, mean, eps)
+            standardise(source, mean, scale, ones, row)
             for e in range(d):
-                row[e] = (source[e] - mean) * scale
                 part[0, e] += upstream[e] * row[e]
                 part[1, e] += upstream[e]
                 grad[e] = upstream[e] * weight[e]

@@ -22,12 +22,15 @@ from fastvim.ops.cpu.vector import (
     as_float,
     copy,
     exp2,
+    exp_below,
     floats,
     inlined,
     integers,
     next_task,
-    silu,
+    reciprocal,
     softplus,
+    summing,
+    wide,
     words,
 )
 
@@ -37,6 +40,7 @@ ROWS = 32  # path positions that a task holds at a time
 @inlined
 def clear(rows):
     """Zeros; shorter to compile than an assignment to a slice."""
+    wide()
     for i in range(rows.shape[0]):
         for e in range(rows.shape[1]):
             rows[i, e] = float32(0.0)
@@ -48,11 +52,14 @@ def load_rows(x, stride, width, begin, count, L, order, rows, base):
 
     At address `x` are the channels of a task, `stride` floats from token to token.
     """
+    wide()
     for i in range(count):
         position = begin + i
         if position < 0 or position >= L:
             for e in range(BLOCK):
                 rows[i, e] = float32(0.0)
+        elif width == BLOCK:
+            copy(base + 4 * BLOCK * i, x + 4 * stride * order[position], BLOCK)  # without a call
         else:
             copy(base + 4 * BLOCK * i, x + 4 * stride * order[position], width)
 
@@ -60,6 +67,7 @@ def load_rows(x, stride, width, begin, count, L, order, rows, base):
 @inlined
 def load_taps(weight, bias, D, e0, width, taps, start, skips):
     """The parameters of a block of channels, channels last; of the skip half, as a mean's terms."""
+    wide()
     for d in range(2):
         for e in range(width):
             for k in range(weight.shape[2]):
@@ -83,6 +91,7 @@ def window(rows, first, step, taps, start, d, e):
 @inlined
 def convolve(rows, i, taps, start, d, out):
     """The window at row i, which ends (d = 0) or begins (d = 1) there, into `out`."""
+    wide()
     K = taps.shape[1]
     first, step = (i, 1) if d == 0 else (i + K - 1, -1)
     for e in range(BLOCK):
@@ -97,6 +106,7 @@ def conv_pool(data):
 
     A task is a stretch of the path, of a block of channels of an image.
     """
+    wide()
     p = words(data)
     B, L, E, K, S, chunks, stretch = p[1], p[2], p[3], p[4], p[5], p[6], p[7]
     x_batch, x_token, order_batch, index_direction, index_batch = p[8], p[9], p[10], p[11], p[12]
@@ -104,7 +114,7 @@ def conv_pool(data):
     weight, bias, D = floats(p[15], (2, E, K)), floats(p[16], (2, E)), floats(p[17], (2, E))
     pooled, skip = floats(p[20], (2, B, S, E)), floats(p[21], (B, L, E))
     blocks = (E + BLOCK - 1) // BLOCK
-    memory = np.zeros((ROWS + 4 * K + 7) * BLOCK, np.float32)
+    memory = np.zeros((ROWS + 4 * K + 9) * BLOCK, np.float32)
     base = aligned(memory)
     rows = floats(base, (ROWS + 2 * (K - 1), BLOCK))
     at = base + 4 * rows.size
@@ -112,34 +122,34 @@ def conv_pool(data):
     at += 4 * taps.size
     start, skips = floats(at, (2, BLOCK)), floats(at + 8 * BLOCK, (2, BLOCK))
     sums, out = floats(at + 16 * BLOCK, (2, BLOCK)), floats(at + 24 * BLOCK, (2, BLOCK))
+    # Both directions of `out` in a row: a chain of operations of its own overlaps with the next.
+    both, below = floats(at + 24 * BLOCK, (2 * BLOCK,)), floats(at + 32 * BLOCK, (2 * BLOCK,))
+    loaded = -1
     task = next_task(data)
     while task < B * blocks * chunks:
         chunk, e0, b = task % chunks, task // chunks % blocks * BLOCK, task // chunks // blocks
         width = min(BLOCK, E - e0)
         x = p[14] + 4 * (b * x_batch + e0)
         order = integers(p[18] + 8 * b * order_batch, (L,))
-        load_taps(weight, bias, D, e0, width, taps, start, skips)
+        if e0 != loaded:
+            load_taps(weight, bias, D, e0, width, taps, start, skips)
+            loaded = e0
         end = min(L, (chunk + 1) * stretch)
         clear(sums)
         for begin in range(chunk * stretch, end, ROWS):
             count = min(ROWS, end - begin)
             load_rows(x, x_token, width, begin - K + 1, count + 2 * (K - 1), L, order, rows, base)
             for i in range(count):
-                if K == 4:
-                    for e in range(BLOCK):
-                        ahead = silu(window(rows, i, 1, taps, start, 0, e))
-                        back = silu(window(rows, i + 2 * (K - 1), -1, taps, start, 1, e))
-                        sums[0, e] += ahead
-                        sums[1, e] += back
-                        out[0, e] = skips[0, e] * ahead + skips[1, e] * back
-                else:
-                    convolve(rows, i, taps, start, 0, out[0])
-                    convolve(rows, i + K - 1, taps, start, 1, out[1])
-                    for e in range(BLOCK):
-                        ahead, back = silu(out[0, e]), silu(out[1, e])
-                        sums[0, e] += ahead
-                        sums[1, e] += back
-                        out[0, e] = skips[0, e] * ahead + skips[1, e] * back
+                convolve(rows, i, taps, start, 0, out[0])
+                convolve(rows, i + K - 1, taps, start, 1, out[1])
+                for e in range(2 * BLOCK):
+                    below[e] = exp_below(both[e])
+                for e in range(BLOCK):
+                    ahead = out[0, e] * reciprocal(below[e])
+                    back = out[1, e] * reciprocal(below[BLOCK + e])
+                    sums[0, e] += ahead
+                    sums[1, e] += back
+                    out[0, e] = skips[0, e] * ahead + skips[1, e] * back
                 target = skip[b, order[begin + i], e0 : e0 + width]
                 for e in range(width):
                     target[e] = out[0, e]
@@ -158,6 +168,7 @@ def conv_pool(data):
 @inlined
 def load_scan(dt_proj, dt_bias, A_log, d, e0, width, ranks, start, rates):
     """The parameters of a block of channels, channels last; rates of decay to base 2."""
+    wide()
     for e in range(width):
         for r in range(ranks.shape[0]):
             ranks[r, e] = dt_proj[d, e0 + e, r]
@@ -172,6 +183,7 @@ def load_scan(dt_proj, dt_bias, A_log, d, e0, width, ranks, start, rates):
 @inlined
 def step_size(selected, ranks, start, raw):
     """Before softplus, from the first values that `x_proj` selected."""
+    wide()
     for e in range(BLOCK):
         raw[e] = start[e]
     for r in range(ranks.shape[0]):
@@ -185,6 +197,7 @@ def scan(data):
 
     A task is a block of channels in one direction, of a share of the images.
     """
+    wide()
     p = words(data)
     B, S, E, N, R, shares = p[1], p[2], p[3], p[4], p[5], p[6]
     u, selected = floats(p[7], (2, B, S, E)), floats(p[8], (2, B, S, R + 2 * N))
@@ -227,9 +240,10 @@ def scan(data):
         task = next_task(data)
 
 
-@inlined
+@summing
 def mix(skip, first, second, row):
     """The scan's mean over the directions, with the skip, into `row`; gives the mean of that."""
+    wide()
     total = float32(0.0)
     for e in range(row.shape[0]):
         value = skip[e] + float32(0.5) * (first[e] + second[e])
@@ -238,24 +252,35 @@ def mix(skip, first, second, row):
     return total / float32(row.shape[0])
 
 
-@inlined
+@summing
 def inverse_deviation(row, mean, eps):
     """1 / sqrt(variance + eps)."""
+    wide()
     total = float32(0.0)
     for e in range(row.shape[0]):
         total += (row[e] - mean) * (row[e] - mean)
     return float32(1.0) / np.sqrt(total / float32(row.shape[0]) + eps)
 
 
+@inlined
+def standardise(source, mean, scale, weight, target):
+    """Without the mean, and scaled. Where sums are reordered, LLVM would divide by 1 / scale."""
+    wide()
+    for e in range(source.shape[0]):
+        target[e] = (source[e] - mean) * scale * weight[e]
+
+
 def expand_gate(data):
     """Fill out (B, L, E). A task is a stretch of tokens in memory."""
+    wide()
     p = words(data)
     B, L, E, S, stretch, normed = p[1], p[2], p[3], p[4], p[5], p[6]
     z_batch, z_token, index_direction, index_batch = p[7], p[8], p[9], p[10]
     eps = as_float(int32(p[11]))
     skip, y, out = floats(p[12], (B * L, E)), floats(p[14], (2, B, S, E)), floats(p[18], (B * L, E))
     weight, bias = floats(p[16], (E,)), floats(p[17], (E,))
-    row = np.zeros(E, np.float32)
+    row, below = np.zeros(E, np.float32), np.zeros(E, np.float32)
+    unit = np.zeros(E, np.float32) if normed else row
     task = next_task(data)
     while task * stretch < B * L:
         for m in range(task * stretch, min(B * L, (task + 1) * stretch)):
@@ -265,19 +290,20 @@ def expand_gate(data):
             mean = mix(skip[m], y[0, b, index[0]], y[1, b, index[index_direction]], row)
             target = out[m]
             if normed:
-                scale = inverse_deviation(row, mean, eps)
-                for e in range(E):
-                    row[e] = (row[e] - mean) * scale * weight[e]
+                standardise(row, mean, inverse_deviation(row, mean, eps), weight, unit)
                 if p[17]:
                     for e in range(E):
-                        row[e] += bias[e]
+                        unit[e] += bias[e]
             for e in range(E):
-                target[e] = row[e] * silu(gate[e])
+                below[e] = exp_below(gate[e])
+            for e in range(E):
+                target[e] = unit[e] * gate[e] * reciprocal(below[e])
         task = next_task(data)
 
 
 def add_norm(data):
     """Fill total and normed (M, d). A task is a stretch of rows."""
+    wide()
     p = words(data)
     M, d, stretch, rms, eps = p[1], p[2], p[3], p[4], as_float(int32(p[5]))
     hidden, residual = floats(p[6], (M, d)), floats(p[7], (M, d))
@@ -299,9 +325,7 @@ def add_norm(data):
                 for e in range(d):
                     mean += row[e]
                 mean /= float32(d)
-            scale = inverse_deviation(row, mean, eps)
-            for e in range(d):
-                target[e] = (row[e] - mean) * scale * weight[e]
+            standardise(row, mean, inverse_deviation(row, mean, eps), weight, target)
             if p[9]:
                 for e in range(d):
                     target[e] += bias[e]

@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 from fastvim.ops.cpu.threads import WORDS
 
 LOG2_E = np.float32(1.4426950408889634)
+SHIFT = np.float32(1.5 * 2**23 + 127)  # x + SHIFT ends in the bits of x, rounded, and 127
 LN_2 = np.float32(0.6931471805599453)
 
 # Chebyshev fits: 2**f on [-1/2, 1/2] with a relative error of 3e-9, and log(1 + z) / s as a
@@ -46,15 +47,20 @@ A0, A1, A2, A3, A4, A5 = (
     .coef
 )
 
-# Sums may be reordered, for vectorisation. Values are not assumed to be finite. A function that is
-# not inlined has two bodies, of its own library and of the kernel that calls it: a process that
-# compiles them runs the one, and a process that finds the kernel on the disk runs the other.
-_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": {"reassoc", "contract", "nsz"},
-    "error_model": "numpy",
-}
-inlined: Callable[..., Any] = numba.njit(forceinline=True, **_OPTIONS)
+# Values are not assumed to be finite. A function that is not inlined has two bodies, of its own
+# library and of the kernel that calls it: a process that compiles them runs the one, and a process
+# that finds the kernel on the disk runs the other.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+
+def _inlined(*fastmath: str) -> Callable[..., Any]:
+    made: Callable[..., Any] = numba.njit(forceinline=True, fastmath=set(fastmath), **_OPTIONS)
+    return made
+
+
+inlined = _inlined("contract", "nsz")
+_SUMS = {"contract", "nsz", "reassoc"}  # sums are reordered, for vectorisation
+summing = _inlined(*_SUMS)
 
 
 @functools.cache
@@ -70,7 +76,7 @@ def compiled(function: Callable[[Any], None]) -> Any:
     That cache looks at a function's own file alone, so its name holds the digest of all files.
     """
     function.__qualname__ = f"{function.__name__}_{_digest()}"
-    return numba.cfunc(types.void(types.voidptr), cache=True, **_OPTIONS)(function)
+    return numba.cfunc(types.void(types.voidptr), cache=True, fastmath=_SUMS, **_OPTIONS)(function)
 
 
 @intrinsic
@@ -84,6 +90,35 @@ def as_float(typing_context: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def as_int(typing_context: Any, value: Any) -> Any:
+    """The bits of a float32 as an int32."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), build
+
+
+def _selecting(comparison: str) -> Any:
+    """Of two float32 values the one that compares so, the first if it is NaN: one instruction.
+
+    A condition in Python is a branch, of which LLVM makes several instructions.
+    """
+
+    def choose(typing_context: Any, x: Any, bound: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, bound = args
+            return builder.select(builder.fcmp_ordered(comparison, bound, x), bound, x)
+
+        return types.float32(types.float32, types.float32), build
+
+    return intrinsic(choose)
+
+
+greater, less = _selecting(">"), _selecting("<")
+
+
+@intrinsic
 def _pointer(typing_context: Any, address: Any) -> Any:
     """An address as a pointer."""
 
@@ -94,12 +129,24 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
+def wide(typing_context: Any) -> Any:
+    """Vectorise this function's loops with the widest vectors.
+
+    LLVM takes half of them on Intel's servers. It looks at a function before it is inlined, too.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
 def next_task(typing_context: Any, data: Any) -> Any:
     """The number of the next task, which no other thread gets: the first word counts them."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        # All kernels come here. LLVM would take half of the widest vectors on Intel's servers.
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
         word = ir.IntType(64)
         counter = builder.bitcast(args[0], word.as_pointer())
         return builder.atomic_rmw("add", counter, ir.Constant(word, 1), "monotonic")
@@ -148,26 +195,34 @@ def integers(address, shape):
 
 @inlined
 def exp2(x):
-    """2**x, floored at 2**-126 and at most 2**126. numba's own exp makes a call for each value."""
-    x = float32(-126.0) if x < float32(-126.0) else x
-    x = float32(126.0) if x > float32(126.0) else x
-    whole = np.floor(x + float32(0.5))
-    f = x - whole
+    """2**x of x <= 126, floored at 2**-126. numba's own exp makes a call for each value."""
+    x = greater(x, float32(-126.0))
+    shifted = x + SHIFT
+    f = x - (shifted - SHIFT)
     g = f * f
     p = (C0 + f * C1) + g * ((C2 + f * C3) + g * ((C4 + f * C5) + g * C6))
-    return p * as_float((int32(whole) + int32(127)) << int32(23))
+    return p * as_float(as_int(shifted) << int32(23))
+
+
+@inlined
+def exp_below(x):
+    """1 + exp(-x), at most 2**126: silu(x) is x divided by it."""
+    return float32(1.0) + exp2(less(-LOG2_E * x, float32(126.0)))
+
+
+@_inlined("contract", "arcp", "ninf")
+def reciprocal(x):
+    """1 / x of a finite x, by an estimate and a step of Newton's where a processor has estimates.
+
+    In a loop of its own: a division takes longer there. In a long chain of operations it does not.
+    """
+    return float32(1.0) / x
 
 
 @inlined
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
-    return float32(1.0) / (float32(1.0) + exp2(-LOG2_E * x))
-
-
-@inlined
-def silu(x):
-    """x · sigmoid(x)."""
-    return x / (float32(1.0) + exp2(-LOG2_E * x))
+    return float32(1.0) / exp_below(x)
 
 
 @inlined
