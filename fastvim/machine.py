@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import shutil
 from functools import cache
 
 
@@ -13,6 +15,14 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count() or 1
+
+
+def shared_memory() -> float:
+    """Bytes of the memory that processes share; infinite where the system does not tell."""
+    try:
+        return shutil.disk_usage("/dev/shm").total
+    except OSError:  # not on every system
+        return math.inf
 
 
 @cache

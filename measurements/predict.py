@@ -5,9 +5,9 @@
 
 JPEG files of 500 x 375 pixels are made first. The three take turns on one GPU with all cores,
 timm's with the model captured likewise. Images/s count from the first half of the images on, when
-what was read during the start is used up; medians. Of the two ways to decode, the largest
-difference of a probability is told, among the best five classes of an image that both name; the
-random head is made so strong that the best one has about a half.
+what was read during the start is used up; medians, with what the command says of its waiting. Of
+the two ways to decode, the largest difference of a probability is told, among the best five classes
+of an image that both name; the random head is made so strong that the best one has about a half.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ def of_second_half(times: list[float], images: int) -> float:
     return images / len(times) * (len(times) - 1 - middle) / (times[-1] - times[middle])
 
 
-def by_command(words: list[str], out: Path, decode: str, cores: int, images: int) -> float:
+def by_command(
+    words: list[str], out: Path, decode: str, cores: int, images: int
+) -> tuple[float, str]:
+    """Images/s, and what the command says of its waiting."""
     shutil.rmtree(out, ignore_errors=True)
-    predict([*words, "--decode", decode], out, cores, 1)
+    said = predict([*words, "--decode", decode], out, cores, 1)["said"]
     times = sorted(path.stat().st_mtime for path in (out / "parts").glob("part-*"))
-    return of_second_half(times[: images // PART], images // PART * PART)
+    return of_second_half(times[: images // PART], images // PART * PART), said
 
 
 def by_timm(model: torch.nn.Module, folder: Path, cores: int, images: int) -> float:
@@ -93,11 +96,14 @@ def main() -> None:
     save(weights, model.state_dict(), {"model": arguments.model, "model_args": {}})
 
     cores, rates = len(os.sched_getaffinity(0)), {name: [] for name in (*WAYS, "timm")}
+    said: dict[str, list[str]] = {name: [] for name in WAYS}
     words = ["--model", str(weights), str(folder)]
     for turn in range(arguments.rounds):
         for name, decode in WAYS.items():
             out = arguments.work / f"{decode}{turn}"
-            rates[name].append(by_command(words, out, decode, cores, count))
+            rate, told = by_command(words, out, decode, cores, count)
+            rates[name].append(rate)
+            said[name].append(told)
         rates["timm"].append(by_timm(model, folder, cores, count))
     medians = {name: statistics.median(each) for name, each in rates.items()}
     record = {
@@ -109,6 +115,7 @@ def main() -> None:
         "images/s": medians,
         "of timm's": {name: medians[name] / medians["timm"] for name in WAYS},
         "all": rates,
+        "says": said,
         "probabilities": apart(*(rows(arguments.work / f"{way}0") for way in WAYS.values())),
     }
     print(json.dumps(record, indent=1))  # noqa: T201

@@ -20,7 +20,7 @@ from fastvim.data.classes import places
 from fastvim.data.files import Chosen, ImageFiles, reader_classes
 from fastvim.data.finishing import Finish
 from fastvim.data.folders import ClassFolder, ClassFolders
-from fastvim.data.gpu.loading import Decode, decode_batches, encoded, why_not_files, why_pillow
+from fastvim.data.gpu.loading import Decode, Sent, encoded, finish_batches, what_is_sent
 from fastvim.data.issues import NoFiles, SplitReport
 from fastvim.data.pixels import DAMAGED
 from fastvim.data.splits import find_split, open_folder
@@ -101,7 +101,8 @@ class ImageData(DataModule):
         decode: where training images are decoded, cropped and augmented: "gpu" in batches on the
             trainer's device, "cpu" in the loading processes, "auto" on a GPU that can. The random
             numbers are the same, and the pixels but for a few levels in some (`fastvim.data.gpu`).
-        eval_decode: likewise of validation and test; "cpu" has Pillow's pixels.
+        eval_decode: likewise of validation and test; "cpu" has Pillow's pixels, which a GPU only
+            crops and resizes, to the same values.
         kwargs: further arguments of `DataModule`.
 
     Raises:
@@ -225,30 +226,27 @@ class ImageData(DataModule):
         return self._choose(files) if training and self.train_images is not None else files
 
     def samples(self, role: str) -> Dataset[Any]:
-        files = super().samples(role)
-        return encoded(files, self._transform(role)) if self._in_batches(role) else files
+        files, sent = super().samples(role), self._sent(role)
+        return files if sent is None else encoded(files, self._transform(role), sent)
 
     def _loader(self, role: str, *how: Any) -> WatchedLoader:
         loader = super()._loader(role, *how)
-        if self._in_batches(role):
+        if (sent := self._sent(role)) is not None:
             known = self._transform(role), self.read_picture, self.device
-            decode_batches(loader, *known, training=role == "train")
+            finish_batches(loader, *known, sent, training=role == "train")
         return loader
 
-    def _in_batches(self, role: str) -> bool:
-        """Whether the images of a role are decoded in batches on the trainer's device."""
-        option = "decode" if role == "train" else "eval_decode"
-        decode = self.decode if role == "train" else self.eval_decode
-
-        def why_not() -> str:
-            known = self._transform(role), self.read_picture, self.device
-            return why_not_files(self._datasets[role], *known)
-
-        why = why_pillow(option, decode, self.device, why_not)
+    def _sent(self, role: str) -> Sent | None:
+        """What the trainer's device makes images of; None if the loading processes make them."""
+        training = role == "train"
+        option, decode = ("decode", self.decode) if training else ("eval_decode", self.eval_decode)
+        batch_size = None if training else self.eval_batch_size
+        known = self._transform(role), self.read_picture, self.device
+        sent, why = what_is_sent(self._datasets[role], *known, option, decode, batch_size)
         if why and option not in self._examined:
             self._examined.add(option)
             _logger.warning("the loading processes decode the images, not the GPU: %s", why)
-        return why is None
+        return sent
 
     def check(self, role: str) -> SplitReport:
         self._examined.add(role)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fastvim.cudagraph import compile_for
+from fastvim.data.gpu.finish import DecodeAndFinish
 from fastvim.data.gpu.sending import send
 from fastvim.errors import NOT_FINITE, UserError
 from fastvim.inference.captured import Predictor
-from fastvim.inference.encoded import DECODES, EncodedPictures, decoded_in_batches
-from fastvim.inference.inputs import Pictures, reader
+from fastvim.inference.encoded import DECODES, read_for_gpu
+from fastvim.inference.inputs import reader
 from fastvim.inference.models import ImageWork, OpenedModel
 from fastvim.inference.parts.collect import json_line
 from fastvim.inference.parts.store import Store
@@ -76,10 +77,10 @@ class Classifier(OpenedModel):
         self.read, self.transform, self.endings = reader(self.model, self.images, self.read_picture)
         self._see = self.read
         self.decode = work.decode
-        self._decoded = decoded_in_batches(work.decode, self.read, self.transform, device)
-        if self._decoded is not None:
-            assert isinstance(self.read, Pictures)
-            self.read = EncodedPictures(self.read)
+        self._finish: DecodeAndFinish | None = None
+        known = self.read, self.transform, device, self.batch_size
+        if (for_gpu := read_for_gpu(work.decode, *known)) is not None:
+            self.read, self._finish = for_gpu
         self._run: Callable[[Tensor], Tensor] | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -91,8 +92,8 @@ class Classifier(OpenedModel):
 
     def prepare(self, images: Any) -> tuple[Tensor, dict[int, UserError]]:
         """Images of the model: float32 (B, C, H, W) on its device."""
-        if self._decoded is not None:
-            return self._decoded.each(images, self.device)
+        if self._finish is not None:
+            return self._finish.each(images, self.device)
         images = send(images, self.device)
         if self.transform is not None:
             images = self.transform.finish(images, self.device)

@@ -1,17 +1,16 @@
-"""Picture files that a GPU decodes in batches: `fastvim predict --decode gpu`."""
+"""Pictures that a GPU finishes in batches, and with `fastvim predict --decode gpu` decodes."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
-from torch import Tensor
 
-from fastvim.data.gpu.files import Opened, gather, open_jpeg
+from fastvim.data.gpu.files import Opened, Pixels, gather, open_jpeg
 from fastvim.data.gpu.finish import DecodeAndFinish
-from fastvim.data.gpu.loading import Decode, why_not_in_batches, why_pillow
+from fastvim.data.gpu.loading import Decode, resized_there, why_not_in_batches, why_pillow
 from fastvim.data.gpu.planned import Planned, planned
 from fastvim.data.remote import is_url, read_bytes
 from fastvim.data.transforms import ImageTransform
@@ -25,43 +24,50 @@ DECODES = get_args(Decode)
 
 
 class EncodedPictures:
-    """Reads JPEG files as they are, with what is to be done to their pixels.
+    """Reads pictures for a GPU, with what is to be done to their pixels.
 
-    All other files, and those that a GPU does not decode as Pillow does, are read by Pillow.
+    Those are JPEG files as they are, or pixels: of all other files, and of those that a GPU does
+    not decode as Pillow does.
 
     Args:
         pictures: reads pixels, and says what is wrong with a file.
+        files: read JPEG files as they are; False has Pillow decode them.
     """
 
     batch = staticmethod(gather)
 
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
-        self._steps = planned(pictures.transform)
+    def __init__(self, pictures: Pictures, files: bool) -> None:
+        self.pictures = Pictures(pictures.reader, Pixels(pictures.transform), pictures.exif)
+        self._steps = planned(pictures.transform) if files else None
 
     def __call__(self, path: str) -> tuple[Opened, Planned]:
-        if (content := _jpeg(path)) is not None:
+        if self._steps is not None and (content := _jpeg(path)) is not None:
             file = open_jpeg(content, path, self.pictures.reader.max_pixels)
             if file is not None:
-                assert self._steps is not None
                 return file, self._steps(Planned(file.upright))
-        return _whole(self.pictures(path), path)
+        return self.pictures(path)
 
     def told(self) -> Seen:
         """As of `Read`."""
         return self.pictures.told()
 
 
-def decoded_in_batches(
-    decode: str, read: Pictures | Arrays, transform: ImageTransform | None, device: torch.device
-) -> DecodeAndFinish | None:
-    """What makes images of the files of `EncodedPictures`; None if Pillow is to decode them.
+def read_for_gpu(
+    decode: str,
+    read: Pictures | Arrays,
+    transform: ImageTransform | None,
+    device: torch.device,
+    batch_size: int,
+) -> tuple[EncodedPictures, DecodeAndFinish] | None:
+    """What reads pictures for a GPU, and makes images of them there; None if Pillow does it all.
 
     Args:
-        decode: one of `DECODES`: "auto" takes a GPU where there is one that can.
+        decode: one of `DECODES`: "auto" takes a GPU where there is one that can. With "cpu" it
+            does what follows, where the pixels are Pillow's own.
         read: of single images.
         transform: of pictures, None for arrays.
         device: of the model.
+        batch_size: images at a time.
 
     Raises:
         UserError: "gpu" is asked for what it does not decode.
@@ -74,12 +80,15 @@ def decoded_in_batches(
 
     if why := why_pillow("decode", decode, device, why_not):
         _logger.warning("Pillow decodes the images, not the GPU: %s", why)
-    if why is not None or isinstance(read, Arrays) or transform is None:
+    if isinstance(read, Arrays) or transform is None:
+        return None
+    files = why is None
+    if not files and not resized_there(transform, read.reader, device, batch_size):
         return None
     finish = DecodeAndFinish(transform, read.reader)
     if device.type == "cuda":
-        finish.warm_up(device)
-    return finish
+        finish.warm_up(device, decoder=files)
+    return EncodedPictures(read, files), finish
 
 
 def _jpeg(path: str) -> bytes | None:
@@ -93,10 +102,3 @@ def _jpeg(path: str) -> bytes | None:
             return begin + file.read() if begin == b"\xff\xd8\xff" else None
     except (OSError, UserError):  # said by who reads it instead
         return None
-
-
-def _whole(pixels: Tensor, path: str) -> tuple[Opened, Any]:
-    """Finished pixels (3, h, w), of which nothing is cut away."""
-    size = pixels.shape[2], pixels.shape[1]
-    content = pixels.movedim(0, 2).contiguous().view(-1)
-    return Opened(content, False, size, 1, path), Planned(size)

@@ -72,11 +72,11 @@ class Pictures:
         self.reader, self.transform, self.exif = reader, transform, exif
         self._seen = Seen()
 
-    def __call__(self, path: str) -> Tensor:
+    def __call__(self, path: str) -> Any:
         return self.image(BytesIO(read_bytes(path)) if is_url(path) else path, path)
 
-    def image(self, source: Source, path: str) -> Tensor:
-        """The image in a file, or in the content of one, of that path."""
+    def image(self, source: Source, path: str) -> Any:
+        """What becomes of the image in a file, or in the content of one, of that path."""
         image = self.reader(source, path, exif=self.exif)
         self._seen.brightest.add(image)
         self._seen.several += stored(image).several

@@ -179,6 +179,43 @@ def test_evaluation(root: Path, tmp_path: Path) -> None:
         data.val_dataloader()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_of_what_pillow_decodes(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    workers: int,
+    device: str,
+) -> None:
+    """Resized by the trainer's device to the pixels, and with the errors, of the processes."""
+
+    def evaluated(root: Path, there: bool, **settings: Any) -> list[Any]:
+        monkeypatch.setattr("fastvim.data.gpu.loading.has_kernels", lambda _: there)
+        monkeypatch.setattr(ImageData, "device", torch.device(device))
+        data = ImageData(str(root), eval_batch_size=5, num_workers=workers, img_size=40, **settings)
+        data.setup("validate")
+        return list(data.val_dataloader())
+
+    expected = evaluated(root, False, val_split="train")
+    found = evaluated(root, True, val_split="train")
+    assert [len(targets) for _, targets in found] == [5, 5, 2]
+    for (images, targets), (others, same) in zip(found, expected, strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(targets, same)
+    assert "decode" not in caplog.text  # nobody asked
+    for name in ("ant", "bee"):
+        place = tmp_path / "val" / name / "0.jpg"
+        place.parent.mkdir(parents=True)
+        place.write_bytes(broken(jpeg(0)) if name == "bee" else jpeg(0))
+    for there in (False, True):
+        with pytest.raises(UnreadableImageError, match=r"bee/0\.jpg: unreadable image"):
+            evaluated(tmp_path, there)
+    grey = {"in_chans": 1, "mean": (0.5,), "std": (0.2,)}
+    assert torch.equal(evaluated(root, True, **grey)[0][0], evaluated(root, False, **grey)[0][0])
+
+
 def test_one_too_large_is_said(root: Path) -> None:
     with pytest.raises(UserError, match=r"too large, 1\d\dx\d\d|too large, \d\dx1\d\d"):
         batches(root, "gpu", max_pixels=5000)

@@ -1,1 +1,1 @@
-"""Training images decoded and augmented in batches on a GPU: `planned`, `files`, `finish`."""
+"""Images decoded, resized and augmented in batches on a GPU: `planned`, `files`, `finish`."""

@@ -4,7 +4,8 @@ An axis is resized at a time, the width first, each bit for bit as Pillow does: 
 of old ones, with weights that are multiples of 2 ** -22. Between the two, values are rounded to 8
 bits. Pillow resizes the height first where it finds that cheaper, and then differs by a level or
 two in some pixels, more only beside edges as hard as noise has them: in crops of training, and in
-evaluation's images that are more than twice as high as wide.
+evaluation's images that are more than twice as high as wide (`Planned.width_first`). Its "nearest"
+now and then takes the pixel beside.
 
 B: images of a batch; H, W: of an image as decoded; h, w: of the result; K: old pixels that a new
 one is made of, at most; S: lines of an image that are resized, at most

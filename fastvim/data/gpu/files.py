@@ -1,4 +1,4 @@
-"""What a loading process sends for a batch that a GPU decodes: bytes of files, and what to do.
+"""What a loading process sends for a batch that a GPU finishes: files or pixels, and what to do.
 
 B: images of a batch; H, W: height and width of an image as stored
 """
@@ -15,16 +15,20 @@ import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
+from torch.multiprocessing import get_sharing_strategy
 from torch.utils.data import get_worker_info
 from torchvision.transforms import Compose
 
 from fastvim.data.decoding import check_size, orientation_of, without_pillows_limit
-from fastvim.data.gpu.planned import Planned, numbered
+from fastvim.data.gpu.planned import Planned, numbered, planned
 from fastvim.data.pixels import PictureReader
 
 END = b"\xff\xd9"  # of a JPEG file
 # Pixels across and down for one of colour: 4:4:4, 4:2:2, 4:4:0, 4:2:0.
 SUBSAMPLED = ((1, 1), (2, 1), (1, 2), (2, 2))
+# Of an image that is sent as pixels to be resized: a hundred photographs of more for each process
+# would fill the memory that processes share.
+MOST_SENT = 2**19
 # Places in `Files.plans`.
 JPEG, HEIGHT, WIDTH, ORIENTATION, LEFT, TOP, RIGHT, BOTTOM = range(8)
 WHOLE_WIDTH, WHOLE_HEIGHT, BEGIN_X, BEGIN_Y, ACROSS, DOWN = range(8, 14)
@@ -43,7 +47,7 @@ class Files(NamedTuple):
         operations: what follows the crop, float64 (B, most of an image, `NUMBERS`), in order and
             padded with rows of kind `NOTHING`.
         erased: int64 (B, 5), as `Drawn` has it.
-        names: of the files, for messages.
+        names: of the files, for messages; "" of pixels.
     """
 
     content: Tensor
@@ -75,14 +79,14 @@ class Opened(NamedTuple):
     """A file before its augmentation is drawn.
 
     Attributes:
-        content: uint8, as of `Files`.
+        content: uint8, as of `Files`, to be read alone.
         jpeg: whether it is that of a JPEG file.
         size: width and height as stored.
         orientation: EXIF's.
-        name: of the file.
+        name: of the file; "" of pixels.
     """
 
-    content: Tensor
+    content: np.ndarray
     jpeg: bool
     size: tuple[int, int]
     orientation: int
@@ -107,7 +111,7 @@ class FileReader:
     def __call__(self, file: Any, name: str) -> Opened:
         content = file.read()
         opened = open_jpeg(content, name, self.read.max_pixels)
-        return opened or decoded(self.read(BytesIO(content), name), name)
+        return opened or decoded(self.read(BytesIO(content), name))
 
 
 def open_jpeg(content: bytes, name: str, max_pixels: int | None) -> Opened | None:
@@ -133,7 +137,7 @@ def open_jpeg(content: bytes, name: str, max_pixels: int | None) -> Opened | Non
     check_size(image.size, max_pixels, name)
     if not _is_plain(image):
         return None
-    values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    values = np.frombuffer(content, np.uint8)
     return Opened(values, True, image.size, orientation_of(image), name)
 
 
@@ -152,10 +156,9 @@ def _is_plain(image: Image.Image) -> bool:
     return not as_rgb and whole and brightness[1:3] in SUBSAMPLED
 
 
-def decoded(image: Image.Image, name: str) -> Opened:
-    """An image that Pillow has decoded."""
-    values = torch.from_numpy(np.array(image)).view(-1)
-    return Opened(values, False, image.size, 1, name)
+def decoded(image: Image.Image) -> Opened:
+    """An image that Pillow has decoded, upright."""
+    return Opened(np.asarray(image).reshape(-1), False, image.size, 1, "")
 
 
 class Draw:
@@ -172,6 +175,35 @@ class Draw:
         return file, self.steps(Planned(file.upright))
 
 
+class Pixels:
+    """Makes of an image what a device finishes to the very pixels that a transform gives.
+
+    That is the whole image where the device resizes as Pillow does, and else the transform's own
+    result, of which nothing is cut away.
+
+    Args:
+        transform: to uint8 pixels (3, H, W), which can be `planned`.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+        steps = planned(transform)
+        assert steps is not None
+        self._steps = steps
+
+    def __call__(self, image: Image.Image) -> tuple[Opened, Planned]:
+        width, height = image.size
+        # A high one is much memory between the two axes.
+        if width * height <= MOST_SENT and height <= 2 * width:
+            plan = self._steps(Planned(image.size))
+            if plan.width_first:
+                return decoded(image), plan
+        pixels = self.transform(image)
+        size = pixels.shape[2], pixels.shape[1]
+        values = pixels.movedim(0, 2).contiguous().view(-1).numpy()
+        return Opened(values, False, size, 1, ""), Planned(size)
+
+
 def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, np.ndarray]:
     """A batch of files, and the targets int64 (B,)."""
     drawn, targets = zip(*samples, strict=True)
@@ -181,10 +213,6 @@ def collate(samples: list[tuple[tuple[Opened, Planned], int]]) -> tuple[Files, n
 def gather(drawn: Sequence[tuple[Opened, Planned]]) -> Files:
     """A batch of files."""
     contents = [file.content for file, _ in drawn]
-    total = sum(map(len, contents))
-    whole = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is not None:  # where the other process reads it
-        whole = whole.new(whole.untyped_storage()._new_shared(total, device="cpu"))
     plans = [
         (
             *(file.jpeg, *file.size[::-1], file.orientation),
@@ -193,10 +221,23 @@ def gather(drawn: Sequence[tuple[Opened, Planned]]) -> Files:
         for file, plan in drawn
     ]
     return Files(
-        torch.cat(contents, out=whole.resize_(total)),
+        _joined(contents),
         np.array([len(content) for content in contents]),
         np.array(plans, dtype=np.int64),
         numbered([plan.operations for _, plan in drawn]),
         np.stack([plan.erased.numpy() for _, plan in drawn]),
         [file.name for file, _ in drawn],
     )
+
+
+def _joined(contents: list[np.ndarray]) -> Tensor:
+    """All of them, one after the other; in a loading process where another one reads them."""
+    if get_worker_info() is None or get_sharing_strategy() != "file_descriptor":
+        return torch.from_numpy(np.concatenate(contents))
+    storage = torch.UntypedStorage._new_shared(sum(map(len, contents)), device="cpu")
+    file, _ = storage._share_fd_cpu_()
+    # Written, not copied: the first touch of a page of memory costs more than the bytes in it.
+    with open(file, "wb", closefd=False) as shared:
+        shared.seek(0)
+        shared.writelines(content.data for content in contents)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)

@@ -45,7 +45,8 @@ class Decoded(NamedTuple):
 class DecodeAndFinish:
     """Decodes, crops, augments, normalises and erases a batch.
 
-    A file that the device's decoder refuses is read by Pillow.
+    A file that the device's decoder refuses is read by Pillow. There is no decoder where no file
+    needs one.
 
     Args:
         transform: of the images, which can be `planned`.
@@ -109,9 +110,15 @@ class DecodeAndFinish:
                 images.append(self._finished(part, decoded, own, device))
         return torch.cat(images), errors
 
-    def warm_up(self, device: torch.device) -> None:
-        """Load decoder and kernels of a GPU, which one thread of a process can do at a time."""
-        self._decoder = self._decoder or make_decoder(device)
+    def warm_up(self, device: torch.device, decoder: bool) -> None:
+        """Load what a GPU runs, which one thread of a process can do at a time.
+
+        Args:
+            device: the GPU.
+            decoder: that of files too, not the kernels alone.
+        """
+        if decoder:
+            self._decoder = self._decoder or make_decoder(device)
         pixels = torch.zeros(8 * 8 * 3, dtype=torch.uint8, device=device)
         still, boxes = np.zeros((1, 2), dtype=bool), np.array([[0, 0, 8, 8]])
         whole, begin = np.array([self.size]), boxes[:, :2]
@@ -132,8 +139,6 @@ class DecodeAndFinish:
         return self.finish(Drawn(images, torch.from_numpy(files.erased[own])), device)
 
     def _decode(self, files: Files, device: torch.device) -> Decoded:
-        if self._decoder is None:
-            self._decoder = make_decoder(device)
         if self._kept is not None:
             self._kept[1].synchronize()
         sizes = files.plans[:, places.HEIGHT : places.WIDTH + 1]
@@ -144,13 +149,18 @@ class DecodeAndFinish:
         encoded = Encoded(files.content, content_begins, files.lengths, pixels, begins, sizes)
         is_jpeg = files.plans[:, places.JPEG] > 0
         jpeg, others = np.flatnonzero(is_jpeg), np.flatnonzero(~is_jpeg)
-        refused = jpeg[self._decoder(encoded.only(jpeg))] if len(jpeg) else jpeg
+        refused = jpeg
+        if len(jpeg):
+            self._decoder = self._decoder or make_decoder(device)
+            refused = jpeg[self._decoder(encoded.only(jpeg))]
+        for run in np.split(others, np.flatnonzero(np.diff(others) > 1) + 1) if len(others) else ():
+            content = files.content[content_begins[run[0]] : content_ends[run[-1]]]
+            pixels[begins[run[0]] : ends[run[-1]]].copy_(send(content, device))
         errors: dict[int, UserError] = {}
-        for number in (*others.tolist(), *refused.tolist()):
+        for number in refused.tolist():
             content = files.content[content_begins[number] : content_ends[number]]
             try:
-                if is_jpeg[number]:
-                    content = self._by_pillow(content, files.names[number])
+                content = self._by_pillow(content, files.names[number])
                 pixels[begins[number] : ends[number]].copy_(send(content, device))
             except UnreadableImageError as error:
                 errors[number] = error

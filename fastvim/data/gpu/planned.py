@@ -71,6 +71,17 @@ class Planned(Image.Image):
         self.operations: list[Operation] = []
         self.erased = NOWHERE
 
+    @property
+    def width_first(self) -> bool:
+        """Whether Pillow surely resizes the width first, as `crops` does.
+
+        From version 13 on it begins with the height where that takes away more than twice as many
+        lines as the width loses columns. Earlier ones never do.
+        """
+        left, top, right, bottom = self.box
+        lost = bottom - top - self.whole[1]
+        return lost <= 0 or lost <= 2 * (right - left - self.whole[0])
+
     def crop(self, box: Any = None) -> Planned:
         """Before it is resized, and after that."""
         left, top, right, bottom = box
