@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastvim.ops.registered import is_transformed
+from fastvim.ops.registered import is_recorded, is_transformed
 
 _logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -96,6 +96,10 @@ ENGINES: dict[str, tuple[Engine, ...]] = {
         ),
     ),
 }
+
+# Several ops in one call, where no gradient is wanted: conv_pool with means, selective_scan and
+# expand_gate. The arguments are those of `fastvim.ops.cpu.mix.mix_cpu`.
+MIX = (_numba("fastvim.ops.cpu.mix:mix_cpu", "fastvim.ops.cpu.mix:mix_cpu"),)
 
 _chosen: str | None = None
 
@@ -176,6 +180,22 @@ def implementation(
             function: Callable[_P, _T] = find(engine.masked if masked else engine.function)
             return function
     return reference
+
+
+def mix_at_once(x: Tensor, masked: bool) -> Callable[..., Tensor] | None:
+    """The function that computes `MIX` for a tensor like `x`; None: call the ops one by one.
+
+    So it is where a gradient may be wanted, and where each op has to be seen: by a compiler, an
+    exporter, a mode of torch's dispatcher.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_recorded(x):
+        return None
+    if torch.jit.is_tracing() or is_transformed():
+        return None
+    for engine in _cached_candidates(MIX, _chosen, x.device.type, x.dtype, masked):
+        if available(engine.package):
+            return _cached_resolve(engine.masked if masked else engine.function)
+    return None
 
 
 def engine_name(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:

@@ -22,7 +22,7 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _is_recorded(x: Tensor) -> bool:
+def is_recorded(x: Tensor) -> bool:
     """Whether something beside autograd follows the ops: a mode, or a tensor of another class."""
     return type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0
 
@@ -87,7 +87,7 @@ class Op:
     def __call__(self, *arguments: Any) -> Any:
         if self.definition is not None and _is_differentiated_in_turn(arguments):
             return self.definition(*arguments)
-        if torch.compiler.is_compiling() or _is_recorded(arguments[0]):
+        if torch.compiler.is_compiling() or is_recorded(arguments[0]):
             return self.registered(*arguments)
         if self.backward is not None and torch.is_grad_enabled():
             return _Differentiable.apply(self, self.run, *arguments)
@@ -100,7 +100,7 @@ class Op:
         registration would dispatch a second time, which takes longer than a call.
         """
         first = arguments[0]
-        followed = torch.is_grad_enabled() or is_transformed() or _is_recorded(first)
+        followed = torch.is_grad_enabled() or is_transformed() or is_recorded(first)
         if not followed and first.device.type == self._device:
             return self.run(*arguments)
         keys = keys & torch._C._after_autograd_keyset

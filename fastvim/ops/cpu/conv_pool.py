@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvim.ops.cpu.threads import bits_of, blocks_of, run
+from fastvim.ops.cpu.threads import bits_of, blocks_of, ready, rows_of, run
 from fastvim.ops.cpu.walks import Walk, arguments_of, segments_of, walk_of
 from fastvim.ops.recompute import note
 from fastvim.ops.reference import conv_pool_reference
@@ -23,7 +23,7 @@ from fastvim.ops.traversal import Pooling, Segments
 STRETCH = 128  # path positions of a task, about
 
 
-def _run(
+def compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -38,15 +38,10 @@ def _run(
     tables = walk_of(walk, order, index)
     pooled, skip = x.new_zeros(2, B, tables.steps, E), x.new_empty(B, L, E)
     chunks, stretch = _split(L, tables.run)
-    sizes = (*_sizes(x, weight, tables, chunks, stretch), bits_of(_mean(walk, scale)))
+    sizes = (*_sizes(x, weight, tables, chunks, stretch), bits_of(scale / tables.size))
     arrays = (x, weight, bias, D, tables.order, tables.segment, pooled, skip)
     run("forward:conv_pool", B * blocks_of(E) * chunks, sizes, arrays)
     return pooled, skip
-
-
-def _mean(walk: Sequence[int], scale: float) -> float:
-    """The factor on sums. Divided here: a graph would be fixed to one quotient of sizes."""
-    return scale / Segments.unflatten(walk).segment_size
 
 
 def _split(length: int, run: int) -> tuple[int, int]:
@@ -100,7 +95,7 @@ def _run_backward(
     chunks, stretch = _split(L, 1)
     dx = x.new_empty(B, L, E)
     sums = x.new_empty(B * chunks, 2, K + 2, E)  # of taps, bias and D
-    sizes = (*_sizes(x, weight, tables, chunks, stretch), bits_of(_mean(walk, scale)))
+    sizes = (*_sizes(x, weight, tables, chunks, stretch), bits_of(scale / tables.size))
     arrays = (x, weight, bias, D, tables.order, tables.segment, dpooled, dskip, dx, sums)
     run("backward:conv_pool", B * blocks_of(E) * chunks, sizes, arrays)
     total = sums.sum(0)
@@ -164,7 +159,7 @@ def _backward(ctx: Any, dpooled: Tensor, dskip: Tensor) -> tuple[Tensor | None, 
     return (*_backward_op(*inputs, dpooled, dskip), None, None, None, None)
 
 
-_op = Op("fastvim::conv_pool_cpu", _run, _fake, _setup_context, _backward, device="cpu")
+_op = Op("fastvim::conv_pool_cpu", compute, _fake, _setup_context, _backward, device="cpu")
 
 
 def _skip_of(
@@ -197,9 +192,8 @@ def conv_pool_cpu(
     Maxima are taken of all convolved tokens, in a second pass.
     """
     dtype = x.dtype
-    x = x.float()
-    x = x if x.stride(2) == 1 else x.contiguous()
-    parameters = [t.float().contiguous() for t in (weight, bias, D)]
+    x = rows_of(x)
+    parameters = [ready(t) for t in (weight, bias, D)]
     maxima = pooling == "max" and segments.pools
     walk, order, index = arguments_of(_apart(segments) if maxima else segments)
     scale = 1.0 if maxima else pool_scale

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvim.ops.cpu.threads import bits_of, blocks_of, run
+from fastvim.ops.cpu.threads import bits_of, blocks_of, ready, rows_of, run
 from fastvim.ops.cpu.walks import Walk, arguments_of, segments_of, walk_of
 from fastvim.ops.recompute import restored, saved_for
 from fastvim.ops.reference import expand_gate_reference
@@ -41,12 +41,26 @@ def _run(
     eps: float,
 ) -> Tensor:
     """All float32; z with any strides but 1 along E, the others contiguous."""
+    out = torch.empty_like(skip)
+    fill(out, skip, z, y, walk_of(walk, order, index), weight, bias, eps)
+    return out
+
+
+def fill(
+    out: Tensor,
+    skip: Tensor,
+    z: Tensor,
+    y: Tensor,
+    tables: Walk,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    """The same into `out`, which may be `skip`: a token is read before it is written."""
     B, L, _ = skip.shape
-    tables, out = walk_of(walk, order, index), torch.empty_like(skip)
     sizes = _sizes(skip, z, tables, TOKENS, weight is not None, eps)
     arrays = (skip, z, y, tables.tokens, weight, bias, out)
     run("forward:expand_gate", -(-B * L // TOKENS), sizes, arrays)
-    return out
 
 
 def _fake(
@@ -165,9 +179,7 @@ def expand_gate_cpu(
     eps: float = 1e-5,
 ) -> Tensor:
     """`fastvim.ops.expand_gate` for CPU tensors of at most 32 bits."""
-    gate = z.float()
-    gate = gate if gate.stride(2) == 1 else gate.contiguous()
-    values = (skip.float().contiguous(), gate, y.float().contiguous())
-    norm = [None if t is None else t.float().contiguous() for t in (norm_weight, norm_bias)]
+    values = (ready(skip), rows_of(z), ready(y))
+    norm = [None if t is None else ready(t) for t in (norm_weight, norm_bias)]
     out: Tensor = _op(*values, *arguments_of(segments), *norm, eps)
     return out.to(skip.dtype)

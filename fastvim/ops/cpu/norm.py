@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvim.ops.cpu.threads import bits_of, run
+from fastvim.ops.cpu.threads import bits_of, ready, run
 from fastvim.ops.recompute import note
 from fastvim.ops.reference import NormKind, add_norm_reference
 from fastvim.ops.registered import Op, gradients_of
@@ -129,7 +129,7 @@ def add_norm_cpu(
 ) -> tuple[Tensor, Tensor]:
     """`fastvim.ops.add_norm` for CPU tensors of at most 32 bits."""
     first, second, *norm = (
-        None if t is None else t.float().contiguous() for t in (hidden, residual, weight, bias)
+        None if t is None else ready(t) for t in (hidden, residual, weight, bias)
     )
     normed, total = _op(first, second, *norm, kind == "rms", eps)
     note(normed, functools.partial(_norm_of, rms=kind == "rms", eps=eps), total, *norm)

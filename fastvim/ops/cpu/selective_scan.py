@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvim.ops.cpu.threads import blocks_of, run
+from fastvim.ops.cpu.threads import blocks_of, ready, run
 from fastvim.ops.reference import selective_scan_reference, without_autocast
 from fastvim.ops.registered import Op, gradients_of
 
@@ -33,7 +33,7 @@ def _sizes(u: Tensor, dt_proj: Tensor, A_log: Tensor) -> tuple[tuple[int, ...], 
     return (B, S, E, A_log.shape[2], dt_proj.shape[2], shares), 2 * blocks_of(E) * shares
 
 
-def _run(u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor) -> Tensor:
+def compute(u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor) -> Tensor:
     """All float32 and contiguous."""
     y = torch.empty_like(u)
     sizes, tasks = _sizes(u, dt_proj, A_log)
@@ -93,7 +93,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     return tuple(_backward_op(*ctx.saved_tensors, dy))
 
 
-_op = Op("fastvim::selective_scan_cpu", _run, _fake, _setup_context, _backward, device="cpu")
+_op = Op("fastvim::selective_scan_cpu", compute, _fake, _setup_context, _backward, device="cpu")
 
 
 @without_autocast
@@ -101,6 +101,6 @@ def selective_scan_cpu(
     u: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor
 ) -> Tensor:
     """`fastvim.ops.selective_scan` for CPU tensors of at most 32 bits."""
-    inputs = [t.float().contiguous() for t in (u, x_proj, dt_proj, dt_bias, A_log)]
+    inputs = [ready(t) for t in (u, x_proj, dt_proj, dt_bias, A_log)]
     y: Tensor = _op(*inputs)
     return y.to(u.dtype)

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -19,8 +20,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # channels of a task: a few of the widest vectors, and rows that fit the L1 cache
-WORDS = 32  # integers that a kernel gets
-_Words = ctypes.c_int64 * WORDS
+WORDS = 32  # integers that a kernel gets, at most
 _forked = False
 
 
@@ -64,6 +64,19 @@ def blocks_of(channels: int) -> int:
     return -(-channels // BLOCK)
 
 
+def ready(values: Tensor) -> Tensor:
+    """As kernels read it: float32 and contiguous."""
+    plain = values.dtype is torch.float32 and values.is_contiguous()
+    return values if plain else values.float().contiguous()
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """As kernels read a part of each token: float32, and contiguous along the last axis."""
+    values = values.float()
+    return values if values.stride(-1) == 1 else values.contiguous()
+
+
+@functools.lru_cache(maxsize=256)
 def bits_of(value: float) -> int:
     """A number as the integer whose bits are those of its float32."""
     bits: int = struct.unpack("i", struct.pack("f", value))[0]
@@ -82,9 +95,9 @@ def run(name: str, tasks: int, sizes: Sequence[int], arrays: Sequence[Tensor | N
         arrays: the tensors whose addresses follow; None: 0.
     """
     address, call = _kernel(name)
-    addresses = [0 if array is None else array.data_ptr() for array in arrays]
-    data = _Words(0, *sizes, *addresses)  # the first one counts the tasks that were taken
-    words = ctypes.addressof(data)
+    addresses = [0 if values is None else values.data_ptr() for values in arrays]
+    data = array("q", (0, *sizes, *addresses))  # the first one counts the tasks that were taken
+    words, _ = data.buffer_info()
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1:
         call(words)

@@ -25,6 +25,8 @@ class Walk(NamedTuple):
         tokens: the same, of each token in memory.
         steps: S, the number of segments.
         run: path positions that follow each other in a segment; L where a segment comes again.
+        size: cells of a full segment.
+        strides: of the tables along directions and batch; 0 where all share a row.
     """
 
     order: Tensor
@@ -32,13 +34,8 @@ class Walk(NamedTuple):
     tokens: Tensor
     steps: int
     run: int
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        """Of the tables along directions and batch; 0 where all share a row."""
-        directions, sequences, tokens = self.segment.shape
-        batch = tokens if sequences > 1 else 0
-        return sequences * tokens if directions > 1 else 0, batch
+    size: int
+    strides: tuple[int, int]
 
 
 # A walk as the arguments of a registered op: integers, and two tables where there is a mask.
@@ -69,7 +66,9 @@ def walk_of(walk: Sequence[int], order: Tensor | None, index: Tensor | None) -> 
     segments = Segments.unflatten(walk)
     steps = segments.num_segments if segments.pools else order.shape[1]
     tokens = torch.empty_like(index).scatter(2, order.expand_as(index), index)
-    return Walk(order.contiguous(), index.contiguous(), tokens, steps, order.shape[1])
+    sequences, length = order.shape
+    size, strides = segments.segment_size, (sequences * length, length if sequences > 1 else 0)
+    return Walk(order.contiguous(), index.contiguous(), tokens, steps, length, size, strides)
 
 
 @functools.lru_cache(maxsize=256)
@@ -90,4 +89,5 @@ def _unmasked(walk: tuple[int, ...]) -> Walk:
     if not segments.pools:
         index, run = torch.arange(length), 1
     tokens = torch.empty_like(index).scatter(0, order, index)
-    return Walk(order[None], index[None, None], tokens[None, None], segments.num_segments, run)
+    tables, size = (order[None], index[None, None], tokens[None, None]), segments.segment_size
+    return Walk(*tables, segments.num_segments, run, size, (0, 0))
