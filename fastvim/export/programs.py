@@ -6,13 +6,11 @@ B  batch, C  channels that a model knows, c  channels of an image, H W  its pixe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.fx.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -76,22 +74,11 @@ class Program:
         """
         inputs = self.make(fixed or self.traced(), torch.Generator().manual_seed(0), 0)
         free = tuple(dict.fromkeys(axes, Dim.AUTO) for axes in self.free)
-        with use_engine(engine), torch.no_grad(), _without_stacks():
+        with use_engine(engine), torch.no_grad():
             traced = torch.export.export(
                 self.module, inputs, dynamic_shapes=None if fixed else free, strict=False
             )
         return _without_places(traced)
-
-
-@contextmanager
-def _without_stacks() -> Iterator[None]:
-    """Trace without noting where each operation was called, which takes a third of the time."""
-    before = getattr(torch.fx.config, "do_not_emit_stack_traces", False)
-    torch.fx.config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        torch.fx.config.do_not_emit_stack_traces = before
 
 
 def _without_places(traced: ExportedProgram) -> ExportedProgram:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
 from torch._higher_order_ops.while_loop import while_loop_op
 
-from fastvim.ops.reference import compute_dtype
+from fastvim.ops.reference import cast, compute_dtype
 
 # From the state (2, B, N, E), A (2, 1, N, E), and Δ, Δu (S, 2, B, 1, E), B, C (S, 2, B, N, 1) of
 # all steps to y (S, 2, B, E). The state's last axis is E: the longer one is contiguous.
@@ -45,14 +45,14 @@ def _recurrence(
     dtype, rank, (batch, steps) = compute_dtype(u), dt_proj.shape[2], u.shape[1:3]
     states = A_log.shape[-1]
     # Direction 1 is flipped once, before anything is made of it: both then run forwards.
-    x = torch.stack([u[0], u[1].flip(1)]).to(dtype).flatten(1, 2)  # (2, B·S, E)
-    dt, B, C = torch.bmm(x, x_proj.to(dtype).mT).split([rank, states, states], dim=-1)
-    delta = F.softplus(torch.baddbmm(dt_bias.to(dtype)[:, None], dt, dt_proj.to(dtype).mT))
-    A = -A_log.to(dtype).exp().mT.contiguous()[:, None]
-    each = [delta[:, :, None], (delta * x)[:, :, None], B[..., None], C[..., None]]
+    x = cast(torch.stack([u[0], u[1].flip(1)]), dtype).flatten(1, 2)  # (2, B·S, E)
+    dt, B, C = torch.bmm(x, cast(x_proj, dtype).mT).split([rank, states, states], dim=-1)
+    delta = F.softplus(torch.baddbmm(cast(dt_bias, dtype)[:, None], dt, cast(dt_proj, dtype).mT))
+    A = -cast(A_log, dtype).exp().mT.contiguous()[:, None]
+    each = [delta.unsqueeze(2), (delta * x).unsqueeze(2), B.unsqueeze(3), C.unsqueeze(3)]
     each = [_copied(t.unflatten(1, (batch, steps)).movedim(2, 0)) for t in each]
     y = _copied(run(x.new_zeros(2, batch, states, x.shape[-1]), A, each).movedim(0, 2))
-    return torch.stack([y[0], y[1].flip(1)]).to(u.dtype)
+    return cast(torch.stack([y[0], y[1].flip(1)]), u.dtype)
 
 
 def _copied(x: Tensor) -> Tensor:

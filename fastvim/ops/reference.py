@@ -59,7 +59,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """
     if not x.is_floating_point():
         raise ValueError(f"expected a floating dtype, got {x.dtype}")
-    return torch.promote_types(x.dtype, torch.float32)
+    # Not `promote_types`: it would be a node of a traced program.
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`. In a traced program a cast to the same dtype would be two nodes."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 @without_autocast
@@ -74,21 +80,23 @@ def add_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """`fastvim.ops.add_norm`."""
     dtype = compute_dtype(hidden)
-    total = hidden.to(dtype) if residual is None else residual.to(dtype) + hidden.to(dtype)
+    total = cast(hidden, dtype) if residual is None else cast(residual, dtype) + cast(hidden, dtype)
     shape = hidden.shape[-1:]
-    weight = weight.to(dtype)
+    weight = cast(weight, dtype)
     if kind == "rms":
         normed = F.rms_norm(total, shape, weight, eps)
-        normed = normed if bias is None else normed + bias.to(dtype)
+        normed = normed if bias is None else normed + cast(bias, dtype)
     else:
-        normed = F.layer_norm(total, shape, weight, None if bias is None else bias.to(dtype), eps)
-    return normed.to(hidden.dtype), total
+        normed = F.layer_norm(
+            total, shape, weight, None if bias is None else cast(bias, dtype), eps
+        )
+    return cast(normed, hidden.dtype), total
 
 
 def conv_silu(x_path: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, L, E) in path order to SiLU of the convolution in each direction, (2, B, L, E)."""
     taps, channels = weight.shape[-1], x_path.shape[-1]
-    weight, bias = weight.to(x_path.dtype), bias.to(x_path.dtype)
+    weight, bias = cast(weight, x_path.dtype), cast(bias, x_path.dtype)
     x = x_path.mT
     causal, anticausal = weight[0].unsqueeze(1), weight[1].flip(-1).unsqueeze(1)
     forward = F.conv1d(F.pad(x, (taps - 1, 0)), causal, bias[0], groups=channels)
@@ -110,10 +118,10 @@ def conv_pool_reference(
 ) -> tuple[Tensor, Tensor]:
     """`fastvim.ops.conv_pool`; an engine may bring its own `convolve`."""
     dtype = compute_dtype(x)
-    convolved = convolve(segments.to_path(x.to(dtype)), weight, bias)
+    convolved = convolve(segments.to_path(cast(x, dtype)), weight, bias)
     pooled = segments.reduce(convolved, pooling) * pool_scale
-    skip = segments.from_path((D.to(dtype)[:, None, None] * convolved).mean(0))
-    return pooled.to(x.dtype), skip.to(x.dtype)
+    skip = segments.from_path((cast(D, dtype)[:, None, None] * convolved).mean(0))
+    return cast(pooled, x.dtype), cast(skip, x.dtype)
 
 
 def select(
@@ -122,9 +130,9 @@ def select(
     """Step sizes Δ (2, B, S, E), and B and C (2, B, S, N) of each step, computed in `dtype`."""
     rank, steps = dt_proj.shape[2], u.shape[1:3]
     states = (x_proj.shape[1] - rank) // 2
-    projected = torch.bmm(u.to(dtype).flatten(1, 2), x_proj.to(dtype).mT)
+    projected = torch.bmm(cast(u, dtype).flatten(1, 2), cast(x_proj, dtype).mT)
     dt, B, C = projected.split([rank, states, states], dim=-1)
-    raw = torch.baddbmm(dt_bias.to(dtype)[:, None], dt, dt_proj.to(dtype).mT)
+    raw = torch.baddbmm(cast(dt_bias, dtype)[:, None], dt, cast(dt_proj, dtype).mT)
     return F.softplus(raw).unflatten(1, steps), B.unflatten(1, steps), C.unflatten(1, steps)
 
 
@@ -153,12 +161,12 @@ def selective_scan_reference(
     """`fastvim.ops.selective_scan`."""
     dtype = compute_dtype(u)
     delta, B, C = select(u, x_proj, dt_proj, dt_bias, dtype)
-    x = u.to(dtype)
-    A = -A_log.to(dtype).exp()
+    x = cast(u, dtype)
+    A = -cast(A_log, dtype).exp()
     directions = [
         _scan(x[d], delta[d], A[d], B[d], C[d], reverse=d == 1) for d in range(u.shape[0])
     ]
-    return torch.stack(directions).to(u.dtype)
+    return cast(torch.stack(directions), u.dtype)
 
 
 @without_autocast
@@ -174,9 +182,9 @@ def expand_gate_reference(
 ) -> Tensor:
     """`fastvim.ops.expand_gate`."""
     dtype = compute_dtype(skip)
-    scanned = segments.from_path(segments.broadcast(y.to(dtype)).mean(0))
-    mixed = skip.to(dtype) + scanned
+    scanned = segments.from_path(segments.broadcast(cast(y, dtype)).mean(0))
+    mixed = cast(skip, dtype) + scanned
     if norm_weight is not None:
-        bias = None if norm_bias is None else norm_bias.to(dtype)
-        mixed = F.layer_norm(mixed, mixed.shape[-1:], norm_weight.to(dtype), bias, eps)
-    return (mixed * F.silu(z.to(dtype))).to(skip.dtype)
+        bias = None if norm_bias is None else cast(norm_bias, dtype)
+        mixed = F.layer_norm(mixed, mixed.shape[-1:], cast(norm_weight, dtype), bias, eps)
+    return cast(mixed * F.silu(cast(z, dtype)), skip.dtype)
