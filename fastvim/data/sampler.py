@@ -288,10 +288,13 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def _seed(*key: int) -> None:
-    words = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would seed GPUs as well
+    # An array of 32 bits is the same key as its numbers, which would be arrays of their own first.
+    short = max(key) < 1 << 32
+    entropy: Any = np.array(key, np.uint32) if short else key
+    first, second, third = np.random.SeedSequence(entropy).generate_state(3).tolist()
+    random.seed(first)
+    np.random.seed(second)
+    torch.default_generator.manual_seed(third)  # torch.manual_seed would seed GPUs as well
 
 
 def mix(*key: int) -> int:

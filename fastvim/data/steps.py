@@ -61,8 +61,11 @@ class FewOf(RandAugment):
         super().__init__(step.ops, step.num_layers, step.choice_weights)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        weights = self.choice_weights
-        chosen = np.random.choice(len(self.ops), self.num_layers, weights is None, weights)
+        weights, count = self.choice_weights, len(self.ops)
+        if weights is None:  # which is what `choice` draws, after a look at its arguments
+            chosen = np.random.randint(0, count, self.num_layers)
+        else:
+            chosen = np.random.choice(count, self.num_layers, False, weights)
         for number in chosen.tolist():
             image = self.ops[number](image)
         return image

@@ -10,6 +10,7 @@ import torch
 
 from fastvim.data.gpu.files import Opened, Pixels, gather, open_jpeg
 from fastvim.data.gpu.finish import DecodeAndFinish
+from fastvim.data.gpu.headers import BEGIN
 from fastvim.data.gpu.loading import Decode, resized_there, why_not_in_batches, why_pillow
 from fastvim.data.gpu.planned import Planned, planned
 from fastvim.data.remote import is_url, read_bytes
@@ -99,6 +100,6 @@ def _jpeg(path: str) -> bytes | None:
         require_file(Path(path))
         with open(path, "rb") as file:
             begin = file.read(3)
-            return begin + file.read() if begin == b"\xff\xd8\xff" else None
+            return begin + file.read() if begin == BEGIN else None
     except (OSError, UserError):  # said by who reads it instead
         return None

@@ -167,6 +167,19 @@ def test_seeded_gives_the_generators_back() -> None:
     torch.testing.assert_close([first, noise[0][1]], expected, rtol=0, atol=0)
 
 
+@given(st.tuples(*[st.one_of(st.integers(0, 9), st.integers(0, 2**70))] * 3))
+def test_seeds_are_those_of_the_key(key: tuple[int, int, int]) -> None:
+    """Runs go on from checkpoints of earlier versions."""
+    first, second, third = np.random.SeedSequence(key).generate_state(3).tolist()
+    expected = [
+        random.Random(first).random(),
+        np.random.RandomState(second).random(),
+        torch.rand(1, generator=torch.Generator().manual_seed(third)).item(),
+    ]
+    with seeded(*key):
+        assert [random.random(), np.random.random(), torch.rand(1).item()] == expected
+
+
 def test_samples_draw_from_seed_epoch_and_index() -> None:
     data = Seeded(Noise(), 4)
     assert torch.equal(data[1, 2][1], data[1, 2][1])

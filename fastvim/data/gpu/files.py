@@ -20,12 +20,11 @@ from torch.utils.data import get_worker_info
 from torchvision.transforms import Compose
 
 from fastvim.data.decoding import check_size, orientation_of, without_pillows_limit
+from fastvim.data.gpu.headers import BEGIN, SUBSAMPLED, plain_size
 from fastvim.data.gpu.planned import Planned, numbered, planned
 from fastvim.data.pixels import PictureReader
 
 END = b"\xff\xd9"  # of a JPEG file
-# Pixels across and down for one of colour: 4:4:4, 4:2:2, 4:4:0, 4:2:0.
-SUBSAMPLED = ((1, 1), (2, 1), (1, 2), (2, 2))
 # Of an image that is sent as pixels to be resized: a hundred photographs of more for each process
 # would fill the memory that processes share.
 MOST_SENT = 2**19
@@ -127,21 +126,23 @@ def open_jpeg(content: bytes, name: str, max_pixels: int | None) -> Opened | Non
     Raises:
         UnreadableImageError: an image of more pixels.
     """
-    if content[:3] != b"\xff\xd8\xff" or content.rfind(END, -64) < 0:
+    if content[:3] != BEGIN or content.rfind(END, -64) < 0:
         return None
-    try:
-        with without_pillows_limit():
-            image = Image.open(BytesIO(content))
-    except Exception:  # told by who reads the file instead
-        return None
-    check_size(image.size, max_pixels, name)
-    if not _is_plain(image):
-        return None
-    values = np.frombuffer(content, np.uint8)
-    return Opened(values, True, image.size, orientation_of(image), name)
+    size, orientation = plain_size(content), 1
+    if size is None:
+        try:
+            with without_pillows_limit():
+                image = Image.open(BytesIO(content))
+        except Exception:  # told by who reads the file instead
+            return None
+        if not is_plain(image):
+            return None
+        size, orientation = image.size, orientation_of(image)
+    check_size(size, max_pixels, name)
+    return Opened(np.frombuffer(content, np.uint8), True, size, orientation, name)
 
 
-def _is_plain(image: Image.Image) -> bool:
+def is_plain(image: Image.Image) -> bool:
     """Whether the decoders of a GPU take a file, and find the size and colours that Pillow does."""
     if not isinstance(image, JpegImageFile) or image.mode not in ("RGB", "L"):
         return False
