@@ -25,6 +25,7 @@ from fastvim.ops.cpu.threads import BLOCK
 from fastvim.ops.cpu.vector import (
     LN_2,
     aligned,
+    allocate,
     as_float,
     exp2,
     exp_below,
@@ -32,6 +33,7 @@ from fastvim.ops.cpu.vector import (
     integers,
     next_task,
     reciprocal,
+    release,
     sigmoid,
     softplus,
     summing,
@@ -53,7 +55,7 @@ def conv_pool(data):
     dpooled, dskip = floats(p[20], (2, B, S, E)), floats(p[21], (B, L, E))
     dx, sums = floats(p[22], (B, L, E)), floats(p[23], (B * chunks, 2, K + 2, E))
     blocks, H = (E + BLOCK - 1) // BLOCK, K - 1
-    memory = np.zeros((3 * ROWS + 10 * K + 12) * BLOCK, np.float32)
+    memory = allocate((3 * ROWS + 10 * K + 11) * BLOCK)
     base = aligned(memory)
     rows = floats(base, (ROWS + 2 * H, BLOCK))
     at = base + 4 * rows.size
@@ -127,7 +129,7 @@ def conv_pool(data):
             total += part
         sums[b * chunks + chunk, :, :, e0 : e0 + width] = total[:, :, :width]
         task = next_task(data)
-    memory[0] = float32(0.0)
+    release(memory)
 
 
 def scan(data):

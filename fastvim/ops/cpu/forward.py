@@ -19,6 +19,7 @@ from fastvim.ops.cpu.threads import BLOCK
 from fastvim.ops.cpu.vector import (
     LOG2_E,
     aligned,
+    allocate,
     as_float,
     copy,
     exp2,
@@ -28,6 +29,7 @@ from fastvim.ops.cpu.vector import (
     integers,
     next_task,
     reciprocal,
+    release,
     softplus,
     summing,
     wide,
@@ -77,26 +79,24 @@ def load_taps(weight, bias, D, e0, width, taps, start, skips):
 
 
 @inlined
-def window(rows, first, step, taps, start, d, e):
-    """Four taps of a channel, from row `first` on."""
-    return (
-        start[d, e]
-        + taps[d, 0, e] * rows[first, e]
-        + taps[d, 1, e] * rows[first + step, e]
-        + taps[d, 2, e] * rows[first + 2 * step, e]
-        + taps[d, 3, e] * rows[first + 3 * step, e]
-    )
-
-
-@inlined
 def convolve(rows, i, taps, start, d, out):
     """The window at row i, which ends (d = 0) or begins (d = 1) there, into `out`."""
     wide()
     K = taps.shape[1]
     first, step = (i, 1) if d == 0 else (i + K - 1, -1)
+    if K == 4:
+        for e in range(BLOCK):
+            out[e] = (
+                start[d, e]
+                + taps[d, 0, e] * rows[first, e]
+                + taps[d, 1, e] * rows[first + step, e]
+                + taps[d, 2, e] * rows[first + 2 * step, e]
+                + taps[d, 3, e] * rows[first + 3 * step, e]
+            )
+        return
     for e in range(BLOCK):
-        out[e] = window(rows, first, step, taps, start, d, e) if K == 4 else start[d, e]
-    for k in range(0 if K == 4 else K):
+        out[e] = start[d, e]
+    for k in range(K):
         for e in range(BLOCK):
             out[e] += taps[d, k, e] * rows[first + k * step, e]
 
@@ -114,7 +114,7 @@ def conv_pool(data):
     weight, bias, D = floats(p[15], (2, E, K)), floats(p[16], (2, E)), floats(p[17], (2, E))
     pooled, skip = floats(p[20], (2, B, S, E)), floats(p[21], (B, L, E))
     blocks = (E + BLOCK - 1) // BLOCK
-    memory = np.zeros((ROWS + 4 * K + 9) * BLOCK, np.float32)
+    memory = allocate((ROWS + 4 * K + 8) * BLOCK)
     base = aligned(memory)
     rows = floats(base, (ROWS + 2 * (K - 1), BLOCK))
     at = base + 4 * rows.size
@@ -140,8 +140,8 @@ def conv_pool(data):
             count = min(ROWS, end - begin)
             load_rows(x, x_token, width, begin - K + 1, count + 2 * (K - 1), L, order, rows, base)
             for i in range(count):
-                convolve(rows, i, taps, start, 0, out[0])
-                convolve(rows, i + K - 1, taps, start, 1, out[1])
+                for d in range(2):
+                    convolve(rows, i + d * (K - 1), taps, start, d, out[d])
                 for e in range(2 * BLOCK):
                     below[e] = exp_below(both[e])
                 for e in range(BLOCK):
@@ -162,7 +162,7 @@ def conv_pool(data):
                             total[e] += scale * sums[d, e]
                             sums[d, e] = float32(0.0)
         task = next_task(data)
-    memory[0] = float32(0.0)  # a use: numba frees memory after the last one
+    release(memory)
 
 
 @inlined
@@ -208,10 +208,13 @@ def scan(data):
     )
     y = floats(p[12], (2, B, S, E))
     blocks = (E + BLOCK - 1) // BLOCK
-    rates, h = np.zeros((N, BLOCK), np.float32), np.zeros((N, BLOCK), np.float32)
-    ranks, start = np.zeros((R, BLOCK), np.float32), np.zeros(BLOCK, np.float32)
-    step, inflow = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
-    out = np.zeros(BLOCK, np.float32)
+    memory = allocate((2 * N + R + 4) * BLOCK)
+    at = aligned(memory)
+    start, step = floats(at, (BLOCK,)), floats(at + 4 * BLOCK, (BLOCK,))
+    inflow, out = floats(at + 8 * BLOCK, (BLOCK,)), floats(at + 12 * BLOCK, (BLOCK,))
+    at += 16 * BLOCK
+    rates, h = floats(at, (N, BLOCK)), floats(at + 4 * N * BLOCK, (N, BLOCK))
+    ranks = floats(at + 8 * N * BLOCK, (R, BLOCK))
     task = next_task(data)
     while task < 2 * blocks * shares:
         share, e0, d = task % shares, task // shares % blocks * BLOCK, task // shares // blocks
@@ -238,6 +241,7 @@ def scan(data):
                 for e in range(width):
                     target[e] = out[e]
         task = next_task(data)
+    release(memory)
 
 
 @summing
@@ -279,8 +283,10 @@ def expand_gate(data):
     eps = as_float(int32(p[11]))
     skip, y, out = floats(p[12], (B * L, E)), floats(p[14], (2, B, S, E)), floats(p[18], (B * L, E))
     weight, bias = floats(p[16], (E,)), floats(p[17], (E,))
-    row, below = np.zeros(E, np.float32), np.zeros(E, np.float32)
-    unit = np.zeros(E, np.float32) if normed else row
+    memory = allocate(3 * E)
+    at = aligned(memory)
+    row, below = floats(at, (E,)), floats(at + 4 * E, (E,))
+    unit = floats(at + 8 * E if normed else at, (E,))
     task = next_task(data)
     while task * stretch < B * L:
         for m in range(task * stretch, min(B * L, (task + 1) * stretch)):
@@ -299,6 +305,7 @@ def expand_gate(data):
             for e in range(E):
                 target[e] = unit[e] * gate[e] * reciprocal(below[e])
         task = next_task(data)
+    release(memory)
 
 
 def add_norm(data):

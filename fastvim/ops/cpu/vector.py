@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import float32, int32
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+from numba.np import arrayobj
 
 from fastvim.ops.cpu.threads import WORDS
 
@@ -119,16 +120,6 @@ greater, less = _selecting(">"), _selecting("<")
 
 
 @intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """An address as a pointer."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), build
-
-
-@intrinsic
 def wide(typing_context: Any) -> Any:
     """Vectorise this function's loops with the widest vectors.
 
@@ -169,28 +160,75 @@ def copy(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), build
 
 
-@inlined
-def aligned(memory):
-    """The first address within `memory` at which a vector lies in one line of the cache."""
-    return (memory.ctypes.data + 63) // 64 * 64
+@intrinsic
+def allocate(typing_context: Any, count: Any) -> Any:
+    """The address of memory for float32 values, which is not set, and a line of the cache.
+
+    numpy's arrays take a third of a second to compile.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        size = builder.mul(builder.add(args[0], ir.Constant(word, 16)), ir.Constant(word, 4))
+        return builder.ptrtoint(context.nrt.allocate(builder, size), word)
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def release(typing_context: Any, address: Any) -> Any:
+    """Free what was allocated."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        context.nrt.free(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
 
 
 @inlined
-def words(data):
+def aligned(address):
+    """The first address from here on at which a vector lies in one line of the cache."""
+    return (address + 63) // 64 * 64
+
+
+def _array_at(dtype: Any) -> Any:
+    """A contiguous array at an address: (address, shape). `numba.carray` is compiled for each."""
+
+    def array_at(typing_context: Any, address: Any, shape: Any) -> Any:
+        found = types.Array(dtype, len(shape), "C")
+
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            made = arrayobj.make_array(found)(context, builder)
+            sizes = cgutils.unpack_tuple(builder, args[1])
+            strides = [ir.Constant(sizes[0].type, context.get_abi_sizeof(made.data.type.pointee))]
+            for size in reversed(sizes):
+                strides.insert(0, builder.mul(strides[0], size))
+            data = builder.inttoptr(args[0], made.data.type)
+            arrayobj.populate_array(made, data, sizes, strides[1:], strides[-1], None)
+            return made._getvalue()
+
+        return found(types.int64, types.UniTuple(types.int64, len(shape))), build
+
+    return intrinsic(array_at)
+
+
+floats, integers = _array_at(types.float32), _array_at(types.int64)
+
+
+@intrinsic
+def words(typing_context: Any, data: Any) -> Any:
     """The integers that `threads.run` gave: sizes, then addresses."""
-    return numba.carray(data, (WORDS,), np.int64)
+    found = types.Array(types.int64, 1, "C")
 
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        made = arrayobj.make_array(found)(context, builder)
+        size, step = (ir.Constant(ir.IntType(64), value) for value in (WORDS, 8))
+        data = builder.bitcast(args[0], made.data.type)
+        arrayobj.populate_array(made, data, [size], [step], step, None)
+        return made._getvalue()
 
-@inlined
-def floats(address, shape):
-    """A contiguous float32 array at an address."""
-    return numba.carray(_pointer(address), shape, np.float32)
-
-
-@inlined
-def integers(address, shape):
-    """A contiguous int64 array at an address."""
-    return numba.carray(_pointer(address), shape, np.int64)
+    return found(types.voidptr), build
 
 
 @inlined
