@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import functional as F
 
 from fastvim.data.sampler import seeded
+from fastvim.data.steps import in_fewer_calls
 from fastvim.data.transforms import evaluation_transform, training_transform
 from fastvim.errors import UserError
 
@@ -48,6 +50,20 @@ def test_augmentation_survives_posterisation_to_nothing(policy: str, mode: str) 
     with seeded(0):
         results = torch.stack([transform(NOISE) for _ in range(100)])
     assert results.isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n4-p0.3", "rand-m7-t3aw"])
+def test_augmentation_draws_what_timm_draws(policy: str) -> None:
+    theirs = rand_augment_transform(policy, {"translate_const": 4})
+    ours = in_fewer_calls(theirs)
+    assert type(ours) is not type(theirs)
+    found = []
+    for step in (theirs, ours):
+        with seeded(3):
+            images = [np.asarray(step(NOISE)) for _ in range(20)]
+            found.append([*images, np.random.random()])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_augmentation_may_be_turned_off() -> None:
