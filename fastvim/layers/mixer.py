@@ -112,28 +112,26 @@ class Mixer(nn.Module):
         plain = self.in_proj.bias is None and is_bypassed(self.in_proj, nn.Linear, u)
         xz = linear(u, self.in_proj.weight) if plain else self.in_proj(u)
         x, z = xz.chunk(2, dim=-1)
-        out = self.out_proj(self._mix(x, z, segments))
-        return out if self.gamma is None else out * self.gamma
-
-    def _mix(self, x: Tensor, z: Tensor, segments: Segments) -> Tensor:
-        """What is between the projections: x and z (B, L, E) to the same shape."""
         norm = self.norm
         read = norm is None or is_bypassed(norm, nn.LayerNorm)
         affine = (norm.weight, norm.bias) if read and norm is not None else (None, None)
         convolution = (self.conv_weight, self.conv_bias, self.D)
         scan = (self.x_proj, self.dt_proj, self.dt_bias, self.A_log)
-        if read and (self.pooling == "mean" or not segments.pools):
-            mix = mix_at_once(x, segments.masked is not None)
-            if mix is not None:
-                return mix(x, z, convolution, scan, affine, segments, self.pool_scale)
-        pooled, skip = conv_pool(
-            x, *convolution, segments, pooling=self.pooling, pool_scale=self.pool_scale
-        )
-        y = selective_scan(pooled, *scan)
-        if norm is None or read:
-            return expand_gate(skip, z, y, segments, *affine)
-        gated: Tensor = norm(expand(skip, y, segments)) * F.silu(z)
-        return gated
+        means = self.pooling == "mean" or not segments.pools
+        mix = mix_at_once(x, segments.masked is not None) if read and means else None
+        if mix is not None:
+            gated = mix(x, z, convolution, scan, affine, segments, self.pool_scale)
+        else:
+            pooled, skip = conv_pool(
+                x, *convolution, segments, pooling=self.pooling, pool_scale=self.pool_scale
+            )
+            y = selective_scan(pooled, *scan)
+            if norm is None or read:
+                gated = expand_gate(skip, z, y, segments, *affine)
+            else:
+                gated = norm(expand(skip, y, segments)) * F.silu(z)
+        out = self.out_proj(gated)
+        return out if self.gamma is None else out * self.gamma
 
 
 def expand(skip: Tensor, y: Tensor, segments: Segments) -> Tensor:
