@@ -88,7 +88,11 @@ def test_torch_programs_of_families(family, tmp_path):
         found = run(*inputs)
         return [found] if isinstance(found, torch.Tensor) else found
 
-    assert max(differences(program_of(model), as_list)) < 1e-4
+    program = program_of(model)
+    assert max(differences(program, as_list)) < 1e-4
+    inputs = program.make(SIZES[0], torch.Generator().manual_seed(5), 1)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="Got: c10::BFl"):
+        run(*inputs)  # never another precision in silence
 
 
 @pytest.mark.slow
