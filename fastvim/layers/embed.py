@@ -194,7 +194,9 @@ def resize_grid(embedding: Tensor, old: tuple[int, int], new: tuple[int, int]) -
     if same_grid(old, new):
         return embedding
     grid = embedding.mT.unflatten(2, old).float()
-    if torch.compiler.is_exporting():
+    # Before torch 2.14 dynamo takes `torch.compile` for an export too. Its graphs have no products
+    # here: autocast would round them, and inductor set guards on their sizes.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         down, across = (_cubic(*sizes, grid.device) for sizes in zip(old, new, strict=True))
         rows = torch.mm(grid.flatten(0, 2), across.mT).unflatten(0, (-1, old[0]))
         resized = torch.bmm(down.expand(rows.shape[0], -1, -1), rows)[None]

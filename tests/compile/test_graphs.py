@@ -9,6 +9,8 @@ import torch
 from small_models import build, inputs, tensors_of
 from torch._dynamo.utils import counters
 
+from fastvim.layers import resize_grid
+
 MOST = 4
 SIZES = [(2, 48, 48), (2, 64, 48), (3, 70, 50), (1, 33, 90), (4, 100, 81)]
 UNSEEN = [(2, 128, 64), (1, 48, 48), (5, 90, 40), (2, 40, 300)]
@@ -96,3 +98,13 @@ def test_shapes_without_data(family):
     meta = model.to("meta")(*(t.to("meta") for t in arguments))
     assert [(t.shape, t.dtype) for t in tensors_of(meta)] == expected
     assert all(t.device.type == "meta" for t in tensors_of(meta))
+
+
+def test_positions_are_resized_in_float32_under_autocast():
+    """And without products, on whose sizes inductor sets guards on a GPU (torch before 2.14)."""
+    embedding = torch.randn(1, 14 * 14, 32, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(resize_grid, backend="aot_eager", fullgraph=True)
+    for grid in ((9, 20), (20, 9), (30, 31)):
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = compiled(embedding, (14, 14), grid)
+        torch.testing.assert_close(actual, resize_grid(embedding, (14, 14), grid))
