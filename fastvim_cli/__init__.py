@@ -24,6 +24,7 @@ from fastvim_cli.failures import (
     explained,
     tell_torchrun,
 )
+from fastvim_cli.imports import without_collections
 from fastvim_cli.interrupts import interruptible
 
 
@@ -141,7 +142,8 @@ def _dispatch(words: list[str]) -> int:
     module = COMMANDS[name].module
     # Of a connection that ends torch warns with pages of its own frames; our errors say it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    run = importlib.import_module(f"fastvim_cli.{module}").run
+    with without_collections():
+        run = importlib.import_module(f"fastvim_cli.{module}").run
     return run(words if module == "train" else arguments) or 0
 
 

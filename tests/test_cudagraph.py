@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastvim
-from fastvim.cudagraph import GraphedModel, record, warm_up
+from fastvim.cudagraph import record, warm_up
 
 ROOT = Path(fastvim.__file__).parent
 
@@ -18,12 +18,6 @@ def test_graphs_are_recorded_in_one_file():
     capture = re.compile(r"cuda\.graph\(|CUDAGraph\(|graph_pool_handle\(|make_graphed_callables\(")
     files = [*ROOT.rglob("*.py"), *(ROOT.parent / "measurements").glob("*.py")]
     assert [file.name for file in files if capture.search(file.read_text())] == ["cudagraph.py"]
-
-
-def test_the_first_name_of_the_graphed_model():
-    from fastvim.graphed import GraphedModel as earlier
-
-    assert earlier is GraphedModel
 
 
 @pytest.mark.gpu

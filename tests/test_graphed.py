@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastvim.cudagraph import _Recorded
-from fastvim.graphed import GraphedModel
+from fastvim.graphed import GraphedModel, _Recorded
 from fastvim.models import FastVim, MaskedAutoencoder
 
 SHAPE = (4, 3, 32, 24)
@@ -58,20 +57,22 @@ def same(ours: list, expected: list) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("lends", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_steps_are_those_of_the_model(device, dtype):
+def test_steps_are_those_of_the_model(device, dtype, lends):
     model = tiny(device, drop_path_rate=0.5).train()
     twin = copy.deepcopy(model)
-    graphed = GraphedModel(model)
+    graphed = GraphedModel(model, lends=lends)
     ours = weights_after(graphed, model, device, dtype)
     same(ours, weights_after(twin, twin, device, dtype))
     assert graphed.captured == (device == "cuda")
     assert graphed.reason is None
 
 
-def test_gradients_accumulate_and_belong_to_the_caller(device):
+@pytest.mark.parametrize("lends", [False, True])
+def test_gradients_accumulate_and_belong_to_the_caller(device, lends):
     model = tiny(device).train()
-    twin, graphed = copy.deepcopy(model), GraphedModel(model)
+    twin, graphed = copy.deepcopy(model), GraphedModel(model, lends=lends)
     kept = []
     for seed in range(3):
         logits = backward(graphed, batch(seed, device=device))
@@ -116,6 +117,35 @@ def test_gradients_are_copied_once_and_not_overwritten(monkeypatch):
         kept.append((gradients(model), gradients(twin)))
     for ours, expected in kept:
         same(ours, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("to_none", [True, False])
+def test_lent_gradients_lie_as_parameters_do_and_are_the_last_ones(to_none):
+    model = tiny().train()
+    twin, graphed = copy.deepcopy(model), GraphedModel(model, lends=True)
+    places = []
+    for seed in range(4):
+        for run, part in ((graphed, model), (twin, twin)):
+            part.zero_grad(set_to_none=to_none)
+            backward(run, batch(seed))
+        same(gradients(model), gradients(twin))
+        every = [p for p in model.parameters() if p.grad is not None]
+        assert all(p.grad.stride() == p.stride() for p in every)
+        places.append([p.grad.untyped_storage().data_ptr() for p in every])
+        assert len(set(places[-1])) == len(every)
+    assert not to_none or places.count(places[0]) == 4
+
+
+@pytest.mark.gpu
+def test_hooks_of_parameters_are_called():
+    model = tiny().train()
+    graphed, heard = GraphedModel(model, lends=True), []
+    next(model.parameters()).register_hook(lambda gradient: heard.append(gradient))
+    for seed in range(2):
+        model.zero_grad()
+        backward(graphed, batch(seed))
+    assert len(heard) == 2
 
 
 @pytest.mark.gpu

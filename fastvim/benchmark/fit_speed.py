@@ -33,7 +33,7 @@ class FitSpeed:
         loader: of the loader alone.
         step: of the step alone.
         both: as `fastvim fit` runs them.
-        waiting: of `both`, in which the run waits for the loader.
+        waiting: of `both`, in which the run waits for the loader; on a GPU, that it stands still.
         host: of the step, what the host needs to hand it to a GPU; None on a CPU.
         batches: how many of each part were timed: loader, both, step.
     """

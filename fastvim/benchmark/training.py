@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvim.benchmark.cases import Precision
-from fastvim.cudagraph import WARMUP, GraphedModel, record, warm_up
+from fastvim.cudagraph import WARMUP, record, warm_up
+from fastvim.graphed import GraphedModel
 
 Loss = Callable[[Any, Tensor], Tensor]
 

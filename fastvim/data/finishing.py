@@ -97,17 +97,16 @@ class Finish:
         """
         pixels, erased = drawn if isinstance(drawn, Drawn) else (drawn, None)
         moved = pixels.to(device, non_blocking=device.type == "cuda")
-        # By a number, a GPU would multiply by its rounded reciprocal.
-        white, mean, std = (_channels(each, device) for each in ((255.0,), self.mean, self.std))
-        images = moved.to(torch.float32).div_(white).sub_(mean).div_(std)
-        if erased is not None:
-            every = images.view(-1, *images.shape[-3:])
-            if device.type == "cuda" and has_triton():
-                from fastvim.data.gpu.kernels.erase import erase
+        rectangles = None if erased is None else erased.view(-1, 5)
+        if device.type == "cuda" and has_triton():
+            from fastvim.data.gpu.kernels.finish import finish
 
-                erase(every, erased.view(-1, 5), self.fill)
-            else:
-                self._erase(every, erased.view(-1, 5).tolist())
+            every = moved.contiguous().view(-1, *moved.shape[-3:])
+            values = _of_every_value(self.mean, self.std, device)
+            return finish(every, values, rectangles, self.fill).view(moved.shape)
+        images = _normalised(moved.to(torch.float32), self.mean, self.std)
+        if rectangles is not None:
+            self._erase(images.view(-1, *images.shape[-3:]), rectangles.tolist())
         return images
 
     def warm_up(self, device: torch.device) -> None:
@@ -130,8 +129,25 @@ class Finish:
             part.copy_(torch.randn(shape, generator=generator, device=images.device))
 
 
+def _normalised(values: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Values from 0 to 255, float32 (..., C, H, W), which change."""
+    # By a number, a GPU would multiply by its rounded reciprocal.
+    white, middle, spread = (_channels(each, values.device) for each in ((255.0,), mean, std))
+    return values.div_(white).sub_(middle).div_(spread)
+
+
 @lru_cache(maxsize=64)
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(C, 1, 1) on a device, where a copy for every batch would wait for all work before it."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).to(device)
+
+
+@lru_cache(maxsize=16)
+def _of_every_value(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> Tensor:
+    """What each 8-bit value of a channel becomes, (C, 256), as a CPU computes it."""
+    with torch.inference_mode(False):
+        every = torch.arange(256, dtype=torch.float32).expand(len(mean), 1, 256).contiguous()
+        return _normalised(every, mean, std).view(-1, 256).to(device)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import math
 import signal
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -40,7 +42,8 @@ class WatchedLoader(DataLoader[Any]):
         ahead: a GPU, on which a thread finishes batches while earlier ones are used; None finishes
             them as they are asked for.
         waited: seconds that this process has waited for batches, over all epochs. Without workers
-            it loads them itself meanwhile.
+            it loads them itself meanwhile. With `ahead`, seconds in which the GPU had nothing else
+            to do; a process that has handed over its work in time waits at no cost.
 
     Raises:
         MachineError: while it is iterated over.
@@ -63,6 +66,8 @@ class WatchedLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self._work is not None:
             self._work.end()  # until then the processes work for it
+        if self.num_workers and self._iterator is None and torch.cuda.is_initialized():
+            gc.collect()  # or a process of the loader frees what is CUDA's, and dies
         with closing(_Watch(self._iterator, self.patience)) as watch, watch.waiting():
             batches = _Batches(super().__iter__(), self)  # persistent workers begin it together
         if self.ahead is None:
@@ -114,7 +119,7 @@ class _Work:
             try:
                 while not self.over.is_set():
                     batch = next(self._batches)
-                    self._put((batch, self._stream.record_event()))
+                    self._put((batch, _now(self._stream)))
             except BaseException as error:  # StopIteration too
                 self._put((error, None))
 
@@ -138,23 +143,34 @@ class _Ahead(Iterator[Any]):
 
     def __init__(self, work: _Work, loader: WatchedLoader) -> None:
         self._work, self._loader = work, loader
+        # When the GPU had done all before a batch, and when it had the batch; not yet compared.
+        self._moments: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def __next__(self) -> Any:
-        begun = time.monotonic()
+        stream = torch.cuda.current_stream(self._loader.ahead)
+        idle = _now(stream)
         try:
             batch, done = self._work.ready.get()
         except RuntimeError:  # torch's of a process that died, raised here; the thread knows which
             batch, done = self._last()
-        self._loader.waited += time.monotonic() - begun
         if done is None:
             self._work.ready.put((batch, None))  # for whoever asks again
             raise batch
-        stream = torch.cuda.current_stream(self._loader.ahead)
+        self._moments.append((idle, done))
+        self._loader.waited += self._lost()
         stream.wait_event(done)
         for each in tree_leaves(batch):
             if isinstance(each, Tensor) and each.is_cuda:
                 each.record_stream(stream)
         return batch
+
+    def _lost(self) -> float:
+        """Seconds for which the GPU waited, of batches that it has come to since the last call."""
+        seconds = 0.0
+        while self._moments and all(event.query() for event in self._moments[0]):
+            idle, ready = self._moments.popleft()
+            seconds += max(0.0, idle.elapsed_time(ready)) / 1000
+        return seconds
 
     def _last(self) -> tuple[Any, None]:
         """What ends the batches."""
@@ -165,6 +181,11 @@ class _Ahead(Iterator[Any]):
 
     def __del__(self) -> None:
         self._work.over.set()
+
+
+def _now(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """The moment at which the GPU has done what a stream was given so far."""
+    return stream.record_event(torch.cuda.Event(enable_timing=True))
 
 
 def _end_all() -> None:

@@ -6,6 +6,7 @@ import fnmatch
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, optim
 
 from fastvim.errors import OptionError, UserError
 from fastvim.tasks.protocols import TaskData
+from fastvim.tasks.replayed import Replayed
 
 _logger = logging.getLogger(__name__)
 
@@ -76,10 +78,13 @@ def parameter_groups(
 class ListedAdamW(optim.AdamW):
     """AdamW whose fused steps find their tensors in lists, where torch gathers them at every step.
 
-    The kernel is the same. A step in which a parameter has no gradient is torch's.
+    The kernel is torch's for a learning rate that is a float32 tensor. A step in which a parameter
+    has no gradient, and the first one, are torch's own.
     """
 
     _lists: list[tuple[list[Tensor], ...]] | None = None  # of a group: see `_look_up`
+    _rates: Tensor | None = None  # of each group
+    _replayed: Replayed | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -88,24 +93,22 @@ class ListedAdamW(optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        gradients = [[parameter.grad for parameter in group["params"]] for group in groups]
-        if self._lists is None or any(one is None for every in gradients for one in every):
+        every = [parameter.grad for group in groups for parameter in group["params"]]
+        gradients = [gradient for gradient in every if gradient is not None]
+        self._lists = self._lists or self._look_up()
+        if self._lists is None or len(gradients) < len(every):
             super().step()
             self._lists = self._look_up()
             return loss
-        for group, every, lists in zip(groups, gradients, self._lists, strict=True):
-            parameters, averages, squares, steps = lists
-            torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
-                *(parameters, every, averages, squares, [], steps),
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
+        rates = torch.tensor([group["lr"] for group in groups], dtype=torch.float32)
+        if self._rates is None or self._replayed is None:
+            self._rates = torch.empty_like(rates, device=gradients[0].device)
+            known = self._rates, groups, self._lists
+            self._replayed = Replayed(partial(_step_all, *known))
+        on_gpu = self._rates.is_cuda
+        self._rates.copy_(rates.pin_memory() if on_gpu else rates, non_blocking=on_gpu)
+        settings = [(group["betas"], group["weight_decay"], group["eps"]) for group in groups]
+        self._replayed(gradients, settings=settings)
         return loss
 
     def _look_up(self) -> list[tuple[list[Tensor], ...]] | None:
@@ -124,13 +127,43 @@ class ListedAdamW(optim.AdamW):
             found.append((kept, *([state[key] for state in states] for key in STATE)))
         return found
 
+    def forget(self) -> None:
+        """Look for the tensors again, some of which are others now."""
+        self._lists = self._rates = self._replayed = None
+
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
-        self._lists = None
+        self.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._lists = None
+        self.forget()
+
+
+def _step_all(
+    rates: Tensor,
+    groups: list[dict[str, Any]],
+    every: list[tuple[list[Tensor], ...]],
+    gradients: list[Tensor],
+) -> None:
+    """A fused step of all groups, each at its rate."""
+    begin = 0
+    for group, rate, (parameters, averages, squares, steps) in zip(
+        groups, rates, every, strict=True
+    ):
+        torch._foreach_add_(steps, 1)
+        end = begin + len(steps)
+        torch._fused_adamw_(
+            *(parameters, gradients[begin:end], averages, squares, [], steps),
+            lr=rate,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        begin = end
 
 
 def make_adamw(
@@ -173,6 +206,8 @@ def place_steps(optimizer: optim.Optimizer) -> None:
             step = optimizer.state.get(parameter, {}).get("step")
             if isinstance(step, Tensor):
                 optimizer.state[parameter]["step"] = step.to(parameter.device if beside else "cpu")
+    if isinstance(optimizer, ListedAdamW):
+        optimizer.forget()
 
 
 def count_steps(trainer: Any, data: TaskData) -> tuple[int, int, int]:

@@ -11,8 +11,9 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn, optim
 
-from fastvim.cudagraph import GraphedModel, compile_for
+from fastvim.cudagraph import compile_for
 from fastvim.errors import OptionError, UserError
+from fastvim.graphed import GraphedModel
 from fastvim.models import create_model
 from fastvim.options import (
     COUNT,
@@ -358,7 +359,7 @@ class Task(L.LightningModule):
         if self.capture and not sharded and not self.grad_checkpointing:
             assert self.model is not None
             # A submodule would list the model's weights a second time.
-            self._captured = GraphedModel(self.model).__call__
+            self._captured = GraphedModel(self.model, lends=self.trainer.world_size == 1).__call__
 
     def on_train_start(self) -> None:
         # A checkpoint brings the settings of its optimiser along; this run's count.

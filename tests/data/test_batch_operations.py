@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment as timms
 
-from fastvim.data.finishing import CPU, Drawn, Finish
+from fastvim.data.finishing import CPU, Drawn, Finish, _of_every_value
 from fastvim.data.gpu.augment import augment
 from fastvim.data.gpu.crops import BITS, FILTERS, Windows, _resize_on_gpu, crop_and_resize
 from fastvim.data.gpu.planned import _NOTED, KINDS, Planned, numbered
@@ -186,14 +186,14 @@ def test_kernels_of_crops_do_as_defined(interpolation: str) -> None:
 
 @pytest.mark.parametrize("fill", ["const", "rand", "pixel"])
 def test_the_kernel_erases_rectangles(fill: str) -> None:
-    from fastvim.data.gpu.kernels.erase import erase
+    from fastvim.data.gpu.kernels.finish import finish
 
-    images = torch.full((3, 3, 40, 50), 9.0, device=KERNELS)
+    pixels = torch.zeros((3, 3, 40, 50), dtype=torch.uint8, device=KERNELS)
+    values = torch.full((3, 256), 9.0, device=KERNELS)
     rectangles = torch.tensor([[2, 3, 30, 35, 2**62 + 5], [0, 0, 0, 0, 0], [35, 49, 5, 1, 9]])
-    erase(images, rectangles, fill)
-    again = torch.full_like(images, 9.0)
-    erase(again[2:], rectangles[2:], fill)
-    assert torch.equal(again[2], images[2])  # whatever else is in the batch
+    images = finish(pixels, values, rectangles, fill)
+    again = finish(pixels[2:], values, rectangles[2:], fill)
+    assert torch.equal(again[0], images[2])  # whatever else is in the batch
     part = images[0, :, 2:32, 3:38].cpu()
     assert (images.cpu() != 9).sum((1, 2, 3)).tolist() == [3 * 30 * 35, 0, 15]
     if fill == "pixel":
@@ -205,8 +205,20 @@ def test_the_kernel_erases_rectangles(fill: str) -> None:
         assert (part == 0).all() == (fill == "const")
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_kernel_normalises_as_the_cpu_does(channels: int) -> None:
+    from fastvim.data.gpu.kernels.finish import finish
+
+    mean, std = (0.485, 0.456, 0.1)[:channels], (0.229, 1.7, 0.07)[:channels]
+    shape = 2, channels, 33, 40
+    pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(3)).byte()
+    values = _of_every_value(mean, std, KERNELS)
+    found = finish(pixels.to(KERNELS), values, None, "const")
+    assert torch.equal(found.cpu(), Finish(mean, std)(pixels))
+
+
 @pytest.mark.gpu
-def test_a_gpu_erases_batches_with_the_kernel() -> None:
+def test_a_gpu_finishes_batches_with_the_kernel() -> None:
     finish = Finish((0.5,) * 3, (0.5,) * 3, "const")
     pixels = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
     erased = torch.tensor([[1, 1, 2, 3, 0], [0, 0, 0, 0, 0]])

@@ -9,7 +9,7 @@ from stops import Poison
 
 from fastvim.errors import UserError
 from fastvim.tasks import Classification
-from fastvim.tasks.callbacks.health import Finite, _health
+from fastvim.tasks.callbacks.health import Finite, _health, _parts
 from fastvim_cli import main
 
 POISONS = {
@@ -59,8 +59,8 @@ def test_what_is_not_finite_is_seen(device, value):
     tensors = [torch.randn(5, device=device), torch.randn(70000, device=device).double(), None]
     tensors += [torch.zeros(0, device=device), torch.ones(3, dtype=torch.int64, device=device)]
     before = [None if each is None else each.clone() for each in tensors]
-    assert _health(tensors) == 0
+    assert _health(_parts(tensors)) == 0
     assert all(a is b or torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     tensors[1][40000] = value
-    assert not _health(tensors).isfinite()
-    assert _health([None]) is None
+    assert not _health(_parts(tensors)).isfinite()
+    assert _health(_parts([None])) is None

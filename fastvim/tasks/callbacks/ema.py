@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fastvim.tasks.replayed import Replayed
 from fastvim.tasks.sharding import divide_copy, gather, local
 from fastvim.tasks.tensors import TensorsOf
 
@@ -37,7 +40,7 @@ class EMA(WeightAveraging):
 
     def __init__(self, decay: float) -> None:
         super().__init__(use_buffers=False)
-        self._average = get_ema_multi_avg_fn(decay)
+        self._update = Replayed(partial(_update, get_ema_multi_avg_fn(decay)))
         self._trained: list[Tensor] | None = None  # weights, while a validation uses rounded ones
         self._tensors: tuple[TensorsOf, TensorsOf] | None = None  # of the averages, of the module
 
@@ -71,9 +74,7 @@ class EMA(WeightAveraging):
             new = [local(weight) for weight in weights]
             pairs = zip(old, new, strict=True)
             new = [w if w.dtype == average.dtype else w.to(average.dtype) for average, w in pairs]
-            self._average(old, new, None)
-            if buffers:
-                torch._foreach_copy_(kept, buffers)
+            self._update(old, new, kept, buffers)
         self._average_model.n_averaged += 1
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -122,3 +123,16 @@ class EMA(WeightAveraging):
         # Outside of training the averages are already loaded: they are the `state_dict`.
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _update(
+    average: Callable[..., None],
+    old: list[Tensor],
+    new: list[Tensor],
+    kept: list[Tensor],
+    buffers: list[Tensor],
+) -> None:
+    """Take weights into the averages, and copy the buffers beside them."""
+    average(old, new, None)
+    if buffers:
+        torch._foreach_copy_(kept, buffers)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastvim.errors import UserError
 from fastvim.tasks.checkpoints import LastCheckpoint, last_whole
+from fastvim.tasks.replayed import Replayed
 from fastvim.tasks.sharding import local
 from fastvim.tasks.tensors import TensorsOf
 
@@ -32,6 +33,7 @@ class Finite(L.Callback):
         self._unread: list[tuple[Tensor, int, int]] = []  # see PARTS; optimiser steps, batch
         self._gradient: Tensor | None = None
         self._tensors: TensorsOf | None = None
+        self._of_gradients, self._of_weights = Replayed(_health), Replayed(_health)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tensors = TensorsOf(pl_module)
@@ -41,7 +43,8 @@ class Finite(L.Callback):
     ) -> None:
         if trainer.precision != "16-mixed":
             assert self._tensors is not None
-            self._gradient = _health(each.grad for each in self._tensors.find()[0])
+            given = (each.grad for each in self._tensors.find()[0])
+            self._gradient = self._of_gradients(_parts(given))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -49,7 +52,7 @@ class Finite(L.Callback):
         loss = outputs["loss"].detach().float()
         gradient, self._gradient = self._gradient, None
         assert self._tensors is not None
-        weight = _health(self._tensors.find()[0])
+        weight = self._of_weights(_parts(self._tensors.find()[0]))
         parts = [loss if part is None else part for part in (loss, gradient, weight)]
         self._unread.append((torch.stack(parts), trainer.global_step, batch_idx))
         patience = trainer.log_every_n_steps if loss.is_cuda else 1
@@ -144,15 +147,19 @@ class NameModules(L.Callback):
             raise UserError(f"{told} (after {step} steps, in epoch {epoch})")
 
 
+def _parts(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """What this process holds of tensors that may not be finite."""
+    parts = [local(each) for each in tensors if each is not None]
+    return [part for part in parts if part.numel() and part.is_floating_point()]
+
+
 @torch.no_grad()
-def _health(tensors: Iterable[Tensor | None]) -> Tensor | None:
+def _health(parts: list[Tensor]) -> Tensor | None:
     """0 on the tensors' device, or infinity where a value is not finite; None of nothing.
 
     The loss scaler's check, at a scale of 1: no tensor is changed, and unlike with a norm there is
     no result of each tensor to make and to read.
     """
-    parts = [local(each) for each in tensors if each is not None]
-    parts = [part for part in parts if part.numel() and part.is_floating_point()]
     if not parts:
         return None
     found = parts[0].new_zeros(1, dtype=torch.float32)
