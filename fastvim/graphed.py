@@ -201,9 +201,9 @@ class _Recorded:
             gradients: one for each output that requires gradients.
 
         Returns:
-            The gradients of the parameters, in new tensors. Autograd takes these as they are. Those
-            of the recording, which the next replay overwrites, it would copy one by one. None where
-            they are lent.
+            The gradients of the parameters, in new tensors that lie as these do. Autograd takes
+            them as they are. Those of the recording, which the next replay overwrites, it would
+            copy one by one. None where they are lent.
         """
         if turn != self.turn:
             raise RuntimeError(
@@ -218,7 +218,7 @@ class _Recorded:
             for parameter, gradient in zip(self._parameters.values(), self._gradients, strict=True):
                 parameter.grad = gradient
             return [None] * len(self._gradients)
-        returned = [torch.empty_like(gradient) for gradient in self._gradients]
+        returned = [torch.empty_like(parameter) for parameter in self._parameters.values()]
         torch._foreach_copy_(returned, self._gradients)
         return returned
 

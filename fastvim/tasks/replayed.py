@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvim.cudagraph import record
 
 ALIKE = 3  # calls, before the next one is recorded
+MOST = 4  # recordings: what changes its places again and again is called
 
 
 class Replayed:
@@ -30,7 +31,7 @@ class Replayed:
     def __init__(self, function: Callable[..., Tensor | None]) -> None:
         self._function = function
         self._known: tuple[Any, ...] = ()
-        self._alike = 0
+        self._alike = self._recorded = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
 
@@ -48,8 +49,10 @@ class Replayed:
             self._known, self._alike, self._graph = known, 0, None
         if self._graph is None:
             self._alike += 1
-            if self._alike <= ALIKE or torch.cuda.is_current_stream_capturing():
+            wanted = self._alike > ALIKE and self._recorded < MOST
+            if not wanted or torch.cuda.is_current_stream_capturing():
                 return self._function(*lists)
+            self._recorded += 1
             stream = torch.cuda.Stream(lists[0][0].device)
             stream.wait_stream(torch.cuda.current_stream())
             self._graph, self._result = record(lambda: self._function(*lists), stream)
