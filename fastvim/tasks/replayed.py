@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvim.cudagraph import record
 
@@ -42,7 +42,9 @@ class Replayed:
             *lists: its arguments.
             settings: what else it depends on, compared by value.
         """
-        if not lists[0] or not lists[0][0].is_cuda:
+        first = lists[0][0] if lists[0] else None
+        # A divided tensor does not tell where it lies.
+        if first is None or not first.is_cuda or type(first) not in (Tensor, nn.Parameter):
             return self._function(*lists)
         known = ([_places(tensors) for tensors in lists], settings)
         if known != self._known:
@@ -53,7 +55,7 @@ class Replayed:
             if not wanted or torch.cuda.is_current_stream_capturing():
                 return self._function(*lists)
             self._recorded += 1
-            stream = torch.cuda.Stream(lists[0][0].device)
+            stream = torch.cuda.Stream(first.device)
             stream.wait_stream(torch.cuda.current_stream())
             self._graph, self._result = record(lambda: self._function(*lists), stream)
         self._graph.replay()
