@@ -79,7 +79,8 @@ class ListedAdamW(optim.AdamW):
     """AdamW whose fused steps find their tensors in lists, where torch gathers them at every step.
 
     The kernel is torch's for a learning rate that is a float32 tensor. A step in which a parameter
-    has no gradient, and the first one, are torch's own.
+    has no gradient, and the first one, are torch's own. Where weight decay follows a schedule, the
+    kernel is called at every step and not replayed.
     """
 
     _lists: list[tuple[list[Tensor], ...]] | None = None  # of a group: see `_look_up`

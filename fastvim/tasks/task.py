@@ -337,11 +337,8 @@ class Task(L.LightningModule):
         training = self.model.training
         run = self.model if options else self._captured or self.model
         # A capture of the training does so itself.
-        if (
-            images.is_cuda
-            and training not in self._compiled
-            and (run is self.model or not training)
-        ):
+        alone = run is self.model or not training
+        if images.is_cuda and training not in self._compiled and alone:
             self._compiled.add(training)
             compile_for(self.model, images)
         return run(images, **options)
