@@ -35,8 +35,8 @@ class GraphedModel(nn.Module):
     The first batch is run a few times. Then both passes are recorded as two CUDA graphs, and every
     further batch of that shape replays them: the same kernels, gradients and random numbers. The
     rest of the step (loss, clipping, optimiser, averages) stays ordinary PyTorch. Parameters
-    receive their gradients through autograd, unless they are lent, so gradient accumulation, loss scaling and
-    DistributedDataParallel (around this module) work as usual.
+    receive their gradients through autograd, unless they are lent, so gradient accumulation, loss
+    scaling and DistributedDataParallel (around this module) work as usual.
 
     A batch runs eagerly if its shape, dtype or autocast dtype is not the recorded one, in
     evaluation mode, without gradients, if its images require gradients, and on a CPU. So does
